@@ -1,0 +1,1 @@
+"""The paper's appendix, and the tools around the tables."""

@@ -1,0 +1,196 @@
+"""Transforms and views of the recipes: one image in, one uint8 tensor out.
+
+In:   a PIL image, RGB or L, already upright; or, for other numbers of channels, a uint8 tensor (C, H, W).
+Out:  a contiguous uint8 tensor (C, H, W). Bytes travel to the device and are normalised there.
+
+    pretrain_transform    crop, flip                     MAE and D-MAE (A.2); with "bicubic", the transfer recipe (A.4)
+    train_transform       crop, flip, RandAugment        training and fine-tuning on ImageNet-1k (A.1)
+    eval_transform        resize, centre crop            every evaluation
+    erasing_box, erase    random erasing in two halves: the box with the sample, the noise after normalisation
+
+A PIL image stays one until the last step, so its pixels are those of the authors' pipeline (timm 0.4.12 on PIL).
+Every draw comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample;
+a transform keeps no state of its own. All of them can be pickled.
+"""
+import math
+import random
+import re
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomHorizontalFlip
+from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
+from torchvision.transforms.v2 import functional as F
+
+from common.vit import pair
+
+INTERPOLATIONS = ("bilinear", "bicubic", "random")  # random: one of the other two per image, with equal chance
+FILL = (124, 116, 104)  # round(255 * ImageNet mean): what geometric operations show outside the image
+RANDAUGMENT = "rand-m10-mstd0.5-inc1"  # the improved recipe; the default recipe has m9
+
+
+def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5):
+    """Crop and flip. The defaults are MAE-Lite's; MAE's own are scale (0.2, 1) and bicubic."""
+    return Compose([RandomResizedCrop(size, scale, interpolation=interpolation), RandomHorizontalFlip(flip), to_uint8])
+
+
+def train_transform(size, scale=(0.08, 1.0), interpolation="bicubic", randaugment=RANDAUGMENT, flip=0.5):
+    """Crop, flip, RandAugment (None: without), in timm's order. There is no colour jitter, since timm drops it
+    wherever RandAugment is on: the jitter of 0.3 in the published recipe never had an effect."""
+    steps = [RandomResizedCrop(size, scale, interpolation=interpolation), RandomHorizontalFlip(flip)]
+    if randaugment is not None:
+        steps = [require_rgb, *steps, rand_augment(randaugment, size, interpolation)]
+    return Compose([*steps, to_uint8])
+
+
+def eval_transform(size, crop_pct=0.875):
+    """Bicubic resize until the image just covers floor(size / crop_pct), then the central `size`: 256, then 224."""
+    size = pair(size)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is the share of each side that the crop keeps, in (0, 1], not {crop_pct}")
+    resized = tuple(math.floor(side / crop_pct) for side in size)
+    return Compose([partial(resize_to_cover, size=resized), CenterCrop(size), to_uint8])
+
+
+# Crop and resize
+
+class RandomResizedCrop:
+    """A random part of the image, resized to `size` (H, W): area U(scale) of the image, aspect w/h log-uniform in
+    `ratio`, at most 10 tries, then the central crop.
+
+    torchvision's draw is timm 0.4.12's rule, from torch's generator rather than Python's. It adds one condition: a
+    crop that rounds to zero pixels is drawn again, where timm fails. The crop is resized as timm does it, by PIL.
+    """
+
+    def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic"):
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
+        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+            raise ValueError(f"scale and ratio are (min, max), the scale within (0, 1], not {scale} and {ratio}")
+        self.size, self.scale, self.ratio = pair(size), tuple(scale), tuple(ratio)
+        self.interpolation = interpolation
+
+    def __call__(self, image):
+        box = TorchvisionCrop.get_params(image, self.scale, self.ratio)  # top, left, height, width
+        interpolation = random.choice(INTERPOLATIONS[:2]) if self.interpolation == "random" else self.interpolation
+        return F.resized_crop(image, *box, list(self.size), InterpolationMode(interpolation), antialias=True)
+
+
+def resize_to_cover(image, size):
+    """The smallest bicubic resize that keeps the aspect and covers `size` (H, W): the tighter side fits exactly, the
+    other is rounded down. Enlarges small images too. For a square `size` this is torchvision's Resize(side), timm's
+    too; for another, timm 0.4.12 would squash the image to exactly `size` instead."""
+    (height, width), (target_height, target_width) = F.get_size(image), size
+    if target_width * height >= target_height * width:  # the width is the tighter side
+        new_size = [target_width * height // width, target_width]
+    else:
+        new_size = [target_height, target_height * width // height]
+    return F.resize(image, new_size, InterpolationMode.BICUBIC, antialias=True)
+
+
+def to_uint8(image):
+    """A PIL image (RGB or L), a uint8 array (H, W) or (H, W, C), or a uint8 tensor (C, H, W): tensor (C, H, W)."""
+    if isinstance(image, Image.Image):
+        if image.mode not in ("RGB", "L"):
+            raise ValueError(f"a PIL image is RGB or L here, not {image.mode!r}: convert it, or pass a uint8 tensor")
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        image = image[:, :, None] if image.ndim == 2 else image
+        image = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: PIL's memory is read-only
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        raise ValueError(f"an image is uint8 of shape (C, H, W), not {image.dtype} of shape {tuple(image.shape)}")
+    return image.contiguous()
+
+
+# RandAugment
+
+def rand_augment(config, size, interpolation="bicubic"):
+    """timm's RandAugment for PIL RGB images, such as "rand-m10-mstd0.5-inc1": 2 of 15 operations, drawn with
+    replacement, each executed with probability 0.5 at a magnitude N(m, mstd) clipped to [0, 10].
+
+    timm 1.0.31 held line by line against the authors' 0.4.12, for such a string: operations, levels and draws are the
+    same, and so were the pixels of 8,800 images on equal seeds. (Color, Contrast, Brightness and Sharpness now stop at
+    a factor of 0.1, where 1 - 0.9 was 2e-17 less; inc0 is no longer read as inc1.) What changed is Pillow, under
+    Posterize: hence `posterize`. timm passes over a section that it cannot read ("mstd" without its number) in
+    silence, so the whole string is checked here.
+    """
+    if not re.fullmatch(r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|inc[01]))*", config):
+        raise ValueError(f"RandAugment is written like {RANDAUGMENT!r} (m, n, mstd, inc, each with its number), "
+                         f"not {config!r}; to go without it: --randaugment none")
+    # translate_const, in pixels, is set as timm's factory does; the Translate operations here are the relative ones.
+    settings = {"translate_const": int(min(pair(size)) * 0.45), "img_mean": FILL}
+    if interpolation != "random":  # without the entry timm picks bilinear or bicubic, for each operation anew
+        settings["interpolation"] = Image.Resampling[interpolation.upper()]
+    transform = auto_augment.rand_augment_transform(config, settings)
+    for op in transform.ops:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize  # of this object only: timm's table of operations stays as it is
+    return transform
+
+
+def posterize(image, bits_to_keep, **kwargs):
+    """timm's posterize, with a black image for 0 bits, as the Pillow of the paper's day made it. Magnitude 10 asks for
+    0 bits, and at m10 half of the draws are clipped to 10: about one training image in 30 is black. Pillow 13
+    raises there."""
+    if bits_to_keep == 0:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
+
+
+def require_rgb(image):
+    """The image itself, or an error: half of RandAugment's operations mean nothing outside RGB."""
+    if isinstance(image, Image.Image):
+        if image.mode == "RGB":
+            return image
+        found = f"a PIL image of mode {image.mode!r}"
+    else:
+        found = f"a {type(image).__name__} of shape {tuple(image.shape)}"
+    raise ValueError(f"RandAugment needs a PIL image of mode 'RGB', and this is {found}: pass --randaugment none")
+
+
+# Random erasing, timm's kind "pixel"
+
+def erasing_box(size, probability, area=(0.02, 1 / 3), min_aspect=0.3):
+    """Where to erase, for one image of `size` (H, W): int64 (4,), top, left, height, width; zeros for nowhere.
+
+    The share of the area is U(area), the aspect h/w log-uniform in (min_aspect, 1 / min_aspect); after 10 boxes that
+    do not fit, nowhere. Same rule and same draws from Python's generator as timm's RandomErasing.
+    """
+    height, width = pair(size)
+    if random.random() >= probability:
+        return torch.zeros(4, dtype=torch.int64)
+    for _ in range(10):
+        pixels = random.uniform(*area) * height * width
+        aspect = math.exp(random.uniform(math.log(min_aspect), -math.log(min_aspect)))
+        h, w = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if h < height and w < width:
+            return torch.tensor([random.randint(0, height - h), random.randint(0, width - w), h, w])
+    return torch.zeros(4, dtype=torch.int64)
+
+
+@torch.no_grad()
+def erase(images, boxes, seeds):
+    """Fill each image's box with N(0, 1) noise, in place. images (B, C, H, W), normalised floats on any device;
+    boxes (B, 4) of `erasing_box` and seeds (B,), both on the CPU. Returns images.
+
+    The noise of an image depends on its own seed and box only, not on its neighbours. It is drawn on the CPU, so every
+    device gets the same numbers, and travels in one copy. torch's CPU generator reads the low 32 bits of a seed.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"the noise of random erasing goes on normalised images, and these are {images.dtype}")
+    if not len(images) == len(boxes) == len(seeds):
+        raise ValueError(f"{len(images)} images need as many boxes and seeds, not {len(boxes)} and {len(seeds)}")
+    channels, generator = images.shape[1], torch.Generator()
+    places, noise = [], []
+    for index, ((top, left, h, w), seed) in enumerate(zip(torch.as_tensor(boxes).tolist(), seeds)):
+        if h and w:
+            places.append((index, slice(None), slice(top, top + h), slice(left, left + w)))
+            noise.append(torch.randn(channels * h * w, generator=generator.manual_seed(int(seed)), dtype=torch.float32))
+    if places:
+        moved = torch.cat(noise).to(images.device, images.dtype, non_blocking=True)  # without waiting for the device
+        for place, values in zip(places, moved.split([len(values) for values in noise])):
+            images[place] = values.view_as(images[place])
+    return images

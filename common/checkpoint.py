@@ -1,0 +1,86 @@
+"""Crash-safe files: a checkpoint is whole or absent, and the one before stays until the next is whole.
+
+Tensors, numbers, strings, lists and dicts only, so that every file loads with `weights_only=True`.
+"""
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common.distributed import print0
+
+KEEP = 2  # the newest, and the one before in case the newest is damaged
+
+
+def write_atomically(path, write):
+    """`write(file)` into a temporary neighbour, flush it to the disk, rename it, flush the folder's entry.
+
+    An error (a full disk, say) removes the temporary file and leaves what was there before untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_torch(path, content):
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise OSError(f"could not write {path}: {error}. Free some space there or choose another --output; "
+                      f"the same command continues from the last whole checkpoint.") from error
+
+
+def save_json(path, content):
+    text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def steps_saved(folder):
+    """Steps that have a checkpoint in a run's folder, newest first."""
+    found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in Path(folder).glob("step-*.pt"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def save_step(folder, step, state):
+    """Writes step-<step>.pt and then removes all but the newest `KEEP`."""
+    folder = Path(folder)
+    save_torch(folder / f"step-{step:08d}.pt", state)
+    for old in steps_saved(folder)[KEEP:]:
+        (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
+
+
+def damage(path):
+    """None if every record of a torch file passes its checksum, else what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        return f"record {bad} fails its checksum" if bad else None
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return str(error)
+
+
+def load_newest(folder):
+    """The newest whole checkpoint of a run, or None. A damaged one is named and passed over."""
+    for step in steps_saved(folder):
+        path = Path(folder) / f"step-{step:08d}.pt"
+        wrong = damage(path)
+        if wrong is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        print0(f"{path} is damaged ({wrong}): falling back to the checkpoint before it")
+    return None

@@ -1,0 +1,189 @@
+"""Data sets by name: what --data and --data-path mean. Files are listed here and decoded one by one, in the loader.
+
+    fractals           generated on the spot, labelled (common/fractals.py); no --data-path
+    folder             --data-path with train/<class>/ and val/<class>/; to pre-train any tree of images will do
+    imagenet           the same layout, and exactly 1,000 classes
+    cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
+"""
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets as tv
+
+from common.augment import to_uint8
+from common.distributed import once_per_node
+from common.fractals import fractal_set
+from common.vit import pair
+
+NAMES = ("fractals", "folder", "imagenet", "cifar10", "cifar100")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every colour data set, as the paper does
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 25, 160, 40  # 4,000 images to train on, 1,000 to validate
+
+
+class DataError(ValueError):
+    """The data are not what the arguments say; the message names the place, what was found and the remedy."""
+
+
+class UnreadableImage(DataError):
+    """An image that could not be decoded; the message names the file."""
+
+
+@dataclass
+class ImageSet:
+    """Images as file names or as one uint8 array (N, H, W, C); labels (N,) or None; read one at a time."""
+
+    name: str
+    images: list | np.ndarray
+    labels: np.ndarray | None
+    classes: list
+    in_chans: int = 3
+
+    def __len__(self):
+        return len(self.images)
+
+    def where(self, index):
+        """The file of an image, or its place in the array."""
+        return self.images[index] if isinstance(self.images, list) else f"{self.name}[{index}]"
+
+    def read(self, index):
+        """An upright PIL image for 1 or 3 channels, else a uint8 tensor (C, H, W). Raises UnreadableImage."""
+        try:
+            if isinstance(self.images, list):
+                return read_image(self.images[index], self.in_chans)
+            return convert(Image.fromarray(np.asarray(self.images[index])), self.in_chans)
+        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+            raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). Repair or "
+                                  f"remove it, or pass --on-bad-image skip.") from None
+
+    def fingerprint(self):
+        """Content, not place: number of images, their names below the root and labels; the sizes of up to 1,000 files."""
+        digest = hashlib.sha256(f"{len(self)} {self.classes} {self.in_chans}".encode())
+        digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
+        if isinstance(self.images, list):
+            root = os.path.commonpath(self.images) if len(self) > 1 else os.path.dirname(self.images[0])
+            digest.update("\n".join(os.path.relpath(path, root) for path in self.images).encode())
+            for index in range(0, len(self), max(1, len(self) // 1000)):
+                digest.update(str(os.path.getsize(self.images[index])).encode())
+        else:
+            for index in range(0, len(self), max(1, len(self) // 1000)):
+                digest.update(np.ascontiguousarray(self.images[index]).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def read_image(path, in_chans=3):
+    """Decodes a file completely. `.npy` holds (H, W) or (H, W, C) uint8; everything else is read by Pillow."""
+    if str(path).lower().endswith(".npy"):
+        array = np.load(path, allow_pickle=False)
+        array = array[..., None] if array.ndim == 2 else array
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
+            raise ValueError(f"{array.dtype} array of shape {array.shape}; --in-chans {in_chans} reads uint8 arrays of "
+                             f"shape (height, width, {in_chans})")
+        if in_chans in (1, 3):
+            return Image.fromarray(array[..., 0] if in_chans == 1 else array)
+        return to_uint8(array)
+    with Image.open(path) as image:
+        return convert(ImageOps.exif_transpose(image), in_chans)
+
+
+def convert(image, in_chans):
+    """A decoded PIL image of any mode as RGB (in_chans 3) or greyscale (1)."""
+    if in_chans not in (1, 3):
+        raise ValueError(f"an image file has 1 or 3 channels, --in-chans is {in_chans}: store such images as .npy")
+    if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip at 255
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 if values.max() <= 1 and image.mode == "F" else 1 / 257 if values.max() > 255 else 1
+        image = Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    mode = "RGB" if in_chans == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def labelled_folder(root, in_chans, name):
+    """<root>/<class>/...: every class folder needs an image."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/")
+    try:
+        folder = tv.DatasetFolder(root, loader=None, extensions=EXTENSIONS)
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}. It must hold one folder of images for each class") from None
+    paths, labels = zip(*folder.samples)
+    return ImageSet(name, list(paths), np.asarray(labels), folder.classes, in_chans)
+
+
+def image_tree(root, in_chans):
+    """All images below a folder, sorted by name, without labels: enough to pre-train on."""
+    root = Path(root) / "train" if (Path(root) / "train").is_dir() else Path(root)
+    if not root.is_dir():
+        raise DataError(f"--data-path {root} is not a folder")
+    paths = sorted(os.path.join(folder, file) for folder, _, files in os.walk(root, followlinks=True)
+                   for file in files if file.lower().endswith(EXTENSIONS))
+    if not paths:
+        raise DataError(f"no image below {root} (looked for {' '.join(EXTENSIONS)})")
+    return ImageSet("folder", paths, None, [], in_chans)
+
+
+def load_sets(args, labelled=True):
+    """Train and validation set of the command line (validation is None where a pre-training needs no labels)."""
+    if args.data != "fractals" and not args.data_path:
+        raise DataError(f"--data {args.data} needs --data-path; without data, use --data fractals")
+    if args.data == "fractals":
+        sets = fractals(args)
+    elif args.data in ("folder", "imagenet") and not labelled:
+        sets = image_tree(args.data_path, args.in_chans), None
+    elif args.data in ("folder", "imagenet"):
+        sets = [labelled_folder(Path(args.data_path) / split, args.in_chans, args.data) for split in ("train", "val")]
+    else:
+        sets = [cifar(args, train) for train in (True, False)]
+    train, val = sets
+    if labelled and train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise DataError(f"{args.data_path}: train has {len(train.classes)} classes and val {len(val.classes)}; "
+                        f"in one of them only: {', '.join(map(str, odd[:5]))}")
+    if labelled and args.data == "imagenet" and len(train.classes) != 1000:
+        raise DataError(f"{args.data_path}: ImageNet-1k has 1000 classes, found {len(train.classes)}; "
+                        f"use --data folder for other sets")
+    return train, val
+
+
+def fractals(args):
+    """The embedded data, drawn so large that the evaluation's resize (crop 0.875) finds its own size."""
+    size = tuple(int(side / 0.875) for side in pair(args.img_size))
+    sets = []
+    for split, per_class in (("train", FRACTAL_TRAIN), ("val", FRACTAL_VAL)):
+        with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
+            if mine:
+                fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)
+        images, labels = fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)
+        sets.append(ImageSet(f"fractals-{split}", images, labels, list(range(FRACTAL_CLASSES)), args.in_chans))
+    return sets
+
+
+def cifar(args, train):
+    dataset = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[args.data]
+    try:
+        with once_per_node() as mine:
+            if mine and args.download:
+                dataset(args.data_path, train=train, download=True)
+        cifar = dataset(args.data_path, train=train)
+    except RuntimeError as error:
+        raise DataError(f"{args.data} is not whole in {args.data_path} ({error}); --download fetches it") from None
+    return ImageSet(args.data, cifar.data, np.asarray(cifar.targets), cifar.classes, args.in_chans)
+
+
+def statistics(args):
+    """Mean and std per channel as float tensors (C,), in 0..255: --mean and --std, or the usual ones."""
+    mean, std = STATISTICS.get(args.in_chans, ((0.5,) * args.in_chans, (0.25,) * args.in_chans))
+    mean, std = args.mean or mean, args.std or std
+    if len(mean) != args.in_chans or len(std) != args.in_chans:
+        raise DataError(f"--mean has {len(mean)} and --std {len(std)} numbers, --in-chans is {args.in_chans}")
+    return torch.tensor(mean) * 255, torch.tensor(std) * 255

@@ -1,0 +1,103 @@
+"""One process or a torchrun group: rank, world size, devices, and the few collectives the project needs.
+
+With one process every function here is a plain no-op, so that scripts read the same on a laptop and on a cluster.
+"""
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def start(device="auto"):
+    """Joins the torchrun group if there is one and returns this rank's device. Called once, safe to call again.
+
+    CPU tensors travel by gloo and GPU tensors by nccl, so control messages never wait for the GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise SystemExit(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
+                             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))
+    return device
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main():
+    return rank() == 0
+
+
+def print0(*args, **kwargs):
+    """Prints on rank 0 alone."""
+    if is_main():
+        print(*args, **kwargs, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        broadcast_object(None)  # through gloo: a barrier on nccl would use the GPU
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank (any picklable object)."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def all_max(*flags):
+    """Element-wise maximum over ranks of a few small numbers (CPU): how ranks agree to stop or to save."""
+    if not dist.is_initialized():
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def all_sum(tensor):
+    """Sum over ranks, in place, on the tensor's own device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def once_per_node():
+    """The body's work (a download, generated data) is done by the first rank of each node while its others wait."""
+    if local_rank() == 0:
+        try:
+            yield True
+        finally:
+            barrier()
+    else:
+        barrier()
+        yield False

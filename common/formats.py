@@ -1,0 +1,222 @@
+"""Weights of this and other projects in use: into a model, as the model they came from, and out again for timm.
+
+Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
+heads are another function, so that number travels with every file of ours and is checked wherever it is known (PAPER:
+trap 1). common/weights.py does the reading.
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models import VisionTransformer, adapt_input_conv
+
+from common.checkpoint import save_json, write_atomically
+from common.distributed import print0
+from common.mae import DECODERS, MAE
+from common.vit import SIZES, build_vit, leading_blocks, pair, patch_grid
+from common.weights import STEM, FormatError, Weights, listed, read_weights, shape_config, vit_config
+
+DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
+FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
+
+
+@dataclass
+class Report:
+    weights: Weights
+    matched: int
+    fresh: list  # the model's names that keep their initial values
+    left_out: list  # the source's names that the model does not take
+    notes: list  # what was resized, adapted or assumed
+
+    def __str__(self):
+        weights, parts = self.weights, []
+        for what, names in (("fresh", self.fresh), ("left out", self.left_out)):
+            counts = Counter("decoder" if name.startswith(DECODER) else name.split(".")[0] for name in names)
+            parts += [f"{what} " + ", ".join(f"{part} ({n})" for part, n in counts.items())] if names else []
+        return (f"loaded {self.matched} of {self.matched + len(self.fresh)} tensors from {weights.source} "
+                f"({weights.layout}, fingerprint {weights.fingerprint[:12]}): {'; '.join(parts + self.notes) or 'all'}")
+
+
+def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
+    """Loads Weights into a timm VisionTransformer, in place; returns a Report. An error leaves the model as it was.
+
+    keep_blocks: None for all, or the first k (leading_blocks). head: "drop", "keep", or "auto" to keep it if it fits.
+    explained: further endings of names that the two need not share (the tables of the RPE variant, say).
+    """
+    target, depth, notes = vit.state_dict(), len(vit.blocks), []
+    if keep_blocks is not None and not 0 <= keep_blocks <= depth:
+        raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
+    check_heads(weights, vit.blocks[0].attn.num_heads, notes)
+    aside = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
+    if "fc_norm.weight" in target:
+        aside += ("norm.",)  # MAE's norm is never a classifier's fc_norm (PAPER: trap 6)
+
+    chosen, required = weights.state, [name for name in target if not name.startswith(FINAL)]
+    if keep_blocks is not None:
+        chosen, required = leading_blocks(chosen, keep_blocks), leading_blocks(target, keep_blocks)
+        aside += FINAL + tuple(name for name in weights.state if name.startswith("blocks.") and name not in chosen)
+    state = {name: value for name, value in chosen.items() if name in target and not name.startswith(aside)}
+    if "pos_embed" in state:
+        state["pos_embed"] = fit_positions(weights, vit, notes)
+    if STEM in state:
+        state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
+
+    missing = [name for name in required if name not in state]
+    unexpected = [name for name in weights.state if name not in target and not name.startswith(aside)]
+    missing, unexpected = ([name for name in names if not name.endswith(tuple(explained))]
+                           for names in (missing, unexpected))
+    require_fit(weights.source, target, state, missing, unexpected)
+    vit.load_state_dict(state, strict=False)
+    left_out = weights.left_out + [name for name in weights.state if name not in state]
+    return Report(weights, len(state), [name for name in target if name not in state], left_out, notes)
+
+
+def check_heads(weights, num_heads, notes):
+    """The source's number of heads must be the model's; where the source cannot say, the report does."""
+    if weights.config is None:
+        notes.append(f"head count not in the file: using {num_heads}")
+    elif (theirs := weights.config["num_heads"]) != num_heads:
+        raise FormatError(f"{weights.source} has {theirs} heads and the model {num_heads}: the shapes are equal, "
+                          f"the functions are not. Pass --num-heads {theirs}")
+
+
+def keeps_head(weights, target, head, keep_blocks):
+    """Whether the classifier is loaded: only with its classes, all blocks, and the norm whose output it reads."""
+    theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
+    norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
+    fits = theirs == ours > 0 and norm in weights.state and keep_blocks is None
+    if head not in ("drop", "keep", "auto") or (head == "keep" and not fits):
+        raise FormatError(f"{weights.source}: head={head!r} is impossible with {theirs} classes in the file, {ours} in "
+                          f"the model, whose head needs {norm}, and keep_blocks={keep_blocks}: use 'drop' or 'auto'")
+    return fits and head != "drop"
+
+
+def fit_positions(weights, vit, notes):
+    """The source's pos_embed, its patches (not the other tokens) resized to the model's grid, bicubic, as timm does."""
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    old, new = source_grid(weights, prefix), tuple(vit.patch_embed.grid_size)
+    if old != new:
+        notes.append(f"positions resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
+    return resample_abs_pos_embed(weights.state["pos_embed"], list(new), list(old), num_prefix_tokens=prefix)
+
+
+def source_grid(weights, prefix):
+    """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square."""
+    if "dist_token" in weights.state:
+        raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
+                          f"plain DeiT's weights")
+    count, config = weights.state["pos_embed"].shape[1] - prefix, weights.config
+    grid = patch_grid(config["img_size"], config["patch_size"]) if config else (math.isqrt(max(count, 0)),) * 2
+    if grid[0] * grid[1] != count:
+        why = f"its grid is {grid}" if config else "no square, and no image size is in the file"
+        raise FormatError(f"{weights.source} has positions for {count} patches ({why}): rebuild it by load_model with "
+                          f"its img_size, or give a file with settings")
+    return grid
+
+
+def fit_channels(weight, in_chans, notes):
+    """The patch convolution (D, C, p, p) for other inputs, as timm does from C = 3: summed for 1 channel, which is a
+    grey image read as RGB, else repeated in turn and scaled by 3 / in_chans.
+    """
+    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # require_fit refuses what is still unequal
+        return weight
+    notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
+    return adapt_input_conv(in_chans, weight)
+
+
+def require_fit(source, target, state, missing=None, unexpected=None):
+    """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
+    missing = [name for name in target if name not in state] if missing is None else missing
+    unexpected = [name for name in state if name not in target] if unexpected is None else unexpected
+    shapes = [f"{name} {list(state[name].shape)} for {list(target[name].shape)}" for name in state
+              if name in target and state[name].shape != target[name].shape]
+    if missing or unexpected or shapes:
+        raise FormatError(f"{source} does not fit the model: missing {listed(missing)}, unexpected "
+                          f"{listed(unexpected)}, other shapes {listed(shapes)}. Compare size, patch size, channels, "
+                          f"classes and pooling")
+
+
+def load_model(source, **overrides):
+    """The model of a source, loaded strictly: build_vit's or MAE, or timm's own for `timm:NAME` and timm folders.
+
+    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, a non-square img_size); of our
+    files they may change mask_ratio, norm_pix and drop_path. A FormatError if one contradicts the source.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "img_size" in given:
+        given["img_size"] = list(pair(given["img_size"]))
+    weights = read_weights(source)
+    config = weights.config or {}
+    for name, value in given.items():
+        known = (name in config and name not in ("mask_ratio", "norm_pix")) or weights.model is not None
+        if known and config.get(name) != value:
+            raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
+    if weights.model is not None:
+        return weights.model
+    config = {**(config or foreign_config(weights, given)), **given}
+    model = MAE(**config) if "decoder_dim" in config else build_vit(**config)
+    require_fit(source, model.state_dict(), weights.state)
+    model.load_state_dict(weights.state)
+    return model
+
+
+def foreign_config(weights, given):
+    """The settings of a file that holds none: from its shapes. Head counts are not among them: given, or assumed and
+    printed.
+    """
+    config = shape_config(weights.state)
+    if config["model"] is None:
+        raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
+                          f"give timm:NAME or a timm folder")
+    prefix = config.get("class_token", True) + config.get("reg_tokens", 0)
+    config["img_size"] = given.get("img_size") or [config["patch_size"] * n for n in source_grid(weights, prefix)]
+    assumed = {"num_heads": 12}
+    if "decoder_dim" in config:
+        assumed["decoder_heads"] = DECODERS[config["model"]][2]
+    for name, value in assumed.items():
+        config[name] = given.get(name, value)
+        if name not in given:
+            print0(f"{weights.source}: {name} is not in the file; assuming {value}")
+    return config
+
+
+def export_timm(model, folder, mean, std, class_names=None):
+    """Writes config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    A classifier, or the encoder of an MAE: no classes, token pooling, its norm. mean, std: per channel, of the inputs.
+    TypeError or FormatError for a model that timm's plain ViT cannot be.
+    """
+    if not isinstance(model, MAE) and type(model) is not VisionTransformer:
+        raise TypeError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}")
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+             if not name.startswith(DECODER)}
+    if isinstance(model, MAE):
+        args = shape_config(state, img_size=model.config["img_size"], num_heads=model.config["num_heads"])
+    else:
+        args = vit_config(model)
+    # Any plain ViT of timm serves: these arguments say everything in which they differ, the number of heads too.
+    name = args.pop("model")
+    architecture = f"{name if name in ('vit_small', 'vit_base') else 'vit_tiny'}_patch16_224"
+    args |= {"embed_dim": len(state[STEM]), "depth": len(model.blocks), "fc_norm": "fc_norm.weight" in state}
+    classes, channels = args["num_classes"], args["in_chans"]
+    if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
+        raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
+                         f"suit a model of {channels} channels and {classes} classes")
+    rebuilt = timm.create_model(architecture, **args)  # a model with layer scale or query norms is refused here
+    require_fit("the export", rebuilt.state_dict(), state)
+
+    data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),
+            "num_classes": classes, "crop_pct": 0.875, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
+            "classifier": "head"}
+    content = {"architecture": architecture, "num_classes": classes, "num_features": args["embed_dim"],
+               "global_pool": args["global_pool"], "model_args": args, "pretrained_cfg": data}
+    if class_names:
+        content["label_names"] = list(class_names)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    packed = safetensors.torch.save(state, metadata={"format": "pt"})
+    write_atomically(Path(folder) / "model.safetensors", lambda file: file.write(packed))
+    save_json(Path(folder) / "config.json", content)

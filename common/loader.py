@@ -1,0 +1,107 @@
+"""The deterministic loader. Which sample comes when is f(seed, epoch); its crop, augmentation and mask noise are
+f(seed, epoch, index). So the step is the loader's whole state: a run resumes exactly in the middle of an epoch, and the
+number of workers, of ranks and of accumulation steps never changes which pixels are seen.
+"""
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common.data import DataError, UnreadableImage
+
+STAY_ON_HOST = ("index", "erase_box", "erase_seed")  # entries of a batch that only the host reads
+
+
+def seed_everything(*key):
+    """Seeds Python's, NumPy's and torch's generators (CPU and GPU) alike from a few non-negative numbers."""
+    state = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(state[0]))
+    np.random.seed(state[0])
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def epoch_order(length, seed, epoch):
+    """The permutation of an epoch: a function of (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+class Views(Dataset):
+    """Sample (epoch, index) -> what `transform` makes of the image: a dict of tensors, plus label and index."""
+
+    def __init__(self, images, transform, seed, on_bad_image="stop"):
+        self.images, self.transform, self.seed, self.on_bad_image = images, transform, seed, on_bad_image
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, used = self.read(epoch, index)
+        seed_everything(self.seed, epoch, index)
+        views = self.transform(image)
+        views = views if isinstance(views, dict) else {"image": views}
+        label = -1 if self.images.labels is None else int(self.images.labels[used])
+        return {**views, "label": label, "index": index, "bad": index if used != index else -1}
+
+    def read(self, epoch, index):
+        """The image and its index; in its place, if it is unreadable and to be skipped, one drawn from the same key."""
+        try:
+            return self.images.read(index), index
+        except UnreadableImage:
+            if self.on_bad_image != "skip":
+                raise
+        substitutes = np.random.default_rng((self.seed, epoch, index)).permutation(len(self.images))
+        for used in substitutes[:100]:
+            try:
+                return self.images.read(int(used)), int(used)
+            except UnreadableImage:
+                continue
+        raise DataError(f"100 images in a row were unreadable in place of {self.images.where(index)}")
+
+
+class StepSampler:
+    """The keys of each micro-batch of this rank from `start_step` on, over all epochs, so that workers never restart.
+
+    A step takes the next `batch_size` of the epoch's order; rank r has the r-th part, cut into `accumulation` pieces.
+    """
+
+    def __init__(self, length, *, batch_size, accumulation, seed, start_step, total_steps, rank=0, world=1):
+        self.length, self.batch_size, self.accumulation, self.seed = length, batch_size, accumulation, seed
+        self.start_step, self.total_steps, self.rank, self.world = start_step, total_steps, rank, world
+        self.steps_per_epoch = length // batch_size  # the remainder is dropped, as in the authors' loader
+        self.micro_batch = batch_size // world // accumulation
+
+    def __len__(self):
+        return (self.total_steps - self.start_step) * self.accumulation
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in range(self.start_step, self.total_steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.length, self.seed, epoch)
+            first = step % self.steps_per_epoch * self.batch_size + self.rank * self.batch_size // self.world
+            for micro in range(self.accumulation):
+                begin = first + micro * self.micro_batch
+                yield [(epoch, int(index)) for index in order[begin:begin + self.micro_batch]]
+
+
+def train_loader(views, sampler, workers, device):
+    """Micro-batches of `views` in the sampler's order; images stay uint8."""
+    return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
+                      prefetch_factor=4 if workers else None)
+
+
+def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1):
+    """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
+    keys = [(0, index) for index in range(rank, len(images), world)]
+    batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
+    return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
+                      pin_memory=device.type == "cuda")
+
+
+def to_device(batch, device, mean, std):
+    """Moves a batch and turns its uint8 images (B, C, H, W) into normalised floats, there where that is cheap."""
+    batch = {name: value if name in STAY_ON_HOST else value.to(device, non_blocking=True) for name, value in batch.items()}
+    for name, value in batch.items():
+        if value.dtype == torch.uint8:
+            batch[name] = (value - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    return batch

@@ -1,0 +1,177 @@
+"""The masked autoencoder (He et al. 2022) with the paper's light decoder, in the order of its forward (Appendix A.2).
+
+Three things are done differently from the public code and give the same loss and gradients (tests/test_mae.py):
+ 1. patches are chosen before they are embedded, so three quarters of the embedding is never computed;
+ 2. the decoder sees its tokens in shuffled order, which attention does not notice as long as each token carries its own
+    position, so nothing is un-shuffled and no activation is gathered;
+ 3. only masked patches are predicted and compared, because only they enter the loss.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from common.vit import SIZES, pair, patch_grid
+
+DECODERS = {  # the decoder that goes with each encoder: width, depth, heads
+    "vit_tiny": (96, 1, 3),  # the paper's adjusted component (Appendix A.2)
+    "vit_small": (192, 1, 6),
+    "vit_base": (512, 8, 16),  # the official MAE
+    "vit_demo": (48, 1, 3),
+}
+
+
+def sincos_positions(dim, grid):
+    """MAE's fixed table (rows * columns, dim): the first half of the channels encodes the column, the second the row;
+    each half is dim/4 sines, then dim/4 cosines, of frequencies 10000^(-k / (dim/4)). MoCo-v3's is its transpose.
+    """
+    if dim % 4:
+        raise ValueError(f"a sin-cos table needs a width divisible by 4, not {dim}")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (column, row)]  # each (L, dim/4)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def take(x, ids):
+    """Rows of every sample: x (B, L, C), ids (B, K) -> (B, K, C). One index_select is far faster than a wide gather."""
+    B, L, C = x.shape
+    rows = ids + L * torch.arange(B, device=ids.device).unsqueeze(1)
+    return x.reshape(B * L, C).index_select(0, rows.flatten()).view(B, -1, C)
+
+
+def normalise_patches(patches):
+    """(t - mean) / sqrt(var + 1e-6) with the unbiased variance, per patch: (..., N) -> (..., N), float32.
+
+    Layer norm is the same with the biased variance, so its eps and scale are corrected by (N - 1) / N: one fused kernel.
+    """
+    N = patches.shape[-1]
+    ratio = (N - 1) / N
+    scale = patches.new_full((N,), math.sqrt(ratio), dtype=torch.float32)
+    return F.layer_norm(patches.float(), (N,), weight=scale, eps=1e-6 * ratio)
+
+
+class MAE(nn.Module):
+    """Parameter names are the official MAE's. The encoder is the ViT of `common/vit.py` without pooling and head."""
+
+    def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, decoder_dim=None,
+                 decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True):
+        super().__init__()
+        if model not in SIZES:
+            raise ValueError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
+        default = DECODERS[model]
+        decoder_dim, decoder_depth = decoder_dim or default[0], decoder_depth or default[1]
+        decoder_heads = decoder_heads or default[2]
+        self.config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
+                           num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
+                           decoder_heads=decoder_heads, mask_ratio=mask_ratio, norm_pix=norm_pix)
+        self.grid = patch_grid(img_size, patch_size)
+        self.patch_size, self.in_chans, self.norm_pix = patch_size, in_chans, norm_pix
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196 at 0.75
+        if not 0 < self.num_visible < self.num_patches:
+            raise ValueError(f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible")
+        dim, depth = SIZES[model]["embed_dim"], SIZES[model]["depth"]
+
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = self._fixed_positions(dim)
+        self.blocks = nn.ModuleList(self._block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = self._fixed_positions(decoder_dim)
+        self.decoder_blocks = nn.ModuleList(self._block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * in_chans)
+        self.init_weights()
+
+    @staticmethod
+    def _block(dim, heads):
+        if dim % heads:
+            raise ValueError(f"a width of {dim} is not divisible by {heads} heads")
+        return Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+
+    def _fixed_positions(self, dim):
+        table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid)])  # the class token's row is zero
+        return nn.Parameter(table.unsqueeze(0), requires_grad=False)  # (1, 1 + L, dim)
+
+    def init_weights(self):
+        """Xavier-uniform Linear weights (qkv as one matrix), also for the patch convolution seen as a matrix, whose bias
+        keeps PyTorch's default; biases 0; both tokens normal with std 0.02 (PAPER: Appendix A.2; official models_mae.py).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images, noise):
+        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches."""
+        patches = self.patchify(images)
+        ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the others are masked
+        ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
+        latent = self.forward_encoder(take(patches, ids_visible), ids_visible)
+        pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
+        return self.loss(pred, take(patches, ids_masked))
+
+    @torch.no_grad()
+    def reconstruct(self, images, noise):
+        """Prediction of every patch (B, L, p*p*C) in image order, and the mask (B, L): 1 where a patch was removed."""
+        patches = self.patchify(images)
+        ids_shuffle = noise.argsort(dim=1)
+        ids_visible = ids_shuffle[:, : self.num_visible]
+        pred = self.forward_decoder(self.forward_encoder(take(patches, ids_visible), ids_visible), ids_shuffle)
+        mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
+        return take(pred, ids_shuffle.argsort(dim=1)), mask
+
+    def patchify(self, images):
+        """(B, C, H, W) -> (B, L, p*p*C): patches row by row, inside a patch row, column, channel."""
+        B, C, (h, w), p = len(images), self.in_chans, self.grid, self.patch_size
+        if images.shape[1:] != (C, h * p, w * p):
+            raise ValueError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
+        return images.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
+
+    def unpatchify(self, patches):
+        """The inverse of `patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
+        B, C, (h, w), p = len(patches), self.in_chans, self.grid, self.patch_size
+        return patches.reshape(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)
+
+    def embed(self, patches, ids):
+        """Patches (B, K, p*p*C) at places ids (B, K) -> tokens with positions (B, K, D): the convolution as a product."""
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
+        return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
+
+    def forward_encoder(self, visible, ids_visible):
+        """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D). The class token joins after masking."""
+        tokens = self.embed(visible, ids_visible)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        x = torch.cat([cls_token, tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_decoder(self, latent, ids_shuffle, skip=0):
+        """Latent (B, 1 + K, D) -> predicted patches in shuffled order, but the first `skip`: (B, L - skip, p*p*C)."""
+        x = self.decoder_embed(latent)
+        B, L = ids_shuffle.shape
+        mask_tokens = self.mask_token.to(x.dtype).expand(B, L - self.num_visible, -1)
+        x = torch.cat([x, mask_tokens], dim=1)
+        positions = torch.cat([self.decoder_pos_embed[:, :1].expand(B, -1, -1),
+                               self.decoder_pos_embed[0, 1:][ids_shuffle]], dim=1)
+        x = x + positions
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, 1 + skip:]))
+
+    def loss(self, pred, target):
+        """Mean squared error over masked patches, in float32: (B, M, p*p*C) twice -> scalar."""
+        if self.norm_pix:
+            target = normalise_patches(target)
+        return F.mse_loss(pred.float(), target)

@@ -1,0 +1,58 @@
+"""Learning-rate schedule, layer decay and parameter groups: pure functions of a step, a name, a depth (Appendix A.1, A.2)."""
+import math
+
+import torch
+
+
+def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_lr=0.0):
+    """The rate of 0-based step `step`: linear from `warmup_lr` to `peak`, then half a cosine down to `min_lr`.
+
+    Set per step, as in the authors' engine, so the very first step of a warm-up from 0 has rate 0.
+    """
+    if step < warmup_steps:
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return min_lr + 0.5 * (peak - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def layer_of(name, depth):
+    """The layer of a ViT parameter, 0..depth+1: embeddings 0, block b is b + 1, norm and head are last."""
+    if name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def decayed(name, parameter, exempt=()):
+    """Whether weight decay acts on a parameter: not on vectors and biases, nor on names in `exempt`."""
+    return parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+
+
+def parameter_groups(model, weight_decay, *, exempt=(), layer_decay=1.0, depth=None):
+    """Groups of the trainable parameters for an optimizer, each with its `lr_scale` = layer_decay^(depth + 1 - layer).
+
+    MAE pre-training exempts only vectors and biases, fine-tuning also `pos_embed` and `cls_token` (the authors' code).
+    The scale multiplies the whole rate, minimum included.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if layer_decay != 1.0 else 1.0
+        decay = weight_decay if decayed(name, parameter, exempt) else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(groups, betas):
+    """AdamW in its fused form: one kernel, and the only one that can skip an update without asking the device."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def set_learning_rate(optimizer, lr):
+    """Gives every group its share `lr * lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

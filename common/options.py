@@ -1,0 +1,144 @@
+"""Command lines: groups of arguments that scripts share, and how presets, recipes and table rows meet.
+
+Precedence: explicit argument > table row > recipe > preset > default. A script's defaults are the paper's values; its
+`PRESETS` lists only what demo and small change.
+"""
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+from common import data
+from common.distributed import print0
+from common.vit import SIZES
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESET_NAMES = ("demo", "small", "paper")
+
+
+def make_parser(description):
+    """A parser whose help starts with the script's docstring and shows each default."""
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_data(parser, img_size=224):
+    group = parser.add_argument_group("data")
+    group.add_argument("--preset", choices=PRESET_NAMES, help="demo without --data-path, paper with it")
+    group.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
+    group.add_argument("--data-path", metavar="DIR", help="where the data set lies")
+    group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
+    group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX", help="side, or height width")
+    group.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
+    group.add_argument("--std", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
+
+
+def add_model(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=tuple(SIZES), default="vit_tiny", help="the encoder")
+    group.add_argument("--patch-size", type=int, default=16, help="pixels")
+    group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
+
+
+def add_execution(parser):
+    """How a run is executed. None of these enters a run's identity; every table passes them on to its stages."""
+    group = parser.add_argument_group("execution")
+    group.add_argument("--output", default=str(ROOT / "outputs"), metavar="DIR", help="where runs and results are kept")
+    group.add_argument("--fresh", action="store_true", help="start again, leaving no trace of the run before")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                       help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
+    group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device; smaller = less memory")
+    group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: from the number of cores")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--deterministic", action="store_true", help="bit-exact GPU kernels (a CPU is exact anyway)")
+    group.add_argument("--allow-inexact", action="store_true", help="resume with other threads, ranks or precision")
+    group.add_argument("--save-minutes", type=float, default=10, help="longest time between two checkpoints")
+    group.add_argument("--log-every", type=int, default=10, help="steps between two rows of log.jsonl")
+    group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: replace, count and list it")
+
+
+EXECUTION = ("output", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",
+             "allow_inexact", "save_minutes", "log_every", "on_bad_image")
+
+
+def explicit_arguments(parser, argv=None):
+    """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
+    unset = object()
+    names = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name: value for name, value in given.items() if value is not unset}
+
+
+def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
+    """The settings of a run, by the precedence above, as a Namespace. An unknown name is an error."""
+    explicit, row = dict(explicit or {}), dict(row or {})
+    settings = vars(parser.parse_args([]))
+    unknown = sorted((set(explicit) | set(row)) - set(settings))
+    if unknown:
+        raise SystemExit(f"{parser.prog} has no setting {', '.join(unknown)}; it has {', '.join(sorted(settings))}")
+    given = {**row, **explicit}
+    preset = given.get("preset") or ("paper" if given.get("data_path") else "demo")
+    recipe = given.get("recipe", settings.get("recipe"))
+    settings.update(presets.get(preset, {}))
+    settings.update((recipes or {}).get(recipe, {}))
+    settings.update(given)
+    settings["preset"] = preset
+    return argparse.Namespace(**settings)
+
+
+def parse(parser, presets, recipes=None, argv=None):
+    """The settings of a script that was started by hand."""
+    check_clone()
+    return resolve(parser, presets, recipes, explicit=explicit_arguments(parser, argv))
+
+
+def stage(name, explicit=None, row=None):
+    """Runs another script's `main` with keyword settings, in this process, and returns its result.
+
+    `name` is a module such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
+    """
+    module = importlib.import_module(name)
+    args = resolve(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    torch.compiler.reset()
+    print0(f"\n== {name}")
+    return module.main(args)
+
+
+def command_line(name, settings):
+    """The shell command of a stage: settings as a dict of names and values."""
+    words = ["python", f"{name.replace('.', '/')}.py"]
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return " ".join(words)
+
+
+def check_clone():
+    """Stops if the `common` that Python found belongs to another clone than the script that was started."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", "") or ".").resolve()
+    imported = Path(common.__file__).resolve().parents[1]
+    clone = script.parents[1] if len(script.parents) > 1 else None
+    if clone and (clone / "common" / "vit.py").is_file() and clone != imported:
+        raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {imported}.\n"
+                         f"Run `pip install -e {clone}`, or set PYTHONPATH={clone}, and start again.")
+
+
+def default_workers(workers, device):
+    """Loading processes of this rank: its share of the cores, at most 8; on a CPU the model itself wants the cores."""
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 1))

@@ -1,0 +1,73 @@
+"""Tables as json and Markdown with the published number beside ours, and the style of the figures."""
+import json
+import statistics
+from pathlib import Path
+
+from common.checkpoint import save_json, write_atomically
+from common.distributed import is_main, print0
+from common.runs import environment
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: colour-blind safe
+
+
+def pyplot():
+    """matplotlib without a display, with type that stays legible in print."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.prop_cycle": plt.cycler(color=COLOURS), "savefig.bbox": "tight", "legend.frameon": False})
+    return plt
+
+
+def draw_curve(log_path, path):
+    """Training loss and learning rate of a log.jsonl over epochs, with the evaluations if there are any."""
+    rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
+    steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
+    if not steps:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6), layout="constrained")
+    axes[0].plot([r["epoch"] for r in steps], [r["loss"] for r in steps], linewidth=1)
+    axes[0].set(xlabel="epoch", ylabel="training loss")
+    axes[1].plot([r["epoch"] for r in steps], [r["lr"] for r in steps], linewidth=1)
+    axes[1].set(xlabel="epoch", ylabel="learning rate")
+    if evals:
+        axes[2].plot([r["epoch"] for r in evals], [r["eval"]["top1"] for r in evals], marker="o", markersize=3)
+        axes[2].set(xlabel="epoch", ylabel="top-1 on val (%)")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def spread(values):
+    """Mean and sample standard deviation over seeds as text: "78.0 ± 0.1", "78.0", or "-" for nothing."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def markdown(header, rows):
+    """A Markdown table, columns aligned so that it reads in a terminal too."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_table(folder, item, args, columns, rows, notes=()):
+    """Prints a table and writes <item>.json and <item>.md into `folder`.
+
+    `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of a row.
+    """
+    if not is_main():
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes]) + "\n"
+    save_json(folder / f"{item}.json", {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
+                                        "notes": list(notes), "environment": environment()})
+    write_atomically(folder / f"{item}.md", lambda file: file.write(text.encode()))
+    print0(f"\n{text}\nwritten to {folder / item}.json and .md")

@@ -1,0 +1,146 @@
+"""A run: one folder outputs/<script>/<name>-<hash>/ that knows its settings, its log and its result.
+
+The hash covers the settings that change the result; data, teachers and initial weights enter by content. A finished run
+is reused, an unfinished one continues with the same command, `--fresh` starts again.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+import torchvision
+
+from common import distributed
+from common.checkpoint import save_json, save_torch
+from common.distributed import print0
+from common.options import EXECUTION
+
+WEIGHTS = "weights.pt"  # what a finished run leaves: {"model", "config"}
+# Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
+BY_CONTENT = ("data_path", "init", "teacher", "download", "preset")
+# An argument that was added later, with the value at which a run is what it was before: that value stays out of the hash.
+ADDED_LATER = {}
+
+
+def settings_hash(settings, fingerprints):
+    """Ten hex digits for the settings that change the result. None and False say "not used" and stay out, so that a new
+    argument whose default is off leaves old hashes as they were.
+    """
+    kept = {name: value for name, value in settings.items()
+            if name not in EXECUTION + BY_CONTENT and value is not None and value is not False
+            and (name not in ADDED_LATER or value != ADDED_LATER[name])}
+    text = json.dumps({**kept, "fingerprints": fingerprints}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def environment():
+    """What a result should say about where it was made."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "timm": timm.__version__, "numpy": numpy.__version__, "gpu": gpu, "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
+
+
+class Run:
+    """An open run. On ranks other than 0 writing does nothing."""
+
+    def __init__(self, folder, settings):
+        self.folder, self.settings = Path(folder), settings
+        self.result = None
+
+    @property
+    def log_path(self):
+        return self.folder / "log.jsonl"
+
+    def log(self, row):
+        """Appends a row to log.jsonl."""
+        if distributed.is_main():
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def log_size(self):
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def cut_log(self, size):
+        """Forgets the rows written after a checkpoint, so that a resumed log reads like an uninterrupted one."""
+        if distributed.is_main() and self.log_size() > size:
+            os.truncate(self.log_path, size)
+
+    def finish(self, result, model):
+        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints made to resume."""
+        result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
+        if distributed.is_main():
+            save_torch(self.folder / WEIGHTS, {"model": model.state_dict(), "config": model.config})
+            save_json(self.folder / "result.json", {**result, "environment": environment()})
+            for path in self.folder.glob("step-*.pt"):
+                path.unlink()
+        distributed.barrier()
+        return result
+
+
+@contextmanager
+def open_run(script, name, args, fingerprints):
+    """Yields the run of these settings; `run.result` is set if it is finished already.
+
+    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is an error that names it.
+    """
+    settings = vars(args)
+    digest = settings_hash(settings, fingerprints)
+    folder = Path(args.output) / script / f"{name}-{digest}"
+    lock, problem, result = None, None, None
+    if distributed.is_main():
+        try:
+            lock, result = _prepare(folder, args.fresh, {"script": script, **settings, "fingerprints": fingerprints})
+        except OSError as error:
+            problem = str(error)
+    problem, result = distributed.broadcast_object((problem, result))
+    if problem:
+        raise SystemExit(problem)
+    run = Run(folder, settings)
+    run.result = result
+    print0(f"run {folder}" + (" (finished: reused)" if result else ""))
+    try:
+        yield run
+    finally:
+        if lock:
+            lock.close()
+
+
+def _prepare(folder, fresh, settings):
+    """Makes and locks the folder; returns the lock (closed at the end) and the result of a finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise OSError(f"{folder} is in use by {lock.read().strip() or 'another process'}: wait for it or stop it") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    if fresh:
+        for path in folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = folder / "result.json"
+    if done.exists():
+        stored = json.loads(done.read_text())
+        stored.update(run=str(folder), checkpoint=str(folder / WEIGHTS))  # the folder may have moved
+        return lock, stored
+    save_json(folder / "settings.json", settings)
+    return lock, None
+
+
+def print_settings(args):
+    """The preset first, then every resolved setting."""
+    print0(f"preset {args.preset}: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v is not None))

@@ -1,0 +1,247 @@
+"""The one training loop. Steps, not epochs, drive it; every method of the paper goes through it."""
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint, distributed, report
+from common.data import DataError, statistics
+from common.distributed import print0
+from common.loader import StepSampler, Views, seed_everything, to_device, train_loader
+from common.optim import set_learning_rate
+from common.options import default_workers
+from common.vit import use_plain_attention
+from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
+
+STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
+
+
+class Method:
+    """What the loop asks of a method: a loss. The hooks are for momentum encoders, moving averages and centres."""
+
+    def __init__(self, model):
+        self.model = model  # carries `config`
+        self.forward = model  # the loop puts the compiled, distributed model here
+
+    def loss(self, batch, step):
+        """The scalar loss of a micro-batch, computed through `self.forward`, and a dict of tensors to log."""
+        raise NotImplementedError
+
+    def before_step(self, step):
+        pass
+
+    def after_step(self, step):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def choose_precision(precision, device):
+    """The autocast type, or None for float32. Emulated bf16 does not count as having it."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif precision == "auto":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        precision = "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise SystemExit("--precision fp16 needs a GPU; on a CPU choose bf16 or fp32")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def split_batch(batch_size, micro_batch, world):
+    """Accumulation steps with which `world` ranks of at most `micro_batch` images make up the global batch exactly."""
+    if batch_size % world:
+        raise SystemExit(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
+    per_rank = batch_size // world
+    accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
+    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation} images")
+    return accumulation
+
+
+def steps_per_epoch(images, batch_size):
+    """Whole batches in an epoch; none is an error."""
+    if len(images) < batch_size:
+        raise DataError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
+                        f"lower --batch-size or choose --preset small")
+    return len(images) // batch_size
+
+
+def check_execution(stored, now, allow_inexact):
+    """Refuses to resume where the arithmetic would differ, unless --allow-inexact."""
+    changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items() if stored.get(name) != value]
+    if changed and not allow_inexact:
+        raise SystemExit(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
+                         f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
+
+
+def wrap(model, device, compiled):
+    """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
+    if device.type == "cpu":
+        use_plain_attention(model)
+    if compiled:
+        model = torch.compile(model)
+    if distributed.world_size() > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)
+    return model
+
+
+class Snapshot:
+    """All that a checkpoint holds, saved and restored together; `progress` is what the loop itself remembers."""
+
+    def __init__(self, run, args, method, optimizer, scaler, meter, execution):
+        self.run, self.args, self.method, self.optimizer, self.scaler = run, args, method, optimizer, scaler
+        self.meter, self.execution = meter, execution
+        self.progress = {"step": 0, "seconds": 0.0, "best": {}, "last": {}, "bad_images": []}
+        self.saved_at = self.resumed_at = time.perf_counter()
+
+    def restore(self, device):
+        """Puts everything back as the newest whole checkpoint has it, the log included. Returns the step to do next."""
+        saved = checkpoint.load_newest(self.run.folder)
+        self.run.cut_log(saved["log_size"] if saved else 0)
+        if saved is None:
+            return 0
+        check_execution(saved["execution"], self.execution, self.args.allow_inexact)
+        self.method.model.load_state_dict(saved["model"])
+        self.method.load_state_dict(saved["method"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.meter.restore(saved["meter"], device)
+        self.progress = saved["progress"]
+        print0(f"continuing after step {self.progress['step']}")
+        return self.progress["step"]
+
+    def save(self, step):
+        self.progress.update(step=step, seconds=self.seconds())
+        self.resumed_at = self.saved_at = time.perf_counter()
+        if distributed.is_main():
+            checkpoint.save_step(self.run.folder, step, {
+                "model": self.method.model.state_dict(), "config": self.method.model.config,
+                "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "meter": self.meter.state(), "progress": self.progress,
+                "execution": self.execution, "log_size": self.run.log_size()})
+
+    def seconds(self):
+        """Seconds spent training so far, those before a resume included."""
+        return self.progress["seconds"] + time.perf_counter() - self.resumed_at
+
+    def due(self):
+        return time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
+
+
+def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
+    """Trains `method.model` for args.epochs on `images`. Returns {seconds, images_per_second, last, best}.
+
+    `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the end.
+    Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    per_epoch = steps_per_epoch(images, args.batch_size)
+    total = per_epoch * args.epochs
+    accumulation = split_batch(args.batch_size, args.micro_batch, world)
+    dtype = choose_precision(args.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    torch.use_deterministic_algorithms(args.deterministic)
+
+    guard = Guard(run, optimizer, scaler, schedule, device)
+    meter = Meter(run, total, args.batch_size)
+    snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
+        "device": device.type, "ranks": world, "threads": torch.get_num_threads(), "accumulation": accumulation,
+        "precision": str(dtype or torch.float32), "compile": args.compile})
+    start = snapshot.restore(device)
+    progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
+    method.forward = wrap(method.model, device, args.compile)
+    batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
+
+    with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch):
+        for step in range(start, total):
+            set_learning_rate(optimizer, schedule(step))
+            method.model.train()
+            method.before_step(step)
+            for micro in range(accumulation):
+                batch = next(batches)
+                seed_everything(args.seed, step, rank, micro)  # mixup and drop path
+                with last_only(method.forward, micro == accumulation - 1):
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        loss, logs = method.loss(batch, step)
+                    scaler.scale(loss / accumulation).backward()
+                meter.add(loss=loss / accumulation, **{name: value / accumulation for name, value in logs.items()})
+            grad_norm = update(optimizer, scaler, guard, step, loss, args.clip_grad)
+            method.after_step(step)
+            meter.step(grad_norm=grad_norm)
+
+            done, epoch = step + 1, (step + 1) / per_epoch
+            evaluated = evaluate is not None and done % per_epoch == 0 and (
+                done == total or args.eval_every and epoch % args.eval_every == 0)
+            stopping, due = distributed.all_max(stop.received, snapshot.due())
+            if done % args.log_every == 0 or done == total:
+                guard.raise_if_bad()
+                meter.write(done, epoch, schedule(step))
+            if evaluated:
+                guard.raise_if_bad()
+                note_evaluation(run, method, progress, done, epoch, evaluate())
+            if done < total and (stopping or due or evaluated):
+                guard.raise_if_bad()
+                progress["bad_images"] = sorted(bad_images.known)
+                snapshot.save(done)
+            if stopping and done < total:
+                print0(f"stopped by a signal after step {done} of {total}; saved in {run.folder}. "
+                       f"The same command continues.")
+                raise SystemExit(STOPPED)
+    guard.raise_if_bad()
+    if distributed.is_main():
+        report.draw_curve(run.log_path, run.folder / "curve.png")
+    seconds = snapshot.seconds()
+    return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
+            "bad_images": len(bad_images.known), "last": progress["last"], "best": progress["best"]}
+
+
+def micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images):
+    """Every micro-batch of this rank from step `start` on, on the device; the time spent waiting goes to the meter."""
+    sampler = StepSampler(len(images), batch_size=args.batch_size, accumulation=accumulation, seed=args.seed,
+                          start_step=start, total_steps=total, rank=distributed.rank(), world=distributed.world_size())
+    views = Views(images, transform, args.seed, args.on_bad_image)
+    loader = iter(train_loader(views, sampler, default_workers(args.workers, device), device))
+    mean, std = (values.to(device) for values in statistics(args))
+    while True:
+        with meter.waiting():
+            batch = next(loader, None)
+        if batch is None:
+            return
+        bad_images.note(batch.pop("bad"))
+        yield to_device(batch, device, mean, std)
+
+
+def last_only(forward, last):
+    """Ranks average their gradients once a step, in its last backward pass."""
+    return nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync()
+
+
+def update(optimizer, scaler, guard, step, loss, clip_grad):
+    """One optimizer step, unless something is not finite. Returns the gradient norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
+    guard.check(step, loss.detach(), grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def note_evaluation(run, method, progress, step, epoch, result):
+    """Logs an evaluation; the best weights so far are kept beside the last."""
+    run.log({"step": step, "epoch": epoch, "eval": result})
+    print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    progress["last"] = {"epoch": epoch, **result}
+    if result["top1"] > progress["best"].get("top1", -1.0):
+        progress["best"] = dict(progress["last"])
+        if distributed.is_main():
+            checkpoint.save_torch(run.folder / "best.pt", {"model": method.model.state_dict(), "config": method.model.config})

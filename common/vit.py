@@ -1,0 +1,115 @@
+"""The paper's backbones: ViT-Tiny, -Small and -Base with 12 heads, as timm VisionTransformers (Section 3, Appendix A.1).
+
+The names, shapes and forward are timm's, so weights travel both ways. What differs is written here: twelve heads at
+every width (DeiT-Tiny has three; the shapes are equal, the functions are not), average pooling of the patch tokens
+followed by `fc_norm`, and the initial values that the authors' pinned timm 0.4.12 gave.
+"""
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+SIZES = {  # name -> width and depth; the number of heads is an argument, 12 unless said otherwise
+    "vit_tiny": {"embed_dim": 192, "depth": 12},
+    "vit_small": {"embed_dim": 384, "depth": 12},
+    "vit_base": {"embed_dim": 768, "depth": 12},
+    "vit_demo": {"embed_dim": 96, "depth": 12},  # ours, for the demo preset: the paper's depth and heads, half its width
+}
+
+
+def pair(size):
+    """An int, [int] or (H, W) as the tuple (H, W)."""
+    if isinstance(size, int):
+        return size, size
+    size = tuple(int(s) for s in size)
+    if len(size) not in (1, 2):
+        raise ValueError(f"an image size is one number or two (height, width), not {size}")
+    return size * 2 if len(size) == 1 else size
+
+
+def patch_grid(img_size, patch_size):
+    """Rows and columns of patches of an (H, W) image; an error if the patches do not tile it."""
+    height, width = pair(img_size)
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"patches of {patch_size} px do not tile an image of {height} x {width} px: "
+                         f"choose --img-size as multiples of {patch_size}, or another --patch-size")
+    return height // patch_size, width // patch_size
+
+
+def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
+              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0):
+    """A classifier: `global_pool` "avg" is mean of the patch tokens -> fc_norm -> head, "token" is norm -> class token
+    -> head. The default is the paper's ViT-Tiny of 5,717,416 parameters. The module carries its settings as `config`.
+    """
+    config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
+                  num_classes=num_classes, num_heads=num_heads, global_pool=global_pool, class_token=class_token,
+                  reg_tokens=reg_tokens)
+    if model not in SIZES:
+        raise ValueError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
+    patch_grid(img_size, patch_size)
+    vit = VisionTransformer(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                            num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
+                            class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
+    vit.config = config
+    return init_vit(vit)
+
+
+def init_vit(vit):
+    """Initial values of a classifier in timm 0.4.12, which the paper's results rest on: truncated normal of std 0.02 for
+    Linear weights (the head too), positions and class token; biases 0. The patch convolution keeps PyTorch's default.
+    Today's timm draws the class token with std 1e-6 instead.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("pos_embed", "cls_token", "reg_token"):
+        if getattr(vit, name, None) is not None:
+            trunc_normal_(getattr(vit, name), std=0.02)
+    return vit
+
+
+def attention_logits(attention, tokens):
+    """A = q k^T / sqrt(head dim), before the softmax (Section 5's A): tokens (B, N, D) -> (B, heads, N, N).
+
+    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output.
+    """
+    B, N, _ = tokens.shape
+    qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
+    q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    return (q * attention.scale) @ k.transpose(-2, -1)
+
+
+def use_plain_attention(model):
+    """Matmul, softmax, matmul in every block instead of the fused kernel.
+
+    On CPUs the fused kernel loses at these small head dimensions, most of all in its bf16 backward
+    (appendix/benchmark_throughput.py measures both). On GPUs the fused kernel stays.
+    """
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def leading_blocks(state, k):
+    """The pre-trained entries that `--keep-blocks k` keeps (Figures 2 and 4): none for k = 0; for k >= 1 the patch
+    embedding, class token, positions and blocks 1..k. What follows (later blocks, norms, head) starts anew.
+    """
+    def kept(name):
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) < k
+        return k > 0 and name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed"))
+    return {name: value for name, value in state.items() if kept(name)}
+
+
+def parameter_count(model):
+    """Number of parameters, frozen ones included."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def eval_mode(model, device):
+    """A model ready to be measured: on the device, in float32, dropout and drop path off."""
+    return model.to(device=device, dtype=torch.float32).eval()

@@ -1,0 +1,154 @@
+"""What watches a training run: the log and progress bar, stop signals, non-finite values, unreadable images, memory."""
+import signal
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, distributed
+from common.data import DataError
+from common.distributed import print0
+
+BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
+
+
+class StopSignals:
+    """Turns the first signal into a flag that the loop reads at the end of a step; a second one interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __enter__(self):
+        self.received = False
+        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def _handle(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Guard:
+    """Skips every update from the first non-finite loss or gradient on, without asking the device during a step.
+
+    The fused optimizers leave the weights alone where `found_inf` is 1. With fp16 the scaler owns that flag and skips
+    overflowing gradients by itself, so there only the loss counts.
+    """
+
+    def __init__(self, run, optimizer, scaler, schedule, device):
+        self.run, self.optimizer, self.schedule = run, optimizer, schedule
+        self.owns_flag = not scaler.is_enabled()
+        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)
+
+    def check(self, step, loss, grad_norm):
+        finite = torch.isfinite(loss)
+        if self.owns_flag:
+            finite = finite & torch.isfinite(grad_norm)
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, float(step), self.bad_step)
+        if self.owns_flag:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
+
+    def raise_if_bad(self):
+        """Reads the device (so it is called only to log or to save) and stops the run on every rank alike."""
+        [step] = distributed.all_max(int(self.bad_step))
+        if step < 0:
+            return
+        saved = checkpoint.steps_saved(self.run.folder)
+        good = f"the last good checkpoint is step-{saved[0]:08d}.pt" if saved else "no checkpoint was saved before"
+        raise FloatingPointError(
+            f"non-finite loss or gradient at step {step} (learning rate {self.schedule(step):.3g}). Nothing was updated "
+            f"since; {good} in {self.run.folder}. Try a lower --lr, --clip-grad 1 or --precision fp32")
+
+
+class Meter:
+    """Sums kept on the device and read only when a row of log.jsonl is due; speed, waiting share, time left."""
+
+    def __init__(self, run, total, batch_size):
+        self.run, self.total, self.batch_size = run, total, batch_size
+        self.sums, self.steps = {}, 0  # since the last row, also that of a run before it was resumed
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # in this process
+
+    @contextmanager
+    def bar(self, start):
+        """The progress bar: quiet on other ranks than 0, and where there is no terminal (a line now and then instead)."""
+        self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
+        with tqdm(total=self.total, initial=start, unit="step", disable=None if distributed.is_main() else True) as self.line:
+            yield
+
+    @contextmanager
+    def waiting(self):
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def step(self, **values):
+        self.add(**values)
+        self.steps += 1
+        self.timed += 1
+        self.line.update()
+
+    def state(self):
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "steps": self.steps}
+
+    def restore(self, state, device):
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.steps = state["steps"]
+
+    def write(self, step, epoch, lr):
+        """One row: means over the steps since the last row and over ranks."""
+        names, now = sorted(self.sums), time.perf_counter()
+        sums = distributed.all_sum(torch.stack([self.sums[name] for name in names])).tolist()
+        means = {name: value / self.steps / distributed.world_size() for name, value in zip(names, sums)}
+        speed, waiting = self.timed * self.batch_size / (now - self.since), self.waited / (now - self.since)
+        self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **means,
+                      "images_per_second": round(speed, 1), "waiting": round(waiting, 3)})
+        self.show(step, means["loss"], lr, speed, waiting, now)
+        self.sums, self.steps, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
+
+    def show(self, step, loss, lr, speed, waiting, now):
+        self.line.set_postfix_str(f"loss {loss:.4f} lr {lr:.2e} {speed:.0f} img/s, {waiting:.0%} waiting for data")
+        if self.line.disable and now > self.report_at:
+            left = (now - self.began) / (step - self.start) * (self.total - step)
+            print0(f"step {step} of {self.total}: loss {loss:.4f}, {speed:.0f} images/s, {waiting:.0%} waiting for data, "
+                   f"{left / 60:.1f} minutes left")
+            self.report_at = now + 120
+
+
+class BadImages:
+    """The unreadable images that `--on-bad-image skip` replaced: listed in the run's folder, and too many stop the run."""
+
+    def __init__(self, run, images, known=()):
+        self.run, self.images, self.known = run, images, set(known)
+
+    def note(self, indices):
+        new = {index for index in indices.tolist() if index >= 0} - self.known
+        if not new:
+            return
+        self.known |= new
+        path = self.run.folder / f"bad_images-rank{distributed.rank()}.txt"
+        path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n")
+        print(f"unreadable and replaced: {', '.join(str(self.images.where(index)) for index in sorted(new))}", flush=True)
+        share = len(self.known) * distributed.world_size() / len(self.images)
+        if share > BAD_LIMIT:
+            raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: see {path}")
+
+
+@contextmanager
+def explain_memory(micro_batch):
+    """Turns an out-of-memory error into one that says which argument to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(f"out of memory with --micro-batch {micro_batch}: try --micro-batch {max(1, micro_batch // 2)}; "
+                              f"the global batch and the result stay the same ({str(error).splitlines()[0]})") from error
+        raise

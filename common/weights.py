@@ -1,0 +1,161 @@
+"""Reading weights: any source to plain tensors under public names, with what is known about them.
+
+Files are untrusted. Tensors, plain values and SAFE_GLOBALS are read and no code runs; whatever cannot be read or is not
+understood is a FormatError that names the file and a remedy. common/formats.py puts the tensors into models.
+"""
+import argparse
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from common.vit import SIZES
+
+SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
+SAFE_GLOBALS = [argparse.Namespace, (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
+                np.dtype, *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
+STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
+
+
+class FormatError(ValueError):
+    """A source that cannot be read, is not understood or does not fit: says which, and what to do."""
+
+
+@dataclass
+class Weights:
+    state: dict  # name -> tensor, public names
+    config: dict | None  # arguments of build_vit or MAE, where the source has them (num_heads among them)
+    source: str
+    layout: str  # what was recognised
+    fingerprint: str  # of `state`, whatever the file around it
+    left_out: list  # names of tensors beside the model (D-MAE's teacher)
+    model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
+
+
+def fingerprint(state):
+    """sha256 in hex over sorted names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def is_mae_lite(tensors):
+    return f"model.{STEM}" in tensors and {n.split(".")[0] for n in tensors} <= {"model", "tch_model", "attn_adapter"}
+
+
+def strip_mae_lite(tensors):
+    """The network is `model`; distillation keeps its teacher, and the map between the heads, beside it."""
+    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    return state, [name for name in tensors if not name.startswith("model.")]
+
+
+LAYOUTS = [  # name, recognise(tensors), strip(tensors) -> (state, names left out); the first to recognise reads
+    ("mae-lite", is_mae_lite, strip_mae_lite),
+    ("plain names, as MAE, DeiT and timm", lambda tensors: STEM in tensors, lambda tensors: (tensors, [])),
+]
+
+
+def read_weights(source):
+    """A file (ours, mae-lite, MAE, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
+
+    FileNotFoundError if nothing is there, FormatError if what is there cannot be read or understood.
+    """
+    if str(source).startswith("timm:") or Path(source).is_dir():
+        return read_timm(str(source))
+    content = read_file(Path(source))
+    config, tensors = own_config(content), unwrap(content)
+    for layout, recognise, strip in LAYOUTS:
+        if recognise(tensors):
+            state, left_out = strip(tensors)
+            if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+                raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
+            return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out)
+    raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
+                      f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
+
+
+def own_config(content):
+    """The settings in a file of ours; None in a foreign one, whose "config" is something else."""
+    config = content.get("config")
+    ours = isinstance(config, dict) and {"model", "img_size", "patch_size", "num_heads"} <= config.keys()
+    return config if ours else None
+
+
+def unwrap(content):
+    """The dict under "model" or "state_dict", else all; without the prefix of DistributedDataParallel."""
+    tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    prefix = "module." if all(str(name).startswith("module.") for name in tensors) else ""
+    return {str(name).removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def listed(names):
+    return f"{len(names)} ({', '.join([str(name) for name in names][:10])}{', ...' if len(names) > 10 else ''})"
+
+
+def read_file(path):
+    """A torch or safetensors file as a dict, on the CPU."""
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: check the path, or give timm:NAME for timm's hub")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # permissions, a failing disk: not the content
+    except Exception as error:  # foreign bytes raise anything, a text file a KeyError
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise FormatError(f"{path} needs {refused[1]}, which could run code, so it is not read. Where you trust "
+                              f"it, save its tensors anew as {{'model': state_dict}}") from error
+        raise FormatError(f"{path} ({path.stat().st_size:,} bytes) is no whole torch or safetensors file "
+                          f"({type(error).__name__}): compare its size with the original, fetch it again") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}, not a dict of tensors: save model.state_dict()")
+    return content
+
+
+def read_timm(source):
+    """timm builds and loads the model of `timm:NAME` or of a folder; a ViT's settings become its `config`."""
+    hub, name = source.startswith("timm:"), source.removeprefix("timm:")
+    absent = [file for file in ("config.json", "model.safetensors") if not hub and not (Path(name) / file).is_file()]
+    if absent:
+        raise FormatError(f"{source} is a folder without {' and '.join(absent)}, so not timm's: give a file inside it")
+    try:
+        model = timm.create_model(name if hub else f"local-dir:{name}", pretrained=True)
+    except Exception as error:  # timm, the hub and the network share no class of errors
+        remedy = (f"Without the hub, fetch config.json and model.safetensors of huggingface.co/timm/{name} (the name "
+                  f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
+        raise FormatError(f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}") from error
+    state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
+    return Weights(state, model.config, source, "timm", fingerprint(state), [], model)
+
+
+def vit_config(vit):
+    """The arguments of build_vit for a timm VisionTransformer; `model` is None where no size of ours is its."""
+    return shape_config(vit.state_dict(), img_size=list(vit.patch_embed.img_size), global_pool=vit.global_pool,
+                        num_heads=vit.blocks[0].attn.num_heads)
+
+
+def shape_config(state, **known):
+    """The arguments of build_vit, or of MAE where there is a decoder, as far as shapes tell; `known` has precedence."""
+    width, in_chans, patch_size, _ = state[STEM].shape
+    depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(part)})
+                            for part in ("blocks.", "decoder_blocks."))
+    size = {"embed_dim": width, "depth": depth}
+    config = {"model": next((name for name in SIZES if SIZES[name] == size), None), "patch_size": patch_size,
+              "in_chans": in_chans}
+    if "decoder_embed.weight" in state:
+        return {**config, "decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": decoder_depth, **known}
+    return {**config, "num_classes": len(state.get("head.weight", ())), "class_token": "cls_token" in state,
+            "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
+            "global_pool": "avg" if "fc_norm.weight" in state else "token", **known}

@@ -1,0 +1,101 @@
+"""MAE pre-training of ViT-Tiny (Section 3.1, recipe of Appendix A.2).
+
+    python sec3_benchmark/pretrain_mae.py                                             # demo: generated images, a minute
+    python sec3_benchmark/pretrain_mae.py --preset small --data-path DIR              # any folder of images, 64 px
+    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mae.py --data-path IMAGENET   # the paper: 400 epochs, batch 4096
+
+The authors' code page gives about 40 hours for the paper's run on 8 GPUs. The weights, decoder included, end up in
+outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Stopped or killed, the same command continues.
+"""
+import torch
+
+from common import checkpoint, distributed, options
+from common.augment import pretrain_transform
+from common.data import load_sets
+from common.distributed import print0
+from common.loader import seed_everything
+from common.mae import MAE
+from common.optim import adamw, learning_rate, parameter_groups
+from common.runs import open_run, print_settings
+from common.training import Method, steps_per_epoch, train
+
+PRESETS = {
+    "demo": dict(data="fractals", img_size=[32], model="vit_demo", patch_size=4, epochs=16, batch_size=128,
+                 base_lr=4e-3, warmup_epochs=2),
+    # for some 10,000 to 100,000 images: small batches, hence a higher base rate than 1.5e-4
+    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20),
+}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    options.add_model(parser)
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
+    group.add_argument("--decoder-dim", type=int, help="width; default: the one that goes with the encoder, 96 for Tiny")
+    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
+    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
+    group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
+    group = parser.add_argument_group("recipe (Appendix A.2)")
+    group.add_argument("--epochs", type=int, default=400)
+    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases")
+    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the random crop; official MAE: 0.2")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+class MAEViews:
+    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
+
+    def __init__(self, args, num_patches):
+        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
+
+    def __call__(self, image):
+        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}
+
+
+class MAEMethod(Method):
+    def loss(self, batch, step):
+        return self.forward(batch["image"], batch["noise"]), {}
+
+
+def build_mae(args):
+    return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+               num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
+               decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
+
+
+def pretraining_schedule(args, images):
+    """Learning rate per step: linear warm-up from 0, half a cosine to 0. Prints the arithmetic."""
+    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
+    print0(f"{len(images)} images, {per_epoch} steps per epoch; "
+           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
+    return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
+                                      warmup_steps=args.warmup_epochs * per_epoch)
+
+
+def main(args):
+    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    device = distributed.start(args.device)
+    print_settings(args)
+    images, _ = load_sets(args, labelled=False)
+    with open_run("pretrain_mae", f"{args.data}-{args.model}-{args.epochs}ep", args, {"data": images.fingerprint()}) as run:
+        if run.result:
+            return run.result
+        seed_everything(args.seed)
+        model = build_mae(args).to(device)
+        optimizer = adamw(parameter_groups(model, args.weight_decay), betas=(0.9, args.beta2))
+        result = train(run, args, MAEMethod(model), optimizer, pretraining_schedule(args, images), images,
+                       MAEViews(args, model.num_patches), device)
+        return run.finish(result, model)
+
+
+if __name__ == "__main__":
+    main(options.parse(build_parser(), PRESETS))

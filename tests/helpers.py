@@ -1,0 +1,46 @@
+"""What the tests share: reference values, the weights they were computed with, and the measure of closeness.
+
+The arrays in tests/golden/ came from the public reference implementations, once, in float32. Ours must agree to
+1e-5, gradients and CKA to 1e-4, both relative to the largest reference value of each array (`assert_close`).
+"""
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, ordinary parameters in fine-tuning
+
+
+def golden(name):
+    """Reference values "mae" -> {key: array}; `config`, where there is one, comes as a dict."""
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        values = dict(arrays)
+    if "config" in values:
+        values["config"] = json.loads(str(values["config"]))
+    return values
+
+
+def weights_by_name(name, shape):
+    """The reference weights: noise seeded by the parameter's name, and norm weights around 1. float32 array."""
+    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype("float32") * 0.05
+    return noise + 1 if len(shape) == 1 and name.endswith("weight") else noise
+
+
+@torch.no_grad()
+def fill_by_name(module, fill_positions=False):
+    """Give every parameter its reference weights, in place. MAE's position tables stay as they are unless asked."""
+    for name, parameter in module.named_parameters():
+        if fill_positions or name not in FIXED_POSITIONS:
+            parameter.copy_(torch.from_numpy(weights_by_name(name, tuple(parameter.shape))))
+    return module
+
+
+def assert_close(a, b, tol):
+    """max|a - b| <= tol * max|b|, b the reference; shapes equal; NaN is never close. Tensors, arrays or numbers."""
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    assert a.shape == b.shape, f"shape {tuple(a.shape)}, reference {tuple(b.shape)}"
+    difference, scale = (a - b).abs().max().item(), b.abs().max().item()
+    assert difference <= tol * scale, f"max|a-b| = {difference:.3g} > {tol:g} * max|b| = {tol:g} * {scale:.3g}"

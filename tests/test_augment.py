@@ -1,0 +1,533 @@
+"""common/augment.py against PIL done by hand, torchvision, timm's own pipeline, and the numbers of timm 0.4.12."""
+import math
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from common import augment
+
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def seed_all(seed):
+    """What the loader does before each sample."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def seeded(seed, transform, image):
+    seed_all(seed)
+    return transform(image)
+
+
+def pixels(height, width, channels=3, seed=0):
+    """A smooth picture with some noise: interpolation modes and shifts all show. uint8 (H, W, C)."""
+    rng = np.random.RandomState(seed)
+    waves = np.sin(np.arange(height)[:, None, None] / 9 + np.arange(width)[None, :, None] / 13 + np.arange(channels))
+    return np.clip(127 + 90 * waves + 12 * rng.randn(height, width, channels), 0, 255).astype(np.uint8)
+
+
+def picture(height, width, seed=0):
+    return Image.fromarray(pixels(height, width, seed=seed))
+
+
+def chw(image):
+    """Independent of to_uint8: PIL RGB or L -> (C, H, W)."""
+    return torch.stack([torch.tensor(list(band.tobytes()), dtype=torch.uint8).view(band.height, band.width)
+                        for band in image.split()])
+
+
+def ks_uniform(values, low, high):
+    """Kolmogorov-Smirnov distance of values to U(low, high); 1.95 / sqrt(n) is passed once in a thousand."""
+    values = (np.sort(values) - low) / (high - low)
+    steps = np.arange(len(values) + 1) / len(values)
+    return max(np.abs(values - steps[1:]).max(), np.abs(values - steps[:-1]).max())
+
+
+# Crop
+
+def crop_boxes(monkeypatch, crop, image, count):
+    """(top, left, height, width) of `count` crops, (count, 4)."""
+    boxes = []
+    monkeypatch.setattr(augment.F, "resized_crop", lambda image, *args, **kwargs: boxes.append(args[:4]))
+    seed_all(0)
+    for _ in range(count):
+        crop(image)
+    return np.array(boxes)
+
+
+def test_crop_area_is_uniform_and_aspect_log_uniform(monkeypatch):
+    # Up to half of a square image every aspect fits, so no draw is rejected and the distributions are exact.
+    crop = augment.RandomResizedCrop(8, scale=(0.08, 0.5))
+    top, left, height, width = crop_boxes(monkeypatch, crop, Image.new("L", (1000, 1000)), 3000).T
+    limit = 1.95 / math.sqrt(3000)
+    assert ks_uniform(height * width / 1e6, 0.08, 0.5) < limit
+    assert ks_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3)) < limit
+    assert ks_uniform(top / (1000 - height), 0, 1) < limit and ks_uniform(left / (1000 - width), 0, 1) < limit
+
+
+def test_crop_bounds_and_distribution_are_timms_where_draws_are_rejected(monkeypatch):
+    image, crop = Image.new("L", (300, 200)), augment.RandomResizedCrop(8)
+    ours = crop_boxes(monkeypatch, crop, image, 3000)
+    timms = np.array([RandomResizedCropAndInterpolation.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+                      for _ in range(3000)])
+    for boxes in (ours, timms):
+        top, left, height, width = boxes.T
+        assert (top >= 0).all() and (left >= 0).all() and (top + height <= 200).all() and (left + width <= 300).all()
+        assert (height * width).min() > 0.08 * 60000 * 0.98  # sides are rounded to pixels
+        assert (width / height).min() > 3 / 4 - 0.02 and (width / height).max() < 4 / 3 + 0.02
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        a, b = np.sort(measure(ours)), np.sort(measure(timms))
+        grid = np.union1d(a, b)
+        distance = np.abs(np.searchsorted(a, grid, "right") - np.searchsorted(b, grid, "right")).max() / 3000
+        assert distance < 1.95 * math.sqrt(2 / 3000)
+
+
+@pytest.mark.parametrize("shape, box", [((10, 300), (143, 0, 156, 10)), ((300, 10), (0, 143, 10, 156))])
+def test_crop_of_an_extreme_aspect_is_central(shape, box):
+    # 8 % of it is already longer than the short side allows: 10 tries fail, and 10 * 4/3 = 13 px remain of 300.
+    image = picture(*shape)
+    expected = image.crop(box).resize((24, 16), BICUBIC)
+    for seed in range(3):
+        assert torch.equal(chw(seeded(seed, augment.RandomResizedCrop((16, 24)), image)), chw(expected))
+    assert RandomResizedCropAndInterpolation.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) == \
+        (box[1], box[0], box[3] - box[1], box[2] - box[0])
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_crop_equals_torchvision_on_the_same_seed(mode):
+    ours = augment.RandomResizedCrop((32, 48), (0.2, 1), interpolation=mode)
+    theirs = transforms.RandomResizedCrop((32, 48), (0.2, 1), interpolation=InterpolationMode(mode))
+    image, tensor = picture(70, 90), torch.from_numpy(pixels(70, 90, 5)).permute(2, 0, 1)
+    for seed in range(10):
+        assert torch.equal(chw(seeded(seed, ours, image)), chw(seeded(seed, theirs, image)))
+        assert (seeded(seed, ours, tensor).int() - seeded(seed, theirs, tensor).int()).abs().max() <= 1
+
+
+def test_random_interpolation_is_bilinear_or_bicubic_with_equal_chance():
+    image = picture(40, 40)
+    by_hand = [chw(image.resize((16, 16), mode)) for mode in (BILINEAR, BICUBIC)]
+    assert not torch.equal(*by_hand)
+    crop = augment.RandomResizedCrop(16, scale=(1, 1), interpolation="random")  # all of a square image, always
+    counts = [0, 0]
+    for seed in range(400):
+        out = chw(seeded(seed, crop, image))
+        counts[[torch.equal(out, expected) for expected in by_hand].index(True)] += 1
+    assert min(counts) > 160  # 4 sigma
+
+
+def test_crop_of_a_tiny_image_is_never_empty():
+    for seed in range(50):
+        assert seeded(seed, augment.pretrain_transform(4, scale=(0.01, 0.1)), picture(2, 2)).shape == (3, 4, 4)
+
+
+def test_flip():
+    image = picture(30, 40)
+    plain, mirrored, half = (augment.pretrain_transform(16, flip=p) for p in (0.0, 1.0, 0.5))
+    flipped = 0
+    for seed in range(200):
+        straight, reverse = seeded(seed, plain, image), seeded(seed, mirrored, image)
+        assert torch.equal(straight.flip(-1), reverse)
+        out = seeded(seed, half, image)
+        assert torch.equal(out, straight) or torch.equal(out, reverse)
+        flipped += torch.equal(out, reverse)
+    assert 70 < flipped < 130  # 4 sigma
+
+
+# RandAugment
+
+def both_signs(*values):
+    return [{(value,), (-value,)} for value in values]
+
+
+NO_ARGUMENT = [{()}] * 4
+FACTORS = [{(0.1,), (1.9,)}, {(0.19,), (1.81,)}, {(0.55,), (1.45,)}, {(0.973,), (1.027,)}]
+LEVELS = {  # timm 0.4.12's formulas in numbers: every argument that can be drawn at magnitude 10, 9, 5 and 0.3
+    "AutoContrast": NO_ARGUMENT,
+    "Equalize": NO_ARGUMENT,
+    "Invert": NO_ARGUMENT,
+    "Rotate": both_signs(30.0, 27.0, 15.0, 0.9),  # degrees
+    "PosterizeIncreasing": [{(0,)}, {(1,)}, {(2,)}, {(4,)}],  # bits kept
+    "SolarizeIncreasing": [{(0,)}, {(26,)}, {(128,)}, {(249,)}],  # threshold
+    "SolarizeAdd": [{(110,)}, {(99,)}, {(55,)}, {(3,)}],
+    "ColorIncreasing": FACTORS,
+    "ContrastIncreasing": FACTORS,
+    "BrightnessIncreasing": FACTORS,
+    "SharpnessIncreasing": FACTORS,
+    "ShearX": both_signs(0.3, 0.27, 0.15, 0.009),
+    "ShearY": both_signs(0.3, 0.27, 0.15, 0.009),
+    "TranslateXRel": both_signs(0.45, 0.405, 0.225, 0.0135),  # of the width
+    "TranslateYRel": both_signs(0.45, 0.405, 0.225, 0.0135),
+}
+
+
+def test_randaugment_has_the_15_operations_and_levels_of_the_paper():
+    ops = augment.rand_augment(augment.RANDAUGMENT, 224).ops
+    assert [op.name for op in ops] == list(LEVELS) and len(ops) == 15
+    random.seed(0)
+    for op in ops:
+        for magnitude, expected in zip((10, 9, 5, 0.3), LEVELS[op.name]):
+            drawn = [op.level_fn(magnitude, op.hparams) if op.level_fn else () for _ in range(20)]
+            assert {tuple(round(value, 9) for value in args) for args in drawn} == expected, (op.name, magnitude)
+
+
+def test_randaugment_draws_two_of_fifteen_with_replacement_half_of_them_executed_at_clipped_normal_magnitudes():
+    transform = augment.rand_augment("rand-m10-mstd0.5-inc1", 32)
+    calls = []
+    for index, op in enumerate(transform.ops):  # record instead of executing
+        op.level_fn = lambda magnitude, hparams, index=index: (calls[-1].append((index, magnitude)) or (0,))
+        op.aug_fn = lambda image, *args, **kwargs: image
+    seed_all(0)
+    for _ in range(6000):
+        calls.append([])
+        transform(None)
+    executed = np.bincount([len(call) for call in calls], minlength=3) / 6000
+    assert len(executed) == 3 and np.abs(executed - (0.25, 0.5, 0.25)).max() < 0.03
+    names, magnitudes = map(np.array, zip(*(one for call in calls for one in call)))
+    assert np.abs(np.bincount(names, minlength=15) / len(names) - 1 / 15).max() < 0.015
+    repeated = np.mean([call[0][0] == call[1][0] for call in calls if len(call) == 2])
+    assert 0.03 < repeated < 0.11  # 1/15 with replacement, never without
+    assert magnitudes.max() == 10 and abs((magnitudes == 10).mean() - 0.5) < 0.03
+    below = 10 - magnitudes[magnitudes < 10]
+    assert abs(below.mean() - 0.5 * math.sqrt(2 / math.pi)) < 0.03  # half of N(10, 0.5)
+
+
+def run_op(name, image, config="rand-m10-inc1", seed=0, interpolation="bicubic"):
+    """One operation, executed for sure at magnitude 10."""
+    op = {op.name: op for op in augment.rand_augment(config, image.size[::-1], interpolation).ops}[name]
+    op.prob = 1.0
+    return seeded(seed, op, image)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_operation_runs_at_magnitude_10(name):
+    image = picture(24, 36)
+    for seed in range(4):  # both signs
+        out = run_op(name, image, seed=seed)
+        assert out.mode == "RGB" and out.size == (36, 24)
+        assert out.tobytes() != image.tobytes()
+
+
+def test_posterize_to_zero_bits_is_black_and_timms_table_untouched():
+    image = picture(24, 36)
+    assert run_op("PosterizeIncreasing", image).tobytes() == bytes(24 * 36 * 3)
+    assert run_op("Posterize", image, "rand-m0-inc0").tobytes() == bytes(24 * 36 * 3)
+    assert {function.__module__ for function in auto_augment.NAME_TO_OP.values()} == {"timm.data.auto_augment"}
+    try:  # why it is needed: Pillow of today raises for 0 bits; if another one does not, it must agree
+        assert auto_augment.posterize(image, 0).tobytes() == bytes(24 * 36 * 3)
+    except ValueError:
+        pass
+    for bits in range(1, 9):
+        masked = np.asarray(image) // 2 ** (8 - bits) * 2 ** (8 - bits)
+        assert np.array_equal(np.asarray(augment.posterize(image, bits)), masked)
+
+
+def test_operations_by_hand():
+    image = picture(20, 40)
+    values = np.asarray(image).astype(int)
+    assert np.array_equal(run_op("Invert", image), 255 - values)
+    assert np.array_equal(run_op("SolarizeIncreasing", image), 255 - values)  # threshold 0
+    assert np.array_equal(run_op("SolarizeIncreasing", image, "rand-m9-inc1"),
+                          np.where(values < 26, values, 255 - values))
+    assert np.array_equal(run_op("SolarizeAdd", image), np.where(values < 128, np.minimum(values + 110, 255), values))
+    results = {run_op("TranslateXRel", image, seed=seed).tobytes() for seed in range(8)}
+    shift = 18  # 0.45 * 40
+    fill = np.broadcast_to(np.array(augment.FILL), (20, shift, 3))
+    by_hand = [np.concatenate([values[:, shift:], fill], 1), np.concatenate([fill, values[:, :-shift]], 1)]
+    assert results == {array.astype(np.uint8).tobytes() for array in by_hand}
+    bright = {run_op("BrightnessIncreasing", image, seed=seed).tobytes() for seed in range(8)}
+    assert len(bright) == 2
+    for result in bright:
+        result = np.frombuffer(result, np.uint8).reshape(values.shape).astype(int)
+        factor = 0.1 if result.mean() < values.mean() else 1.9
+        assert np.abs(result - np.clip(values * factor, 0, 255)).max() <= 1
+
+
+def test_fill_and_interpolation_of_geometric_operations():
+    assert augment.FILL == tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+    image = picture(32, 32)
+    rotated = {name: {mode: image.rotate(degrees, resample=mode, fillcolor=(124, 116, 104)).tobytes()
+                      for mode in (BILINEAR, BICUBIC)} for name, degrees in (("plus", 30), ("minus", -30))}
+    for interpolation, modes in (("bicubic", {BICUBIC}), ("bilinear", {BILINEAR}), ("random", {BILINEAR, BICUBIC})):
+        results = {run_op("Rotate", image, seed=seed, interpolation=interpolation).tobytes() for seed in range(30)}
+        assert results == {rotated[sign][mode] for sign in rotated for mode in modes}
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_randaugment_equals_timms_own_on_the_same_seed(interpolation):
+    timms = create_transform(64, is_training=True, auto_augment="rand-m10-mstd0.5-inc1", interpolation=interpolation,
+                             separate=True)[1]
+    ours = augment.rand_augment("rand-m10-mstd0.5-inc1", 64, interpolation)
+    image, refused, changed = picture(40, 50), 0, 0
+    for seed in range(150):
+        out = seeded(seed, ours, image)
+        changed += out.tobytes() != image.tobytes()
+        try:
+            assert out.tobytes() == seeded(seed, timms, image).tobytes(), seed
+        except ValueError:  # timm's posterize to 0 bits; ours went on
+            refused += 1
+    assert changed > 100 and refused < 15
+
+
+def test_train_transform_is_crop_then_flip_then_randaugment():
+    image = picture(60, 80)
+    ours = augment.train_transform(32)
+    steps = [transforms.RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC),
+             transforms.RandomHorizontalFlip(), augment.rand_augment("rand-m10-mstd0.5-inc1", 32)]
+    for seed in range(30):
+        assert torch.equal(seeded(seed, ours, image), chw(seeded(seed, transforms.Compose(steps), image)))
+        assert torch.equal(seeded(seed, augment.train_transform(32, randaugment=None), image),
+                           chw(seeded(seed, transforms.Compose(steps[:2]), image)))
+
+
+@pytest.mark.parametrize("image, words", [
+    (Image.new("L", (20, 20)), "mode 'L'"),
+    (Image.new("RGBA", (20, 20)), "mode 'RGBA'"),
+    (torch.zeros(5, 20, 20, dtype=torch.uint8), r"\(5, 20, 20\)"),
+    (torch.zeros(3, 20, 20, dtype=torch.uint8), r"\(3, 20, 20\)"),
+])
+def test_randaugment_refuses_other_images(image, words):
+    with pytest.raises(ValueError, match=words + ".*--randaugment none"):
+        augment.train_transform(16)(image)
+    if not isinstance(image, Image.Image) or image.mode == "L":
+        assert augment.train_transform(16, randaugment=None)(image).shape[1:] == (16, 16)
+
+
+@pytest.mark.parametrize("config", ["none", "rand-m9-mstd-inc1", "rand-m9.5", "rand-w0", "augmix-m3", "rand-m9-inc"])
+def test_randaugment_descriptions_are_read_whole_or_refused(config):
+    with pytest.raises(ValueError, match="--randaugment none"):
+        augment.train_transform(16, randaugment=config)
+
+
+# Evaluation
+
+def test_eval_by_hand_at_224():
+    image = picture(400, 300)
+    resized = image.resize((256, 341), BICUBIC)  # 256 * 400 / 300 = 341.3
+    expected = resized.crop((16, 58, 16 + 224, 58 + 224))  # (341 - 224) / 2 = 58.5, rounded to even
+    assert torch.equal(augment.eval_transform(224)(image), chw(expected))
+
+
+def test_eval_by_hand_at_32():
+    image = picture(32, 32)
+    expected = image.resize((36, 36), BICUBIC).crop((2, 2, 34, 34))  # floor(32 / 0.875) = 36
+    assert torch.equal(augment.eval_transform(32)(image), chw(expected))
+
+
+def test_eval_by_hand_at_a_size_that_is_not_square():
+    transform = augment.eval_transform((96, 160))  # floor: 109 x 182
+    wide, tall = picture(150, 500), picture(200, 300)
+    assert torch.equal(transform(wide), chw(wide.resize((363, 109), BICUBIC).crop((102, 6, 102 + 160, 6 + 96))))
+    assert torch.equal(transform(tall), chw(tall.resize((182, 121), BICUBIC).crop((11, 12, 11 + 160, 12 + 96))))
+
+
+def test_eval_equals_timms_at_square_sizes():
+    rng = np.random.RandomState(0)
+    for size in (7, 32, 64, 96):
+        timms = create_transform(size, interpolation="bicubic", crop_pct=0.875, normalize=False)
+        for height, width in [(size, size), (3, 5), *rng.randint(20, 200, (6, 2))]:
+            image = picture(height, width)
+            assert torch.equal(augment.eval_transform(size)(image), timms(image)), (size, height, width)
+
+
+@pytest.mark.parametrize("size", [1, 5, (1, 9), (33, 17)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 3), (31, 64)])
+def test_eval_covers_the_crop_whatever_the_shape(size, shape):
+    white = Image.new("RGB", shape[::-1], (255, 255, 255))
+    out = augment.eval_transform(size)(white)
+    assert out.shape == ((3, size, size) if isinstance(size, int) else (3, *size))
+    assert (out == 255).all()  # no padding anywhere
+
+
+def test_eval_without_a_margin_keeps_a_fitting_image():
+    image = picture(48, 48)
+    assert torch.equal(augment.eval_transform(48, crop_pct=1.0)(image), chw(image))
+    for crop_pct in (0, 1.1):
+        with pytest.raises(ValueError, match=str(crop_pct)):
+            augment.eval_transform(48, crop_pct=crop_pct)
+
+
+# Tensors and conversion
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("transform", [augment.pretrain_transform((24, 32)), augment.eval_transform((24, 32)),
+                                       augment.train_transform((24, 32), randaugment=None)])
+def test_tensors_of_any_channel_count_go_the_way_of_pil_images(transform, channels):
+    array = pixels(50, 70, channels)
+    out = seeded(3, transform, torch.from_numpy(array).permute(2, 0, 1))
+    assert out.shape == (channels, 24, 32) and out.dtype == torch.uint8 and out.is_contiguous()
+    for channel in range(channels):  # the same crop and flip for PIL and for all channels
+        alone = seeded(3, transform, Image.fromarray(array[:, :, channel]))
+        assert alone.shape == (1, 24, 32)
+        difference = (out[channel].int() - alone[0].int()).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.1  # the two libraries round differently
+
+
+def test_to_uint8():
+    image = picture(6, 9)
+    array = np.asarray(image)
+    for given in (image, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        out = augment.to_uint8(given)
+        assert torch.equal(out, chw(image)) and out.is_contiguous()
+    grey = image.convert("L")
+    for given in (grey, np.asarray(grey), np.array(grey)):
+        out = augment.to_uint8(given)
+        assert torch.equal(out, chw(grey))
+        out.zero_()  # its own memory:
+        assert torch.equal(augment.to_uint8(given), chw(grey))
+
+
+@pytest.mark.parametrize("image, words", [
+    (Image.new("P", (4, 4)), "'P'"), (Image.new("RGBA", (4, 4)), "'RGBA'"), (Image.new("I;16", (4, 4)), "'I;16'"),
+    (torch.zeros(3, 4, 4), "float32"), (torch.zeros(4, 4, dtype=torch.uint8), r"\(4, 4\)"),
+    (np.zeros((4, 4, 3), np.float32), "float32"),
+])
+def test_to_uint8_refuses_what_it_would_garble(image, words):
+    with pytest.raises(ValueError, match=words):
+        augment.to_uint8(image)
+
+
+def test_settings_out_of_range_are_errors():
+    for settings in ({"scale": (0.5, 0.1)}, {"scale": (0, 1)}, {"scale": (0.1, 2)}, {"interpolation": "nearest"}):
+        with pytest.raises(ValueError):
+            augment.train_transform(16, **settings)
+
+
+def test_defaults_are_the_published_recipes():
+    pretrain, train = augment.pretrain_transform(224), augment.train_transform(224)
+    for transform, interpolation in ((pretrain, "random"), (train, "bicubic")):
+        crop, flip = [step for step in transform.transforms if hasattr(step, "scale") or hasattr(step, "p")]
+        assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1), (0.75, 4 / 3))
+        assert crop.interpolation == interpolation and flip.p == 0.5
+    assert augment.RANDAUGMENT == "rand-m10-mstd0.5-inc1"
+
+
+# Randomness
+
+@pytest.mark.parametrize("transform", [augment.pretrain_transform(24), augment.train_transform(24),
+                                       augment.eval_transform(24)])
+def test_the_seed_decides_everything_and_survives_pickling(transform):
+    image, copy = picture(40, 50), pickle.loads(pickle.dumps(transform))
+    first = [seeded(seed, transform, image) for seed in range(40)]
+    for seed in reversed(range(40)):  # another history, another object
+        assert torch.equal(seeded(seed, copy, image), first[seed])
+    if not isinstance(transform.transforms[-2], transforms.CenterCrop):
+        assert len({out.numpy().tobytes() for out in first}) > 35
+
+
+# Erasing
+
+def test_erasing_box_rate_area_and_aspect():
+    random.seed(0)
+    boxes = torch.stack([augment.erasing_box((200, 200), 0.25) for _ in range(6000)])
+    assert boxes.dtype == torch.int64 and boxes.shape == (6000, 4)
+    drawn = boxes[boxes[:, 2] > 0].numpy()
+    assert (boxes[boxes[:, 2] == 0] == 0).all()
+    assert abs(len(drawn) / 6000 - 0.25) < 0.022  # 4 sigma
+    top, left, height, width = drawn.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 200).all() and (left + width <= 200).all()
+    assert (height < 200).all() and (width < 200).all()
+    share, aspect = height * width / 40000, height / width
+    assert share.min() > 0.02 * 0.95 and share.max() < 1 / 3 * 1.01
+    assert aspect.min() > 0.3 * 0.95 and aspect.max() < 1 / 0.3 * 1.05
+    # Boxes of up to 200 px always fit while share / min aspect < 1; longer ones are drawn again. Compare where none is.
+    small = share[share < 0.29]
+    assert ks_uniform(small, 0.02, 0.29) < 1.95 / math.sqrt(len(small)) + 0.01
+    assert ks_uniform(np.log(aspect[share < 0.29]), math.log(0.3), -math.log(0.3)) < 1.95 / math.sqrt(len(small)) + 0.01
+
+
+@pytest.mark.parametrize("size", [(64, 64), (30, 90)])
+def test_erasing_box_is_timms_on_the_same_seed(size):
+    timms = RandomErasing(0.5, mode="pixel", device="cpu")
+    torch.manual_seed(0)
+    erased = 0
+    for seed in range(200):
+        random.seed(seed)
+        where = timms(torch.zeros(1, *size))[0] != 0
+        random.seed(seed)
+        top, left, height, width = augment.erasing_box(size, 0.5).tolist()
+        expected = torch.zeros(size, dtype=torch.bool)
+        expected[top:top + height, left:left + width] = True
+        assert torch.equal(where, expected), seed
+        erased += expected.any().item()
+    assert erased > 60
+
+
+def test_erasing_probability_0_and_1():
+    assert all((augment.erasing_box(32, 0.0) == 0).all() for _ in range(100))
+    assert all((augment.erasing_box(32, 1.0)[2:] > 0).all() for _ in range(100))
+
+
+def erasing_batch():
+    images = torch.randn(5, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    boxes = torch.tensor([[3, 4, 20, 30], [0, 0, 0, 0], [0, 0, 31, 47], [29, 44, 3, 4], [5, 6, 1, 2]])
+    return images, boxes, torch.tensor([11, 12, 13, 2**40 + 14, 15])
+
+
+def test_erase_fills_the_box_with_the_seeds_noise_and_nothing_else():
+    images, boxes, seeds = erasing_batch()
+    before = images.clone()
+    assert augment.erase(images, boxes, seeds) is images
+    for image, old, (top, left, h, w), seed in zip(images, before, boxes.tolist(), seeds.tolist()):
+        torch.manual_seed(seed)
+        expected = old.clone()
+        expected[:, top:top + h, left:left + w] = torch.randn(3 * h * w).view(3, h, w)
+        assert torch.equal(image, expected)
+    noise = images[2, :, :31, :47]
+    assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.05  # N(0, 1) per pixel and channel
+    assert abs(torch.corrcoef(noise.flatten(1))[0, 1]) < 0.1
+
+
+def test_erase_does_not_depend_on_the_batch():
+    images, boxes, seeds = erasing_batch()
+    together = augment.erase(images.clone(), boxes, seeds)
+    order = [4, 2, 0, 3]
+    assert torch.equal(augment.erase(images[order], boxes[order], seeds[order]), together[order])
+    for i in range(5):
+        assert torch.equal(augment.erase(images[i:i + 1].clone(), boxes[i:i + 1], [int(seeds[i])])[0], together[i])
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    augment.erase(images, boxes, seeds)
+    assert torch.equal(torch.rand(1), expected)  # the global generator is left alone
+
+
+def test_erase_in_half_precision_rounds_the_same_noise():
+    images, boxes, seeds = erasing_batch()
+    full = augment.erase(images.clone(), boxes, seeds)
+    assert torch.equal(augment.erase(images.bfloat16(), boxes, seeds), full.bfloat16())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_erase_on_the_gpu_is_the_same():
+    images, boxes, seeds = erasing_batch()
+    on_gpu = augment.erase(images.cuda(), boxes, seeds).cpu()
+    assert torch.equal(on_gpu, augment.erase(images, boxes, seeds))
+
+
+def test_erase_errors():
+    images, boxes, seeds = erasing_batch()
+    with pytest.raises(ValueError, match="uint8"):
+        augment.erase(images.byte(), boxes, seeds)
+    with pytest.raises(ValueError, match="5 images.*4 and 5"):
+        augment.erase(images, boxes[:4], seeds)
+    with pytest.raises(RuntimeError):  # a box that sticks out, such as one drawn for another size
+        augment.erase(images, boxes + torch.tensor([20, 0, 0, 0]), seeds)

@@ -1,0 +1,537 @@
+"""common/weights.py and common/formats.py: every layout is written from a real model's weights and read back.
+
+Outputs are compared, not only names. Where a number can be had otherwise (interpolation, a grey image, counts of
+tensors) it is. No network: the hub is replaced by timm building its model here.
+"""
+import argparse
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+
+from common.formats import export_timm, load_encoder, load_model
+from common.mae import MAE
+from common.vit import build_vit, leading_blocks
+from common.weights import SAFE_GLOBALS, FormatError, fingerprint, read_weights
+from tests.helpers import assert_close, fill_by_name
+
+SMALL = {"model": "vit_demo", "img_size": 32, "patch_size": 8}  # 96 wide, 12 blocks: 152 tensors as a classifier
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def classifier(**settings):
+    return fill_by_name(build_vit(**{**SMALL, "num_classes": 5, **settings}), fill_positions=True).eval()
+
+
+def autoencoder(**settings):
+    return fill_by_name(MAE(**{**SMALL, **settings})).eval()
+
+
+def saved(path, content, **how):
+    torch.save(content, path, **how)
+    return path
+
+
+def own_file(path, model):
+    return saved(path, {"model": model.state_dict(), "config": model.config})
+
+
+def images(channels=3, size=(32, 32)):
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def latent(mae, x):
+    """The encoder's tokens of all patches, in order."""
+    ids = torch.arange(mae.num_patches).expand(len(x), -1)
+    return mae.forward_encoder(mae.patchify(x), ids)
+
+
+@torch.no_grad()
+def tokens_before_norm(model, x):
+    """The same from a classifier, before its final norm."""
+    return model.forward_intermediates(x, indices=[11], intermediates_only=True, output_fmt="NLC", norm=False)[0]
+
+
+def changed(model, before):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def copy_of(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+# Reading: each layout gives the same tensors.
+
+def layouts(model):
+    """Layout -> content of a file, as the projects write them."""
+    state, epoch = model.state_dict(), {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 7}
+    mae_lite = {"start_epoch": 8, "optimizer": epoch["optimizer"], "scheduler": {"last_count": 3},
+                "best_top1": np.float64(77.9), "best_top5": 93.5, "best_top1_epoch": np.int64(8), "scaler": {}}
+    return {
+        "ours": {"model": state, "config": model.config},
+        "our checkpoint": {"model": state, "config": model.config, **epoch, "step": 12},
+        "mae-lite, distributed": {"model": {f"module.model.{n}": v for n, v in state.items()}, **mae_lite},
+        "mae-lite, one GPU": {"model": {f"model.{n}": v for n, v in state.items()}, **mae_lite},
+        "facebook MAE or DeiT": {"model": state},
+        "its training": {"model": state, **epoch, "scaler": {}, "args": argparse.Namespace(lr=1e-3, output_dir="x")},
+        "timm training": {"state_dict": {f"module.{n}": v for n, v in state.items()}, "arch": "vit", **epoch},
+        "bare": state,
+    }
+
+
+@pytest.mark.parametrize("make", [autoencoder, classifier])
+def test_every_layout_gives_the_same_tensors_and_fingerprint(make, tmp_path):
+    model = make()
+    state = model.state_dict()
+    for number, (name, content) in enumerate(layouts(model).items()):
+        for zipped in (True, False):  # today's files and those from before torch 1.6
+            path = saved(tmp_path / f"{number}.pth", content, _use_new_zipfile_serialization=zipped)
+            weights = read_weights(path)
+            assert weights.state.keys() == state.keys(), name
+            assert all(torch.equal(weights.state[n], state[n]) for n in state), name
+            assert weights.fingerprint == fingerprint(state) and weights.source == str(path)
+            assert (weights.config == model.config) == name.startswith("our") and weights.left_out == []
+            assert weights.layout.split()[0].rstrip(",") in ("ours" if name.startswith("our") else
+                                                             "mae-lite" if name.startswith("mae-lite") else "plain")
+
+
+def test_safetensors_are_read(tmp_path):
+    model = classifier()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    weights = read_weights(tmp_path / "model.safetensors")
+    assert weights.config is None and weights.fingerprint == fingerprint(model.state_dict())
+
+
+def test_the_teacher_inside_a_distillation_file_is_left_out_and_counted(tmp_path):
+    student, teacher = autoencoder(), autoencoder(num_heads=6)
+    content = {f"module.model.{n}": v for n, v in student.state_dict().items()}
+    content |= {f"module.tch_model.{n}": v + 1 for n, v in teacher.state_dict().items()}
+    content["module.attn_adapter.adapter11.weight"] = torch.zeros(12, 12, 1, 1)
+    weights = read_weights(saved(tmp_path / "d.pth.tar", {"model": content, "start_epoch": 400}))
+    assert weights.fingerprint == fingerprint(student.state_dict())
+    assert len(weights.left_out) == len(teacher.state_dict()) + 1
+    report = str(load_encoder(classifier(), weights))
+    assert f"tch_model ({len(teacher.state_dict())}), attn_adapter (1), decoder (20), norm (2)" in report
+    content["module.surprise.weight"] = torch.zeros(1)
+    with pytest.raises(FormatError, match="d.pth.tar holds no ViT in a known layout"):
+        read_weights(saved(tmp_path / "d.pth.tar", {"model": content}))
+
+
+def test_fingerprint_is_of_the_content_to_the_last_bit():
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0)}
+    assert fingerprint(state) == fingerprint({"b": state["b"].clone(), "a": state["a"].t().contiguous().t()})
+    bit = copy_of(state)
+    bit["a"].view(torch.int32)[1, 2] ^= 1
+    others = [bit, {**state, "a": state["a"].reshape(3, 2)}, {**state, "a": state["a"].view(torch.int32)},
+              {"a": state["a"], "c": state["b"]}, {"a": state["a"]}, {**state, "b": state["b"].bfloat16()}]
+    assert len({fingerprint(s) for s in [state, *others]}) == 1 + len(others)
+
+
+# Reading: what must not be.
+
+class Malicious:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class Unknown:
+    pass
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_does_not_run(tmp_path, zipped):
+    mark = tmp_path / "ran"
+    state = classifier().state_dict()
+    code = Malicious(f"touch {mark}")
+    path = saved(tmp_path / "bad.pth", {"model": state, "args": code}, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match=r"bad.pth needs (posix|nt)\.system"):
+        read_weights(path)
+    assert not mark.exists()
+    function, arguments = code.__reduce__()  # what an unsafe reader would do
+    function(*arguments)
+    assert mark.exists()
+
+
+def test_another_global_is_refused_by_name_and_nothing_stays_allowed(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    with pytest.raises(FormatError, match="Unknown") as error:
+        read_weights(saved(tmp_path / "x.pth", {"model": classifier().state_dict(), "args": Unknown()}))
+    assert "weights_only" not in str(error.value)  # PyTorch's own message suggests turning the check off
+    with pytest.raises(FormatError, match="eval"):
+        read_weights(saved(tmp_path / "x.pth", {"model": classifier().state_dict(), "args": eval}))
+    assert torch.serialization.get_safe_globals() == before
+    assert len(SAFE_GLOBALS) == 10
+
+
+def test_numpy_scalars_under_both_of_numpy_s_module_names(tmp_path):
+    scalars = [np.float64(1.5), np.float32(2), np.float16(3), np.int64(4), np.int32(5), np.bool_(True)]
+    buffer = io.BytesIO()
+    torch.save({"model": classifier().state_dict(), "scalars": scalars}, buffer)
+    for old, new in ((b"numpy.core.multiarray", b"numpy._core.multiarray"), (b"numpy._core.multiarray",) * 2):
+        path = tmp_path / "scalars.pth"
+        with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
+            for record in source.namelist():
+                data = source.read(record)
+                target.writestr(record, data.replace(new, old) if record.endswith("data.pkl") else data)
+            assert old in data or any(old in target.read(r) for r in target.namelist())
+        assert len(read_weights(path).state) == 152
+
+
+def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        read_weights(tmp_path / "nowhere.pth")
+    whole = own_file(tmp_path / "whole.pth", classifier()).read_bytes()
+    safetensors.torch.save_file(classifier().state_dict(), tmp_path / "whole.safetensors")
+    contents = {"text.pth": b"hello world\n" * 9, "empty.pth": b"", "page.pth": b"<!DOCTYPE html><html>",
+                "half.pth": whole[: len(whole) // 2], "almost.pth": whole[:-1], "pickle.pth": b"\x80\x02garbage",
+                "half.safetensors": (tmp_path / "whole.safetensors").read_bytes()[:-5], "text.safetensors": b"hello"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FormatError, match=name):
+            read_weights(tmp_path / name)
+    for content in (torch.zeros(3), [1], {"model": {"fc.weight": torch.zeros(1)}}, {}, {"model": None},
+                    {"model": {**classifier().state_dict(), "note": "text"}}):
+        with pytest.raises(FormatError, match="odd.pth"):
+            read_weights(saved(tmp_path / "odd.pth", content))
+    with pytest.raises(FormatError, match="config.json and model.safetensors"):
+        read_weights(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match="timm cannot load"):
+        read_weights(tmp_path)
+
+
+# Loading into a classifier.
+
+def test_an_mae_encoder_in_a_classifier_gives_the_same_tokens(tmp_path):
+    mae, vit = autoencoder(), classifier()
+    for path in (own_file(tmp_path / "a.pt", mae), saved(tmp_path / "b.pth", {"model": mae.state_dict()})):
+        vit = build_vit(**SMALL, num_classes=5).eval()
+        before = copy_of(vit.state_dict())
+        report = load_encoder(vit, read_weights(path))
+        with torch.no_grad():
+            assert_close(mae.norm(tokens_before_norm(vit, images())), latent(mae, images())[:, 1:], 1e-5)
+        assert changed(vit, before) == {n for n in before if not n.startswith(("fc_norm", "head"))}
+        assert torch.equal(vit.fc_norm.weight, torch.ones(96))  # MAE's norm, filled with others, is not in it
+        assert vit.pos_embed.requires_grad
+        assert report.matched == 148 and set(report.fresh) == {n for n in before if n.startswith(("fc_norm", "head"))}
+        assert f"loaded 148 of 152 tensors from {path}" in str(report) and "\n" not in str(report)
+        assert "fresh fc_norm (2), head (2); left out decoder (20), norm (2)" in str(report)
+        assert ("head count not in the file: using 12" in str(report)) == path.name.startswith("b")
+
+
+def test_positions_are_resized_as_by_hand(tmp_path):
+    source = classifier()  # a grid of 4 x 4
+    for size, grid in (((64, 16), (8, 2)), ((64, 64), (8, 8)), ((16, 24), (2, 3))):  # 8 x 2 are as many as 4 x 4
+        table = source.pos_embed.detach()[:, 1:].reshape(1, 4, 4, 96).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        expected = torch.cat([source.pos_embed.detach()[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+        for path in (own_file(tmp_path / "a.pt", source), saved(tmp_path / "b.pth", source.state_dict())):
+            vit = build_vit(**{**SMALL, "img_size": size}, num_classes=5)
+            report = load_encoder(vit, read_weights(path))
+            assert_close(vit.pos_embed, expected, 1e-6)
+            assert f"positions resized from 4x4 to {grid[0]}x{grid[1]}" in str(report)
+
+
+def test_a_grid_that_is_not_square_comes_from_the_settings_or_is_refused(tmp_path):
+    source = classifier(img_size=(16, 64))  # 2 x 8: taken for 4 x 4 where no settings say otherwise
+    vit = classifier(img_size=(64, 16))
+    load_encoder(vit, read_weights(own_file(tmp_path / "a.pt", source)))
+    table = source.pos_embed.detach()[:, 1:].reshape(1, 2, 8, 96).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=(8, 2), mode="bicubic", antialias=True)
+    assert_close(vit.pos_embed[:, 1:], table.flatten(2).transpose(1, 2), 1e-6)
+    same = classifier(img_size=(16, 64))
+    assert "resized" not in str(load_encoder(same, read_weights(tmp_path / "a.pt")))
+    assert torch.equal(same.pos_embed, source.pos_embed)
+    foreign = saved(tmp_path / "b.pth", classifier(img_size=(16, 24)).state_dict())
+    with pytest.raises(FormatError, match="b.pth has positions for 6 patches"):
+        load_encoder(classifier(), read_weights(foreign))
+    with pytest.raises(FormatError, match="6 patches"):
+        load_model(foreign)
+    assert load_model(foreign, img_size=(16, 24)).config["img_size"] == [16, 24]
+
+
+@torch.no_grad()
+def test_one_channel_reads_a_grey_image_as_rgb(tmp_path):
+    source, grey = classifier(), images(channels=1)
+    weights = read_weights(own_file(tmp_path / "a.pt", source))
+    vit = classifier(in_chans=1)
+    report = load_encoder(vit, weights, head="keep")
+    assert_close(vit(grey), source(grey.expand(-1, 3, -1, -1)), 1e-5)
+    assert "input channels summed from 3 to 1" in str(report)
+    wide = classifier(in_chans=6)  # the same image twice: scaled by half, it gives the same tokens
+    assert "repeated and scaled from 3 to 6" in str(load_encoder(wide, weights, head="keep"))
+    assert_close(wide(images().repeat(1, 2, 1, 1)), source(images()), 1e-5)
+    with pytest.raises(FormatError, match=r"proj.weight \[96, 4, 8, 8\] for \[96, 3, 8, 8\]"):
+        load_encoder(classifier(), read_weights(own_file(tmp_path / "b.pt", classifier(in_chans=4))))
+
+
+def test_another_number_of_heads_is_refused(tmp_path):
+    weights = read_weights(own_file(tmp_path / "a.pt", autoencoder(num_heads=3)))
+    vit = classifier()
+    before = copy_of(vit.state_dict())
+    with pytest.raises(FormatError, match="a.pt has 3 heads and the model 12.*--num-heads 3"):
+        load_encoder(vit, weights)
+    assert not changed(vit, before)
+    assert load_encoder(classifier(num_heads=3), weights).matched == 148
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 12])
+def test_keep_blocks_loads_exactly_the_leading_blocks(tmp_path, k):
+    source = autoencoder()
+    weights = read_weights(saved(tmp_path / "a.pth", source.state_dict()))
+    vit = build_vit(**SMALL, num_classes=5)
+    with torch.no_grad():
+        for parameter in vit.parameters():  # a value that nothing in the file has
+            parameter.fill_(7.0)
+    before = copy_of(vit.state_dict())
+    report = load_encoder(vit, weights, keep_blocks=k)
+    expected = set() if k == 0 else {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"} | {
+        n for n in before if n.startswith("blocks.") and int(n.split(".")[1]) < k}
+    assert changed(vit, before) == expected and report.matched == len(expected) == (k > 0) * 4 + 12 * k
+    assert all(torch.equal(vit.state_dict()[n], source.state_dict()[n]) for n in expected)
+
+
+def test_keep_blocks_out_of_range_and_unknown_tensors_are_refused(tmp_path):
+    weights = read_weights(saved(tmp_path / "a.pth", autoencoder().state_dict()))
+    for k in (-1, 13):
+        with pytest.raises(FormatError, match=f"keep-blocks {k}: the model has 12 blocks"):
+            load_encoder(classifier(), weights, keep_blocks=k)
+    for name in ("blocks.0.extra.weight", "surprise"):
+        weights.state[name] = torch.zeros(1)
+        with pytest.raises(FormatError, match=name):
+            load_encoder(classifier(), weights, keep_blocks=1)
+        del weights.state[name]
+    del weights.state["blocks.3.norm1.bias"]  # needed for 4 blocks, not for 3
+    assert load_encoder(classifier(), weights, keep_blocks=3).matched == 40
+    with pytest.raises(FormatError, match=r"missing 1 \(blocks.3.norm1.bias\)"):
+        load_encoder(classifier(), weights, keep_blocks=4)
+
+
+def test_what_is_not_explained_is_refused_with_counts_and_the_model_stays_as_it_was(tmp_path):
+    state = autoencoder().state_dict()
+    cases = [({**state, "blocks.12.norm1.weight": torch.zeros(96)}, r"unexpected 1 \(blocks.12.norm1.weight\)"),
+             ({**state, "fc_norm2.weight": torch.zeros(1)}, r"unexpected 1 \(fc_norm2.weight\)"),
+             ({n: v for n, v in state.items() if not n.startswith("blocks.11.")},
+              r"missing 12 \(blocks.11.norm1.weight, .*, \.\.\.\), unexpected 0"),
+             ({**state, "cls_token": torch.zeros(1, 1, 64)}, r"cls_token \[1, 1, 64\] for \[1, 1, 96\]"),
+             ({"patch_embed.proj.weight": state["patch_embed.proj.weight"]}, "missing 147")]
+    vit = classifier()
+    before = copy_of(vit.state_dict())
+    for content, message in cases:
+        with pytest.raises(FormatError, match=message):
+            load_encoder(vit, read_weights(saved(tmp_path / "a.pth", content)))
+    for other in (classifier(patch_size=4), fill_by_name(build_vit("vit_tiny", img_size=32, patch_size=8))):
+        with pytest.raises(FormatError, match="other shapes"):
+            load_encoder(vit, read_weights(own_file(tmp_path / "b.pt", other)))
+    with pytest.raises(FormatError, match=r"unexpected 2 \(fc_norm"):  # pooled: its norm has no place before a token
+        load_encoder(classifier(global_pool="token"), read_weights(own_file(tmp_path / "c.pt", classifier())))
+    assert not changed(vit, before)
+    report = load_encoder(vit, read_weights(saved(tmp_path / "a.pth", cases[0][0])), explained=("12.norm1.weight",))
+    assert report.matched == 148
+
+
+@torch.no_grad()
+def test_the_head_is_dropped_kept_or_kept_where_it_fits(tmp_path):
+    source = classifier()
+    weights = read_weights(own_file(tmp_path / "a.pt", source))
+    for head, kept in (("drop", False), ("keep", True), ("auto", True)):
+        vit = build_vit(**SMALL, num_classes=5).eval()
+        assert load_encoder(vit, weights, head=head).matched == 150 + 2 * kept  # fc_norm comes along either way
+        assert torch.equal(vit(images()), source(images())) == kept
+    other = build_vit(**SMALL, num_classes=6)
+    assert load_encoder(other, weights, head="auto").matched == 150
+    with pytest.raises(FormatError, match="5 classes in the file, 6"):
+        load_encoder(other, weights, head="keep")
+    token = read_weights(own_file(tmp_path / "b.pt", classifier(global_pool="token")))  # its head reads norm
+    assert load_encoder(classifier(), token, head="auto").matched == 148
+    for impossible in ({"head": "keep"}, {"head": "sometimes"}):
+        with pytest.raises(FormatError, match="head="):
+            load_encoder(classifier(), token, **impossible)
+    with pytest.raises(FormatError, match="keep_blocks=3"):
+        load_encoder(classifier(), weights, keep_blocks=3, head="keep")
+
+
+def test_a_distilled_deit_is_refused(tmp_path):
+    deit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5)
+    path = saved(tmp_path / "deit.pth", {"model": deit.state_dict()})
+    assert deit.pos_embed.shape[1] == 198
+    plain = build_vit(num_classes=5, global_pool="token", num_heads=3)
+    for attempt in (lambda: load_encoder(plain, read_weights(path)), lambda: load_model(path)):
+        with pytest.raises(FormatError, match="deit.pth is a distilled DeiT"):
+            attempt()
+
+
+def test_timm_models_can_be_loaded_into(tmp_path):
+    source = classifier(global_pool="token", reg_tokens=2, num_heads=6)
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=96, patch_size=8, img_size=64, num_classes=5, num_heads=6,
+                            reg_tokens=2).eval()
+    report = load_encoder(vit, read_weights(own_file(tmp_path / "a.pt", source)))
+    assert report.matched == 151 and torch.equal(vit.pos_embed[:, :3], source.pos_embed[:, :3])
+    assert torch.equal(vit.norm.weight, source.norm.weight)
+
+
+# The model of a file.
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [
+    {"make": classifier}, {"make": classifier, "global_pool": "token", "num_heads": 3, "img_size": (16, 24)},
+    {"make": classifier, "num_classes": 0, "in_chans": 1, "reg_tokens": 2, "patch_size": 4},
+    {"make": autoencoder, "num_heads": 6, "decoder_heads": 2, "decoder_depth": 2, "decoder_dim": 32,
+     "img_size": (16, 24)},
+], ids=["pooled", "token", "encoder", "mae"])
+def test_load_model_rebuilds_ours_and_foreign_files(tmp_path, model, capsys):
+    settings = dict(model)
+    original = settings.pop("make")(**settings)
+    x = images(original.config["in_chans"], original.config["img_size"])
+    noise = torch.rand(2, original.num_patches) if isinstance(original, MAE) else None
+    outputs = original(x) if noise is None else original(x, noise)
+    known = {name: settings[name] for name in ("num_heads", "decoder_heads", "img_size") if name in settings}
+    for path, given in ((own_file(tmp_path / "a.pt", original), {"num_heads": None}),
+                        (saved(tmp_path / "b.pth", {"model": original.state_dict()}), known)):
+        capsys.readouterr()
+        rebuilt = load_model(path, **given).eval()
+        assert rebuilt.config == original.config and type(rebuilt) is type(original)
+        assert torch.equal(rebuilt(x) if noise is None else rebuilt(x, noise), outputs)
+        assumed = "b.pth" in path.name and "num_heads" not in settings
+        assert ("num_heads is not in the file; assuming 12" in capsys.readouterr().out) == assumed
+
+
+def test_load_model_of_a_foreign_mae_needs_to_be_told_its_decoder_heads(tmp_path, capsys):
+    path = saved(tmp_path / "a.pth", {"model": autoencoder(decoder_heads=6).state_dict()})
+    assert load_model(path).config["decoder_heads"] == 3
+    assert "decoder_heads is not in the file; assuming 3" in capsys.readouterr().out
+    assert load_model(path, decoder_heads=6).config["decoder_heads"] == 6
+
+
+def test_load_model_refuses_what_contradicts_the_file(tmp_path):
+    path = own_file(tmp_path / "a.pt", classifier())
+    for wrong in ({"num_heads": 3}, {"num_classes": 4}, {"img_size": 64}, {"model": "vit_tiny"}, {"in_chans": 1},
+                  {"global_pool": "token"}):
+        with pytest.raises(FormatError, match=f"has {next(iter(wrong))} = "):
+            load_model(path, **wrong)
+    assert_close(load_model(path, img_size=32, num_heads=12, drop_path=0.1).blocks[-1].drop_path1.drop_prob, 0.1, 1e-6)
+    mae = own_file(tmp_path / "b.pt", autoencoder())
+    assert load_model(mae, mask_ratio=0.5).num_visible == 8
+    with pytest.raises(TypeError, match="nonsense"):
+        load_model(path, nonsense=1)
+    state = classifier().state_dict()
+    for content in ({n: v for n, v in state.items() if n != "head.bias"}, {**state, "extra": torch.zeros(1)}):
+        with pytest.raises(FormatError, match=r"missing 1 \(head.bias\)|unexpected 1 \(extra\)"):
+            load_model(saved(tmp_path / "c.pth", content))
+    odd = {n: v for n, v in state.items() if not n.startswith("blocks.11.")}
+    with pytest.raises(FormatError, match="width and depth"):
+        load_model(saved(tmp_path / "d.pth", odd))
+
+
+# timm.
+
+@torch.no_grad()
+def test_export_travels_through_timm_with_its_heads(tmp_path):
+    vit = fill_by_name(build_vit("vit_tiny", num_classes=7, global_pool="token"), fill_positions=True).eval()
+    export_timm(vit, tmp_path / "out", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), class_names=list("abcdefg"))
+    x = images(size=(224, 224))[:1]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(loaded(x), vit(x)) and loaded.blocks[0].attn.num_heads == 12
+    cfg = loaded.pretrained_cfg
+    assert tuple(cfg["mean"]) == (0.5, 0.4, 0.3) and tuple(cfg["std"]) == (0.2, 0.2, 0.1) and cfg["crop_pct"] == 0.875
+    assert tuple(cfg["input_size"]) == (3, 224, 224) and cfg["num_classes"] == 7 and cfg["interpolation"] == "bicubic"
+    assert list(cfg["label_names"]) == list("abcdefg")
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()  # 3 heads: it loads, and is wrong
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"))
+    assert (plain(x) - vit(x)).abs().max() > 0.05 * vit(x).abs().max()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"img_size": (16, 64), "in_chans": 1, "patch_size": 4, "num_heads": 6},
+                                      {"class_token": False, "reg_tokens": 3, "num_classes": 0}])
+def test_export_of_other_sizes_and_back(tmp_path, settings):
+    vit = classifier(**settings)
+    channels, size = vit.config["in_chans"], vit.config["img_size"]
+    export_timm(vit, tmp_path, [0.5] * channels, [0.2] * channels)
+    x = images(channels, size)
+    for loaded in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_model(tmp_path)):
+        assert torch.equal(loaded.eval()(x), vit(x))
+    weights = read_weights(tmp_path)
+    assert weights.config == vit.config == loaded.config and weights.fingerprint == fingerprint(vit.state_dict())
+    assert load_encoder(classifier(**settings), weights).notes == []
+    for wrong in ({"num_heads": 3}, {"nonsense": 1}):
+        with pytest.raises(FormatError, match=next(iter(wrong))):
+            load_model(tmp_path, **wrong)
+
+
+@torch.no_grad()
+def test_export_of_an_encoder(tmp_path):
+    mae = autoencoder(num_heads=6, img_size=(16, 64))
+    export_timm(mae, tmp_path, (0.5,) * 3, (0.5,) * 3)
+    loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), images(size=(16, 64))
+    assert_close(loaded.forward_features(x), latent(mae, x), 1e-5)
+    assert_close(loaded(x), latent(mae, x)[:, 0], 1e-5)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["num_classes"] == 0 and content["model_args"]["global_pool"] == "token"
+
+
+def test_export_refuses_what_timm_s_plain_vit_cannot_be(tmp_path):
+    for model, error in ((timm.create_model("deit_tiny_distilled_patch16_224"), TypeError),
+                         (timm.create_model("vit_tiny_patch16_224", init_values=0.1, depth=1), FormatError),
+                         (timm.create_model("vit_tiny_patch16_224", no_embed_class=True, depth=1), FormatError)):
+        with pytest.raises(error):
+            export_timm(model, tmp_path / "out", (0.5,) * 3, (0.5,) * 3)
+    for mean, names in (((0.5,), None), ((0.5,) * 3, ["a"])):
+        with pytest.raises(ValueError, match="do not suit"):
+            export_timm(classifier(), tmp_path / "out", mean, (0.5,) * 3, names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_weights_come_with_their_own_heads(monkeypatch):
+    build, asked = timm.create_model, []
+
+    def hub(name, pretrained):
+        asked.append((name, pretrained))
+        return fill_by_name(build(name, num_classes=5), fill_positions=True)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    weights = read_weights("timm:vit_tiny_patch16_224.augreg_in21k")
+    assert asked == [("vit_tiny_patch16_224.augreg_in21k", True)]
+    assert weights.config == {"model": "vit_tiny", "img_size": [224, 224], "patch_size": 16, "in_chans": 3,
+                              "num_classes": 5, "num_heads": 3, "global_pool": "token", "class_token": True,
+                              "reg_tokens": 0}
+    with pytest.raises(FormatError, match="3 heads and the model 12"):
+        load_encoder(build_vit(), weights)
+    model = load_model("timm:vit_tiny_patch16_224")
+    assert model.blocks[0].attn.num_heads == 3 and fingerprint(model.state_dict()) == weights.fingerprint
+    assert load_model("timm:resnet10t").config is None
+
+
+def test_an_unreachable_hub_says_how_to_get_the_file(monkeypatch):
+    def hub(name, pretrained):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    with pytest.raises(FormatError, match="no route.*fetch.*model.safetensors of huggingface.co/timm/vit_tiny"):
+        load_model("timm:vit_tiny_patch16_224")
+
+
+def test_leading_blocks_and_required_names_agree():
+    """keep_blocks of the depth requires all that a whole load requires."""
+    state = classifier().state_dict()
+    assert set(leading_blocks(state, 12)) == {n for n in state if not n.startswith(("norm.", "fc_norm.", "head."))}
