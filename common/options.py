@@ -50,6 +50,7 @@ def add_execution(parser):
     """How a run is executed. None of these enters a run's identity; every table passes them on to its stages."""
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(ROOT / "outputs"), metavar="DIR", help="where runs and results are kept")
+    group.add_argument("--save-to", metavar="FILE", help="also copy the final weights to this file")
     group.add_argument("--fresh", action="store_true", help="start again, leaving no trace of the run before")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -64,7 +65,7 @@ def add_execution(parser):
     group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: replace, count and list it")
 
 
-EXECUTION = ("output", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",
+EXECUTION = ("output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",
              "allow_inexact", "save_minutes", "log_every", "on_bad_image")
 
 
@@ -105,7 +106,9 @@ def stage(name, explicit=None, row=None):
     `name` is a module such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
     """
     module = importlib.import_module(name)
-    args = resolve(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    parser = module.build_parser()
+    parser.prog = name
+    args = resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
     torch.compiler.reset()
     print0(f"\n== {name}")
     return module.main(args)

@@ -47,6 +47,14 @@ def spread(values):
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def duration(hours):
+    """Mean hours as text in the unit that suits them, or "" for nothing."""
+    if not hours:
+        return ""
+    seconds = 3600 * statistics.mean(hours)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def markdown(header, rows):
     """A Markdown table, columns aligned so that it reads in a terminal too."""
     cells = [[str(c) for c in row] for row in [header, *rows]]

@@ -21,7 +21,7 @@ import torch
 import torchvision
 
 from common import distributed
-from common.checkpoint import save_json, save_torch
+from common.checkpoint import save_json, save_torch, write_atomically
 from common.distributed import print0
 from common.options import EXECUTION
 
@@ -55,8 +55,8 @@ class Run:
     """An open run. On ranks other than 0 writing does nothing."""
 
     def __init__(self, folder, settings):
-        self.folder, self.settings = Path(folder), settings
-        self.result = None
+        self.folder, self.settings, self.result = Path(folder), settings, None
+        self.save_to = settings.get("save_to")
 
     @property
     def log_path(self):
@@ -84,8 +84,17 @@ class Run:
             save_json(self.folder / "result.json", {**result, "environment": environment()})
             for path in self.folder.glob("step-*.pt"):
                 path.unlink()
+        deliver(result, self.save_to)
         distributed.barrier()
         return result
+
+
+def deliver(result, save_to):
+    """Copies a finished run's weights to --save-to."""
+    if save_to and distributed.is_main():
+        Path(save_to).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(save_to, lambda file: file.write(Path(result["checkpoint"]).read_bytes()))
+        print0(f"weights copied to {save_to}")
 
 
 @contextmanager
@@ -109,6 +118,8 @@ def open_run(script, name, args, fingerprints):
     run = Run(folder, settings)
     run.result = result
     print0(f"run {folder}" + (" (finished: reused)" if result else ""))
+    if result:
+        deliver(result, run.save_to)
     try:
         yield run
     finally:

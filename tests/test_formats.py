@@ -480,6 +480,16 @@ def test_export_of_other_sizes_and_back(tmp_path, settings):
 
 
 @torch.no_grad()
+def test_export_of_a_timm_model_that_pools_after_its_norm(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5, global_pool="avg", fc_norm=False)
+    fill_by_name(vit, fill_positions=True).eval()
+    export_timm(vit, tmp_path, (0.5,) * 3, (0.5,) * 3)
+    loaded = load_model(tmp_path).eval()
+    assert torch.equal(loaded(images()), vit(images()))
+    assert loaded.config["global_pool"] == "avg" and loaded.config["model"] is None  # 2 blocks: no size of ours
+
+
+@torch.no_grad()
 def test_export_of_an_encoder(tmp_path):
     mae = autoencoder(num_heads=6, img_size=(16, 64))
     export_timm(mae, tmp_path, (0.5,) * 3, (0.5,) * 3)

@@ -1,0 +1,110 @@
+"""A table is rows, a row is stages: other scripts run in order, each finding its finished run if there is one.
+
+A row's settings name only what makes it that row; preset, device and the rest come from the table's command line.
+`--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import distributed, options
+from common.distributed import print0
+
+PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
+PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
+
+
+@dataclass
+class Row:
+    key: str  # what --rows takes
+    name: str  # what the table prints
+    published: float | None  # None: in no source read
+    stages: tuple = ()  # (module, settings) in order; none: not built yet
+    note: str = ""  # where the published number comes from, what else was published
+    presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
+    extra: dict = field(default_factory=dict)  # further columns
+
+
+def add_rows(parser, rows, demo):
+    """--rows, --seeds, --set, --dry-run; `demo` names the rows of the demo preset."""
+    group = parser.add_argument_group("table")
+    group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
+                       help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
+                            f"default: {' '.join(demo)} in the demo preset, all otherwise")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
+    group.add_argument("--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", dest="stage_settings",
+                       help="any other setting of a stage, e.g. finetune.epochs=100")
+    group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
+
+
+def parse(parser, argv=None):
+    """A table's arguments. `args.given` holds what was given for the stages: it overrides their rows."""
+    options.check_clone()
+    given = options.explicit_arguments(parser, argv)
+    args = options.resolve(parser, PRESETS, explicit=given)
+    own = {"rows", "seeds", "stage_settings", "dry_run"}
+    args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
+    args.per_stage = {}
+    for text in args.stage_settings:
+        stage, dot, rest = text.partition(".")
+        key, equals, value = rest.partition("=")
+        if not dot or not equals:
+            parser.error(f"--set {text}: write STAGE.KEY=VALUE, for example finetune.epochs=100")
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # a plain word
+        args.per_stage.setdefault(stage, {})[key.replace("-", "_")] = value
+    return args
+
+
+def chosen(rows, args, demo):
+    """The rows to run; those asked for by name that cannot be run are an error."""
+    wanted = args.rows or (demo if args.preset == "demo" else ["all"])
+    runnable = [row for row in rows if row.stages and args.preset in row.presets]
+    if "all" in wanted:
+        return runnable
+    for row in rows:
+        if row.key in wanted and row not in runnable:
+            why = "is not built yet" if not row.stages else f"needs --preset {' or '.join(row.presets)}"
+            raise SystemExit(f"--rows {row.key}: {row.name} {why}")
+    return [row for row in runnable if row.key in wanted]
+
+
+def run_rows(rows, args, demo, script):
+    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}."""
+    if not args.dry_run:
+        distributed.start(args.device)
+    print0(f"preset {args.preset}, data {args.data}")
+    stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
+    unknown = sorted(set(args.per_stage) - stages)
+    if unknown:
+        raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; its stages are {', '.join(sorted(stages))}")
+    results, done = {}, {}
+    for row in chosen(rows, args, demo):
+        print0(f"\n# {row.name}")
+        results[row.key] = [run_row(row, seed, args, script, done) for seed in args.seeds]
+    return results
+
+
+def run_row(row, seed, args, script, done):
+    """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
+    finished = []
+    for number, (module, settings) in enumerate(row.stages):
+        explicit = {**args.given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
+        previous = finished[-1]["checkpoint"] if finished else None
+        settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
+        key = json.dumps([module, settings, explicit], sort_keys=True, default=str)
+        if key not in done:
+            done[key] = dry_run(row, number, module, settings, explicit, args, script) if args.dry_run else \
+                options.stage(module, explicit=explicit, row=settings)
+        finished.append(done[key])
+    return finished
+
+
+def dry_run(row, number, module, settings, explicit, args, script):
+    """Prints a stage's command; its weights go where the next command looks for them."""
+    weights = Path(args.output) / script / "weights" / f"{row.key}-seed{explicit['seed']}-{number}.pt"
+    last = number == len(row.stages) - 1
+    print0(options.command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
+    return {"checkpoint": str(weights)}
