@@ -65,7 +65,7 @@ class ImageSet:
                                   f"remove it, or pass --on-bad-image skip.") from None
 
     def fingerprint(self):
-        """Content, not place: number of images, their names below the root and labels; the sizes of up to 1,000 files."""
+        """Content, not place: number of images, names below the root, labels, sizes of up to 1,000 files."""
         digest = hashlib.sha256(f"{len(self)} {self.classes} {self.in_chans}".encode())
         digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
         if isinstance(self.images, list):

@@ -35,7 +35,8 @@ def evaluator(model, images, args, device):
 
     def evaluate():
         loader = eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256),
-                             default_workers(args.workers, device), device, distributed.rank(), distributed.world_size())
+                             default_workers(args.workers, device), device,
+                             distributed.rank(), distributed.world_size())
         return accuracy(model, loader, device, mean, std)
 
     return evaluate

@@ -1,8 +1,8 @@
 """Weights of this and other projects in use: into a model, as the model they came from, and out again for timm.
 
 Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
-heads are another function, so that number travels with every file of ours and is checked wherever it is known (PAPER:
-trap 1). common/weights.py does the reading.
+heads are another function, so that number travels with every file of ours and is checked wherever it is known.
+common/weights.py does the reading.
 """
 import math
 from collections import Counter
@@ -53,7 +53,7 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
     check_heads(weights, vit.blocks[0].attn.num_heads, notes)
     aside = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
     if "fc_norm.weight" in target:
-        aside += ("norm.",)  # MAE's norm is never a classifier's fc_norm (PAPER: trap 6)
+        aside += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
 
     chosen, required = weights.state, [name for name in target if not name.startswith(FINAL)]
     if keep_blocks is not None:

@@ -10,7 +10,7 @@ a small network neither fails nor finishes:
 - an instance varies all parameters at once, not one of the six, and also rotation, scale and position;
 - images have colours and a background, both drawn without looking at the class.
 
-An image depends on (seed, cls, index) and its size alone: not on the batch it is drawn in, nor on a global generator.
+An image depends on (seed, cls, index) and its size alone, not on its batch nor on a global generator.
 """
 import functools
 import operator
@@ -21,25 +21,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1  # raise it with any change to a pixel: it is part of the cache's name
-
+VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
 MAPS = (2, 8)  # maps in a system; arrays have room for 8, the unused maps are zero and have probability zero
 CONTRACTION = 0.8  # largest singular value of a class's map
 FILLING = (0.2, 0.7)  # share of its bounding square's pixels that a class visits; FractalDB: above about 0.2
 FILLING_SIZE = 128  # pixels a side where that share is measured
-
 JITTER = 0.1  # an instance scales each parameter by 1 +- this; (1 + sqrt(2) JITTER) CONTRACTION < 1: it contracts too
 ROTATION, SHIFT = 15, 0.05  # +- degrees; +- share of the canvas
 SCALE = (0.75, 1.05)  # longer side of the attractor / shorter side of the canvas
 GROUND, RAMP, NOISE = 0.5, 0.7, 0.15  # range of colours over the background, over the attractor, from pixel to pixel
 
-NIGHT = 0.8  # share of images that are light on dark; at one half, 4,000 images hardly teach a small network anything
-
+LIGHT_ON_DARK = 0.8  # share of the images; the rest is dark on light. One half is far harder to learn, all far easier
 CHAINS = 512  # points that play the chaos game in parallel, in each image
 BURN_IN = 6  # steps before a point is drawn: they start on the attractor, so this only spreads them over it
 POINTS_PER_PIXEL = 4  # points drawn / pixels of the canvas: some 10 to 20 on each pixel of the attractor
 CHUNK = 16 * 64 * 64  # pixels drawn at once: the working set stays in the processor's cache
-
 # The uniform numbers that decide an instance, in the order they are drawn: name -> how many.
 DRAWS = {"jitter": 48, "pose": 5, "tones": 8, "mix": 1, "levels": 3, "ramp": 9, "background": 48, "noise": 1}
 
@@ -55,8 +51,7 @@ def class_system(seed, cls):
     while True:
         maps = np.zeros((MAPS[1], 6), np.float32)
         for i in range(rng.integers(MAPS[0], MAPS[1] + 1)):
-            maps[i] = rng.uniform(-1, 1, 6)
-            while np.linalg.norm(maps[i, :4].reshape(2, 2), 2) > CONTRACTION:
+            while not 0 < np.linalg.norm(maps[i, :4].reshape(2, 2), 2) <= CONTRACTION:
                 maps[i] = rng.uniform(-1, 1, 6)
         if FILLING[0] <= filling_rate(maps, rng) <= FILLING[1]:
             maps.setflags(write=False)  # everyone is handed the same array
@@ -155,7 +150,7 @@ def paint(count, tone, noise, u, height, width):
     batch = len(count)
     dark, contrast, swap = u["levels"].T[:, :, None]  # (B, 1) each
     dark, light = 0.05 + 0.3 * dark, 0.4 + 0.3 * dark + 0.25 * contrast  # grey levels, at least 0.35 apart
-    behind, front = np.where(swap < NIGHT, dark, light), np.where(swap < NIGHT, light, dark)
+    behind, front = np.where(swap < LIGHT_ON_DARK, dark, light), np.where(swap < LIGHT_ON_DARK, light, dark)
     image = (behind + GROUND * (u["background"] - 0.5)).reshape(batch, 4, 4, 3)
     image = stretch(stretch(image, height, 1), width, 2)
     visited = np.maximum((count > 0).sum(axis=1, keepdims=True), 1)
@@ -170,8 +165,7 @@ def paint(count, tone, noise, u, height, width):
 
 
 def draw(seed, classes, indices, height, width):
-    """classes, indices (B,) -> images (B, H, W, 3) uint8. All work is elementwise or a sum over one image in a fixed
-    order, so an image's bytes cannot depend on its neighbours in the batch."""
+    """classes, indices (B,) -> images (B, H, W, 3) uint8. No sum crosses images, so the batch changes no byte."""
     steps = BURN_IN - -POINTS_PER_PIXEL * height * width // CHAINS  # rounded up
     u, choices, noise = draw_instances(seed, classes, indices, steps, height * width * 3)
     maps = np.stack([class_system(seed, cls) for cls in classes])
@@ -219,9 +213,8 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
     first, parity = SPLITS[split]
     labels = np.tile(np.arange(num_classes, dtype=np.int64), per_class)
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity
-    shape = (len(labels), *parse_size(size), 3)
-    name = f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{shape[1]}x{shape[2]}.npy"
-    path = Path(root, name)
+    _, height, width, _ = shape = (len(labels), *parse_size(size), 3)
+    path = Path(root, f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{height}x{width}.npy")
     if path.exists():
         try:
             return open_set(path, shape), labels

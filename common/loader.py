@@ -100,8 +100,8 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1)
 
 def to_device(batch, device, mean, std):
     """Moves a batch and turns its uint8 images (B, C, H, W) into normalised floats, there where that is cheap."""
-    batch = {name: value if name in STAY_ON_HOST else value.to(device, non_blocking=True) for name, value in batch.items()}
     for name, value in batch.items():
-        if value.dtype == torch.uint8:
-            batch[name] = (value - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        if name not in STAY_ON_HOST:
+            value = value.to(device, non_blocking=True)
+            batch[name] = (value - mean.view(-1, 1, 1)) / std.view(-1, 1, 1) if value.dtype == torch.uint8 else value
     return batch

@@ -46,7 +46,7 @@ def take(x, ids):
 def normalise_patches(patches):
     """(t - mean) / sqrt(var + 1e-6) with the unbiased variance, per patch: (..., N) -> (..., N), float32.
 
-    Layer norm is the same with the biased variance, so its eps and scale are corrected by (N - 1) / N: one fused kernel.
+    Layer norm is the same with the biased variance, so eps and scale are corrected by (N - 1) / N: one fused kernel.
     """
     N = patches.shape[-1]
     ratio = (N - 1) / N
@@ -101,8 +101,8 @@ class MAE(nn.Module):
         return nn.Parameter(table.unsqueeze(0), requires_grad=False)  # (1, 1 + L, dim)
 
     def init_weights(self):
-        """Xavier-uniform Linear weights (qkv as one matrix), also for the patch convolution seen as a matrix, whose bias
-        keeps PyTorch's default; biases 0; both tokens normal with std 0.02 (PAPER: Appendix A.2; official models_mae.py).
+        """The official MAE's initial values: Xavier-uniform Linear weights, qkv as one matrix, and patch convolution, seen
+        as a matrix; its bias keeps PyTorch's default, other biases are 0; both tokens normal with std 0.02.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -144,7 +144,7 @@ class MAE(nn.Module):
         return patches.reshape(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)
 
     def embed(self, patches, ids):
-        """Patches (B, K, p*p*C) at places ids (B, K) -> tokens with positions (B, K, D): the convolution as a product."""
+        """Patches (B, K, p*p*C) at places ids (B, K) -> tokens with positions (B, K, D)."""
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
         return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
 

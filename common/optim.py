@@ -1,4 +1,4 @@
-"""Learning-rate schedule, layer decay and parameter groups: pure functions of a step, a name, a depth (Appendix A.1, A.2)."""
+"""Learning-rate schedule, layer decay, parameter groups: functions of a step, a name, a depth (Appendix A.1, A.2)."""
 import math
 
 import torch

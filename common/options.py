@@ -33,7 +33,8 @@ def add_data(parser, img_size=224):
     group.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
     group.add_argument("--data-path", metavar="DIR", help="where the data set lies")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
-    group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX", help="side, or height width")
+    group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX",
+                       help="side, or height and width")
     group.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
     group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
     group.add_argument("--std", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
@@ -55,14 +56,15 @@ def add_execution(parser):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
-    group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device; smaller = less memory")
-    group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: from the number of cores")
+    group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device")
+    group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: by the cores")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--deterministic", action="store_true", help="bit-exact GPU kernels (a CPU is exact anyway)")
     group.add_argument("--allow-inexact", action="store_true", help="resume with other threads, ranks or precision")
     group.add_argument("--save-minutes", type=float, default=10, help="longest time between two checkpoints")
     group.add_argument("--log-every", type=int, default=10, help="steps between two rows of log.jsonl")
-    group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: replace, count and list it")
+    group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop",
+                       help="skip: replace, count and list it; above 1 %% it stops all the same")
 
 
 EXECUTION = ("output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",

@@ -7,7 +7,8 @@ from common.checkpoint import save_json, write_atomically
 from common.distributed import is_main, print0
 from common.runs import environment
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: colour-blind safe
+# Okabe and Ito: safe for colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def pyplot():
@@ -16,7 +17,8 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.prop_cycle": plt.cycler(color=COLOURS), "savefig.bbox": "tight", "legend.frameon": False})
+                         "axes.prop_cycle": plt.cycler(color=COLOURS), "savefig.bbox": "tight",
+                         "legend.frameon": False})
     return plt
 
 
@@ -52,7 +54,9 @@ def duration(hours):
     if not hours:
         return ""
     seconds = 3600 * statistics.mean(hours)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def markdown(header, rows):
@@ -64,18 +68,24 @@ def markdown(header, rows):
     return "\n".join(lines)
 
 
-def write_table(folder, item, args, columns, rows, notes=()):
-    """Prints a table and writes <item>.json and <item>.md into `folder`.
-
-    `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of a row.
-    """
+def write_text(folder, item, content, text):
+    """Prints a text and writes it as <item>.md, with `content` and the environment beside it as <item>.json."""
     if not is_main():
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / f"{item}.json", {**content, "environment": environment()})
+    write_atomically(folder / f"{item}.md", lambda file: file.write(f"{text}\n".encode()))
+    print0(f"\n{text}\n\nwritten to {folder / item}.json and .md")
+
+
+def write_table(folder, item, args, columns, rows, notes=()):
+    """A table as <item>.json and <item>.md in `folder`, printed too.
+
+    `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of
+    a row.
+    """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-    text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes]) + "\n"
-    save_json(folder / f"{item}.json", {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
-                                        "notes": list(notes), "environment": environment()})
-    write_atomically(folder / f"{item}.md", lambda file: file.write(text.encode()))
-    print0(f"\n{text}\nwritten to {folder / item}.json and .md")
+    text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
+    write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
+                              "notes": list(notes)}, text)

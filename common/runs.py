@@ -28,7 +28,7 @@ from common.options import EXECUTION
 WEIGHTS = "weights.pt"  # what a finished run leaves: {"model", "config"}
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
 BY_CONTENT = ("data_path", "init", "teacher", "download", "preset")
-# An argument that was added later, with the value at which a run is what it was before: that value stays out of the hash.
+# An argument that was added later, with the value at which a run is what it was before: it then stays out of the hash.
 ADDED_LATER = {}
 
 
@@ -47,8 +47,9 @@ def environment():
     """What a result should say about where it was made."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "timm": timm.__version__, "numpy": numpy.__version__, "gpu": gpu, "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
+            "timm": timm.__version__, "numpy": numpy.__version__, "gpu": gpu,
+            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
             os.truncate(self.log_path, size)
 
     def finish(self, result, model):
-        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints made to resume."""
+        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before."""
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
             save_torch(self.folder / WEIGHTS, {"model": model.state_dict(), "config": model.config})
@@ -101,7 +102,8 @@ def deliver(result, save_to):
 def open_run(script, name, args, fingerprints):
     """Yields the run of these settings; `run.result` is set if it is finished already.
 
-    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is an error that names it.
+    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is an error that names
+    that process.
     """
     settings = vars(args)
     digest = settings_hash(settings, fingerprints)
@@ -135,7 +137,8 @@ def _prepare(folder, fresh, settings):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        raise OSError(f"{folder} is in use by {lock.read().strip() or 'another process'}: wait for it or stop it") from None
+        holder = lock.read().strip() or "another process"
+        raise OSError(f"{folder} is in use by {holder}: wait for it or stop it") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()

@@ -79,7 +79,8 @@ def run_rows(rows, args, demo, script):
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown:
-        raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; its stages are {', '.join(sorted(stages))}")
+        raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
+                         f"its stages are {', '.join(sorted(stages))}")
     results, done = {}, {}
     for row in chosen(rows, args, demo):
         print0(f"\n# {row.name}")

@@ -59,7 +59,7 @@ def split_batch(batch_size, micro_batch, world):
         raise SystemExit(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
     per_rank = batch_size // world
     accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
-    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation} images")
+    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation}")
     return accumulation
 
 
@@ -73,7 +73,8 @@ def steps_per_epoch(images, batch_size):
 
 def check_execution(stored, now, allow_inexact):
     """Refuses to resume where the arithmetic would differ, unless --allow-inexact."""
-    changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items() if stored.get(name) != value]
+    changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items()
+               if stored.get(name) != value]
     if changed and not allow_inexact:
         raise SystemExit(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
                          f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
@@ -137,8 +138,8 @@ class Snapshot:
 def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
     """Trains `method.model` for args.epochs on `images`. Returns {seconds, images_per_second, last, best}.
 
-    `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the end.
-    Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
+    `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the
+    end. Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
     """
     world, rank = distributed.world_size(), distributed.rank()
     per_epoch = steps_per_epoch(images, args.batch_size)
@@ -244,4 +245,5 @@ def note_evaluation(run, method, progress, step, epoch, result):
     if result["top1"] > progress["best"].get("top1", -1.0):
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
-            checkpoint.save_torch(run.folder / "best.pt", {"model": method.model.state_dict(), "config": method.model.config})
+            best = {"model": method.model.state_dict(), "config": method.model.config}
+            checkpoint.save_torch(run.folder / "best.pt", best)

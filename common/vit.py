@@ -1,4 +1,4 @@
-"""The paper's backbones: ViT-Tiny, -Small and -Base with 12 heads, as timm VisionTransformers (Section 3, Appendix A.1).
+"""The paper's backbones: ViT-Tiny, -Small and -Base with 12 heads, as timm VisionTransformers (Section 3, Appendix A).
 
 The names, shapes and forward are timm's, so weights travel both ways. What differs is written here: twelve heads at
 every width (DeiT-Tiny has three; the shapes are equal, the functions are not), average pooling of the patch tokens
@@ -13,7 +13,7 @@ SIZES = {  # name -> width and depth; the number of heads is an argument, 12 unl
     "vit_tiny": {"embed_dim": 192, "depth": 12},
     "vit_small": {"embed_dim": 384, "depth": 12},
     "vit_base": {"embed_dim": 768, "depth": 12},
-    "vit_demo": {"embed_dim": 96, "depth": 12},  # ours, for the demo preset: the paper's depth and heads, half its width
+    "vit_demo": {"embed_dim": 96, "depth": 12},  # ours, for the demo: the paper's depth and heads, half its width
 }
 
 
@@ -55,9 +55,9 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
 
 
 def init_vit(vit):
-    """Initial values of a classifier in timm 0.4.12, which the paper's results rest on: truncated normal of std 0.02 for
-    Linear weights (the head too), positions and class token; biases 0. The patch convolution keeps PyTorch's default.
-    Today's timm draws the class token with std 1e-6 instead.
+    """Initial values of a classifier in timm 0.4.12, which the paper's results rest on: truncated normal of std 0.02
+    for Linear weights (the head too), positions and class token; biases 0. The patch convolution keeps PyTorch's
+    default. Today's timm draws the class token with std 1e-6 instead.
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear):

@@ -61,8 +61,8 @@ class Guard:
         saved = checkpoint.steps_saved(self.run.folder)
         good = f"the last good checkpoint is step-{saved[0]:08d}.pt" if saved else "no checkpoint was saved before"
         raise FloatingPointError(
-            f"non-finite loss or gradient at step {step} (learning rate {self.schedule(step):.3g}). Nothing was updated "
-            f"since; {good} in {self.run.folder}. Try a lower --lr, --clip-grad 1 or --precision fp32")
+            f"non-finite loss or gradient at step {step} (learning rate {self.schedule(step):.3g}). Nothing was "
+            f"updated since; {good} in {self.run.folder}. Try a lower --lr, --clip-grad 1 or --precision fp32")
 
 
 class Meter:
@@ -75,9 +75,10 @@ class Meter:
 
     @contextmanager
     def bar(self, start):
-        """The progress bar: quiet on other ranks than 0, and where there is no terminal (a line now and then instead)."""
+        """The progress bar, on rank 0; where there is no terminal, a line now and then instead."""
         self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
-        with tqdm(total=self.total, initial=start, unit="step", disable=None if distributed.is_main() else True) as self.line:
+        disable = None if distributed.is_main() else True  # None: only where there is no terminal
+        with tqdm(total=self.total, initial=start, unit="step", disable=disable) as self.line:
             yield
 
     @contextmanager
@@ -118,13 +119,13 @@ class Meter:
         self.line.set_postfix_str(f"loss {loss:.4f} lr {lr:.2e} {speed:.0f} img/s, {waiting:.0%} waiting for data")
         if self.line.disable and now > self.report_at:
             left = (now - self.began) / (step - self.start) * (self.total - step)
-            print0(f"step {step} of {self.total}: loss {loss:.4f}, {speed:.0f} images/s, {waiting:.0%} waiting for data, "
-                   f"{left / 60:.1f} minutes left")
+            print0(f"step {step} of {self.total}: loss {loss:.4f}, {speed:.0f} images/s, "
+                   f"{waiting:.0%} waiting for data, {left / 60:.1f} minutes left")
             self.report_at = now + 120
 
 
 class BadImages:
-    """The unreadable images that `--on-bad-image skip` replaced: listed in the run's folder, and too many stop the run."""
+    """The unreadable images that `--on-bad-image skip` replaced: listed in the run's folder; too many stop the run."""
 
     def __init__(self, run, images, known=()):
         self.run, self.images, self.known = run, images, set(known)
@@ -136,10 +137,12 @@ class BadImages:
         self.known |= new
         path = self.run.folder / f"bad_images-rank{distributed.rank()}.txt"
         path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n")
-        print(f"unreadable and replaced: {', '.join(str(self.images.where(index)) for index in sorted(new))}", flush=True)
+        names = ", ".join(str(self.images.where(index)) for index in sorted(new))
+        print(f"unreadable and replaced: {names}", flush=True)  # by every rank: each sees other images
         share = len(self.known) * distributed.world_size() / len(self.images)
         if share > BAD_LIMIT:
-            raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: see {path}")
+            raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: "
+                            f"see {path}")
 
 
 @contextmanager
@@ -149,6 +152,7 @@ def explain_memory(micro_batch):
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(f"out of memory with --micro-batch {micro_batch}: try --micro-batch {max(1, micro_batch // 2)}; "
-                              f"the global batch and the result stay the same ({str(error).splitlines()[0]})") from error
+            raise MemoryError(f"out of memory with --micro-batch {micro_batch}: try --micro-batch "
+                              f"{max(1, micro_batch // 2)}; the global batch stays the same "
+                              f"({str(error).splitlines()[0]})") from error
         raise

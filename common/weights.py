@@ -99,7 +99,9 @@ def unwrap(content):
 
 
 def listed(names):
-    return f"{len(names)} ({', '.join([str(name) for name in names][:10])}{', ...' if len(names) > 10 else ''})"
+    """`2 (a, b)`: how many, and the first ten by name."""
+    shown = ", ".join([str(name) for name in names][:10]) + (", ..." if len(names) > 10 else "")
+    return f"{len(names)} ({shown})" if names else "0"
 
 
 def read_file(path):

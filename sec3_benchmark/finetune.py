@@ -5,8 +5,8 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --recipe ori --num-heads 3   # DeiT-Tiny as published: 72.2
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --eval-only
 
-The paper's run is 300 epochs at batch 1024: 78.0 from MAE-Tiny, 75.8 from scratch. --init reads our weights, mae-lite's,
-facebook MAE's, DeiT's, timm's and `timm:NAME` (common/formats.py). MoCo-v3 weights want --layer-decay 0.75.
+The paper's run is 300 epochs at batch 1024: 78.0 from MAE-Tiny, 75.8 from scratch. --init reads our weights and those
+of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/formats.py).
 """
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ def build_parser():
     options.add_data(parser)
     options.add_model(parser)
     group = parser.add_argument_group("start")
-    group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights: a file or timm:NAME; default: from scratch")
-    group.add_argument("--keep-blocks", type=int, metavar="K", help="keep only blocks 1..K of --init (Figure 2); 0: nothing")
+    group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
+    group.add_argument("--keep-blocks", type=int, metavar="K", help="keep blocks 1..K of --init (Figure 2); 0: nothing")
     group.add_argument("--eval-only", action="store_true", help="evaluate --init, head included, and leave")
     group = parser.add_argument_group("recipe (Appendix A.1)")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="impr", help="ori: DeiT's stronger augmentation")
@@ -50,8 +50,8 @@ def build_parser():
     group.add_argument("--base-lr", type=float, default=1e-3, help="per 256 images: the peak is base * batch / 256")
     group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
     group.add_argument("--warmup-epochs", type=int, default=5, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, biases, positions, class token")
-    group.add_argument("--layer-decay", type=float, default=0.85, help="also from scratch, as the authors' command has it")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")
+    group.add_argument("--layer-decay", type=float, default=0.85, help="also from scratch, as in the authors' command")
     group.add_argument("--randaugment", default="rand-m10-mstd0.5-inc1", help="timm's notation; none: off")
     group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; 0: off")
     group.add_argument("--mixup", type=float, default=0.2, help="alpha of the Beta distribution; 0: off")

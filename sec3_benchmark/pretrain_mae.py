@@ -2,14 +2,14 @@
 
     python sec3_benchmark/pretrain_mae.py                                             # demo: generated images, a minute
     python sec3_benchmark/pretrain_mae.py --preset small --data-path DIR              # any folder of images, 64 px
-    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mae.py --data-path IMAGENET   # the paper: 400 epochs, batch 4096
+    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mae.py --data-path IMAGENET   # the paper: 400 epochs
 
 The authors' code page gives about 40 hours for the paper's run on 8 GPUs. The weights, decoder included, end up in
-outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Stopped or killed, the same command continues.
+outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Killed, the same command continues.
 """
 import torch
 
-from common import checkpoint, distributed, options
+from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import load_sets
 from common.distributed import print0
@@ -23,7 +23,8 @@ PRESETS = {
     "demo": dict(data="fractals", img_size=[32], model="vit_demo", patch_size=4, epochs=16, batch_size=128,
                  base_lr=4e-3, warmup_epochs=2),
     # for some 10,000 to 100,000 images: small batches, hence a higher base rate than 1.5e-4
-    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20),
+    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
+                  warmup_epochs=20),
 }
 
 
@@ -33,7 +34,7 @@ def build_parser():
     options.add_model(parser)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
-    group.add_argument("--decoder-dim", type=int, help="width; default: the one that goes with the encoder, 96 for Tiny")
+    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
     group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
     group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
     group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
@@ -44,7 +45,7 @@ def build_parser():
     group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
     group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases")
     group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the random crop; official MAE: 0.2")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
     group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
     group.add_argument("--seed", type=int, default=0)
     options.add_execution(parser)
@@ -86,7 +87,8 @@ def main(args):
     device = distributed.start(args.device)
     print_settings(args)
     images, _ = load_sets(args, labelled=False)
-    with open_run("pretrain_mae", f"{args.data}-{args.model}-{args.epochs}ep", args, {"data": images.fingerprint()}) as run:
+    name = f"{args.data}-{args.model}-{args.epochs}ep"
+    with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}) as run:
         if run.result:
             return run.result
         seed_everything(args.seed)

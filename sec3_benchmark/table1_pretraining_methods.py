@@ -1,11 +1,11 @@
 """Table 1: ViT-Tiny on ImageNet-1k after different pre-training methods, top-1.
 
-    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: generated images, 5 minutes
+    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: 5 minutes
     python sec3_benchmark/table1_pretraining_methods.py --preset small --data-path DIR --seeds 0 1
     torchrun --nproc-per-node=8 sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET
     python sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET --dry-run  # the commands, for a job script
 
-The paper's claim: proper pre-training lifts the plain ViT-Tiny from 75.8 to 78.0 (MAE). Accuracies are those of the last
+The paper's claim: proper pre-training lifts the plain ViT-Tiny from 75.8 to 78.0 (MAE). Accuracies are of the last
 epoch; the best epoch stands in each run's result.json. Rows whose method is not built yet are listed and say so.
 """
 from pathlib import Path
@@ -21,8 +21,8 @@ ROWS = [
     Row("scratch-ori", "scratch, ori. recipe", 74.5, ((FINETUNE, {"recipe": "ori"}),)),
     Row("scratch", "scratch, impr. recipe (DeiT-Tiny)", 75.8, ((FINETUNE, {}),),
         note="ICML text and slides; the code page of arXiv v1 has 76.1"),
-    Row("supervised-in21k-a", "supervised on IN21K (Steiner et al.)", 76.9, note="two rows on the slide, 76.9 and 77.8, "
-        "their difference is not legible"),
+    Row("supervised-in21k-a", "supervised on IN21K (Steiner et al.)", 76.9,
+        note="two rows on the slide, 76.9 and 77.8, their difference is not legible"),
     Row("supervised-in21k-b", "supervised on IN21K (Steiner et al.)", 77.8, note="see above"),
     Row("mocov3", "MoCo-v3", 76.8),
     Row("dino", "DINO", 77.2),

@@ -81,7 +81,7 @@ def test_epsilon_is_added_to_the_variance():
 
 
 def test_sizes_of_the_paper():
-    """Parameter counts of PAPER 1.3 and the patches kept at several ratios (floats bite: 0.8 keeps 39 of 196)."""
+    """The paper's parameter counts and the patches kept at several ratios (floats bite: 0.8 keeps 39 of 196)."""
     model = MAE("vit_tiny")
     assert parameter_count(model) == 5_748_480
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 5_691_744
@@ -91,8 +91,8 @@ def test_sizes_of_the_paper():
 
 
 def test_initial_values():
-    """PAPER 1.4: qkv xavier-uniform as one matrix (bound 0.0884), patch convolution on its flattened view with PyTorch's
-    own bias, tokens normal 0.02, biases 0, norms 1 and 0; positions frozen, the class token's row zero."""
+    """qkv xavier-uniform as one matrix (bound 0.0884), patch convolution on its flattened view with PyTorch's own bias,
+    tokens normal 0.02, biases 0, norms 1 and 0; positions frozen, the class token's row zero."""
     torch.manual_seed(0)
     model = MAE("vit_tiny")
     for name, module in model.named_modules():

@@ -1,0 +1,102 @@
+"""What an MAE reconstructs: input, masked input, reconstruction, side by side.
+
+    python appendix/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt --data-path DIR      # any images
+    python appendix/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt                  # generated ones
+
+Seconds. Any MAE file that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With normalised targets
+the network predicts each patch without its mean and contrast; the picture puts those of the true patch back and says
+so. The last column shows visible patches as they are and predicted ones elsewhere. Writes reconstruction.png and .npz.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import distributed, options
+from common.augment import eval_transform
+from common.data import load_sets, statistics
+from common.distributed import print0
+from common.formats import load_model
+from common.loader import seed_everything
+from common.mae import MAE
+from common.report import pyplot
+from common.vit import eval_mode
+
+PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    parser.add_argument("--checkpoint", required=True, help="an MAE with its decoder")
+    parser.add_argument("--decoder-heads", type=int, help="only for a foreign file, which cannot say")
+    parser.add_argument("--num-heads", type=int, help="likewise")
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="chooses images and masks")
+    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+def pixels_from(pred, patches, norm_pix):
+    """Predicted patches as pixels: with normalised targets, the true patch's mean and deviation are put back."""
+    if not norm_pix:
+        return pred
+    mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return pred * (var + 1e-6).sqrt() + mean
+
+
+def reconstruct(model, images, noise):
+    """Images (B, C, H, W) -> masked images (grey where removed), reconstructions with the visible patches in place."""
+    pred, mask = model.reconstruct(images, noise)
+    patches, mask = model.patchify(images), mask.unsqueeze(-1)
+    predicted = pixels_from(pred, patches, model.norm_pix)
+    return model.unpatchify(patches * (1 - mask)), model.unpatchify(patches * (1 - mask) + predicted * mask), \
+        model.unpatchify(predicted)
+
+
+def draw(arrays, path, title):
+    """One row an image, one column a version: arrays {title: (B, H, W, C) in 0..1}."""
+    plt = pyplot()
+    rows = len(next(iter(arrays.values())))
+    figure, axes = plt.subplots(rows, len(arrays), figsize=(1.5 * len(arrays), 1.5 * rows + 0.5), squeeze=False,
+                                layout="constrained")
+    for column, (name, images) in enumerate(arrays.items()):
+        axes[0, column].set_title(name, fontsize=8)
+        for row in range(rows):
+            axes[row, column].imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes[row, column].axis("off")
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+@torch.inference_mode()
+def main(args):
+    """Writes reconstruction.npz and reconstruction.png; returns their folder."""
+    device = distributed.start(args.device)
+    model = load_model(args.checkpoint, num_heads=args.num_heads, decoder_heads=args.decoder_heads)
+    if not isinstance(model, MAE):
+        raise SystemExit(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
+    model = eval_mode(model, device)
+    args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
+    images, _ = load_sets(args, labelled=False)
+    seed_everything(args.seed)
+    chosen = np.random.permutation(len(images))[:args.num_images]
+    transform, (mean, std) = eval_transform(args.img_size), (s.view(-1, 1, 1).to(device) for s in statistics(args))
+    batch = (torch.stack([transform(images.read(int(i))) for i in chosen]).to(device) - mean) / std
+    masked, pasted, predicted = reconstruct(model, batch, torch.rand(len(batch), model.num_patches).to(device))
+
+    folder = Path(args.output) / "reconstruct"
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: ((x * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for name, x in (
+        ("input", batch), ("visible", masked), ("predicted", predicted), ("predicted + visible", pasted))}
+    np.savez_compressed(folder / "reconstruction.npz", **arrays)
+    undone = "norm_pix undone with the true patch's mean and contrast" if model.norm_pix else "raw pixels"
+    draw(arrays, folder / "reconstruction.png", f"{model.config['mask_ratio']:.0%} of the patches removed; {undone}")
+    print0(f"written to {folder / 'reconstruction.png'}: " + ", ".join(images.where(int(i)) for i in chosen))
+    return {"folder": str(folder)}
+
+
+if __name__ == "__main__":
+    main(options.parse(build_parser(), PRESETS))
