@@ -26,7 +26,7 @@ STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every col
     1: ((0.449,), (0.226,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 25, 160, 40  # 4,000 images to train on, 1,000 to validate
+FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to train on, 1,000 to validate
 
 
 class DataError(ValueError):

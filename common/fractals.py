@@ -30,7 +30,6 @@ JITTER = 0.1  # an instance scales each parameter by 1 +- this; (1 + sqrt(2) JIT
 ROTATION, SHIFT = 15, 0.05  # +- degrees; +- share of the canvas
 SCALE = (0.75, 1.05)  # longer side of the attractor / shorter side of the canvas
 GROUND, RAMP, NOISE = 0.5, 0.7, 0.15  # range of colours over the background, over the attractor, from pixel to pixel
-
 LIGHT_ON_DARK = 0.8  # share of the images; the rest is dark on light. One half is far harder to learn, all far easier
 CHAINS = 512  # points that play the chaos game in parallel, in each image
 BURN_IN = 6  # steps before a point is drawn: they start on the attractor, so this only spreads them over it

@@ -101,8 +101,8 @@ class MAE(nn.Module):
         return nn.Parameter(table.unsqueeze(0), requires_grad=False)  # (1, 1 + L, dim)
 
     def init_weights(self):
-        """The official MAE's initial values: Xavier-uniform Linear weights, qkv as one matrix, and patch convolution, seen
-        as a matrix; its bias keeps PyTorch's default, other biases are 0; both tokens normal with std 0.02.
+        """The official MAE's initial values: Xavier-uniform Linear weights (qkv as one matrix) and patch convolution
+        (seen as a matrix); its bias keeps PyTorch's default, other biases are 0; both tokens normal with std 0.02.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -240,7 +240,7 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
 def note_evaluation(run, method, progress, step, epoch, result):
     """Logs an evaluation; the best weights so far are kept beside the last."""
     run.log({"step": step, "epoch": epoch, "eval": result})
-    print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     progress["last"] = {"epoch": epoch, **result}
     if result["top1"] > progress["best"].get("top1", -1.0):
         progress["best"] = dict(progress["last"])

@@ -25,8 +25,8 @@ from common.training import Method, steps_per_epoch, train
 from common.vit import build_vit
 
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[32], model="vit_demo", patch_size=4, epochs=6, batch_size=64,
-                 base_lr=4e-3, warmup_epochs=1, eval_every=2),
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=8, batch_size=64,
+                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=2),
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=100, batch_size=256),
 }
 RECIPES = {  # what each changes from the defaults below
@@ -52,6 +52,7 @@ def build_parser():
     group.add_argument("--warmup-epochs", type=int, default=5, help="linear from 0")
     group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")
     group.add_argument("--layer-decay", type=float, default=0.85, help="also from scratch, as in the authors' command")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a random crop")
     group.add_argument("--randaugment", default="rand-m10-mstd0.5-inc1", help="timm's notation; none: off")
     group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; 0: off")
     group.add_argument("--mixup", type=float, default=0.2, help="alpha of the Beta distribution; 0: off")
@@ -71,7 +72,7 @@ class TrainViews:
 
     def __init__(self, args):
         randaugment = None if args.randaugment == "none" else args.randaugment
-        self.transform = train_transform(args.img_size, randaugment=randaugment)
+        self.transform = train_transform(args.img_size, scale=(args.crop_min, 1.0), randaugment=randaugment)
         self.size, self.erasing = args.img_size, args.erasing
 
     def __call__(self, image):

@@ -1,0 +1,263 @@
+"""common/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy, on tiny folders."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import evaluate, options
+from common.data import ImageSet
+from common.evaluate import accuracy, evaluator
+from common.loader import eval_loader
+from common.options import resolve
+from common.weights import read_weights
+from sec3_benchmark import finetune, pretrain_mae
+
+CPU = torch.device("cpu")
+PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Accuracy
+
+class Known(torch.nn.Module):
+    """Image number i, all of whose bytes are i, has the logits table[i]."""
+
+    def __init__(self, table, dtype=torch.float32):
+        super().__init__()
+        self.table, self.dtype, self.batches = table, dtype, []
+
+    def forward(self, images):
+        assert not self.training
+        self.batches.append(len(images))
+        return self.table[images[:, 0, 0, 0].round().long()].to(self.dtype)
+
+
+def case(count, classes, seed=0):
+    """A model, its images, and what is to be found: top1, top5, loss by counting in NumPy."""
+    rng = np.random.RandomState(seed)
+    logits, labels = rng.standard_normal((count, classes)).astype(np.float32), rng.randint(0, classes, count)
+    logits[np.arange(count), labels] += 1
+    array = np.repeat(np.arange(count, dtype=np.uint8), 4 * 4 * 3).reshape(count, 4, 4, 3)
+    better = (logits > logits[np.arange(count), labels][:, None]).sum(axis=1)  # classes ranked above the true one
+    exact = logits.astype(np.float64)
+    loss = np.log(np.exp(exact).sum(axis=1)) - exact[np.arange(count), labels]
+    expected = {"top1": 100 * np.mean(better < 1), "top5": 100 * np.mean(better < 5), "val_loss": loss.mean(),
+                "images": count}
+    return Known(torch.from_numpy(logits)), ImageSet("fake", array, labels, list(range(classes))), expected
+
+
+def measure(model, images, batch_size=4, rank=0, world=1):
+    loader = eval_loader(images, lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1), batch_size, 0, CPU,
+                         rank, world)
+    return accuracy(model, loader, CPU, torch.zeros(3), torch.ones(3))
+
+
+@pytest.mark.parametrize(("count", "classes", "batch_size"), [(26, 9, 4), (26, 9, 26), (26, 9, 100), (12, 5, 4),
+                                                              (11, 3, 4), (7, 2, 1), (3, 1, 2)])
+def test_accuracy_is_the_count_by_hand(count, classes, batch_size):
+    """Also where the last batch is smaller, and where there are no five classes to be among."""
+    model, images, expected = case(count, classes)
+    found = measure(model.train(), images, batch_size)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert isinstance(found["images"], int) and model.batches[0] == min(count, batch_size)
+    if classes <= 5:
+        assert found["top5"] == 100
+    if classes == 9:
+        assert 0 < found["top1"] < found["top5"] < 100  # else the count could not tell them apart
+
+
+def test_losses_are_summed_in_float32_whatever_the_model_gives():
+    model, images, expected = case(200, 9)
+    model.table = model.table.bfloat16().float()
+    exact = measure(model, images)
+    model.dtype = torch.bfloat16
+    assert measure(model, images) == exact
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_add_up_to_the_whole(world, monkeypatch):
+    """Each rank's sums, caught before they are added, give the single process's result; 11 images do not divide."""
+    model, images, expected = case(11, 9)
+    sums = []
+    monkeypatch.setattr(evaluate.distributed, "all_sum", lambda tensor: sums.append(tensor.clone()) or tensor)
+    for rank in range(world):
+        measure(model, images, rank=rank, world=world)
+    assert [int(s[-1]) for s in sums] == [len(range(rank, 11, world)) for rank in range(world)]
+    monkeypatch.setattr(evaluate.distributed, "all_sum", lambda tensor: torch.stack(sums).sum(dim=0))
+    assert measure(model, images, rank=0, world=world) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_evaluators_view_is_the_centre_of_the_resized_image():
+    """32 px from images of 48 x 64: bicubic to 36 x 48, the central 32 x 32, ImageNet's mean and std."""
+    rng = np.random.RandomState(0)
+    array, seen = rng.randint(0, 256, (5, 48, 64, 3), dtype=np.uint8), []
+
+    class Watcher(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return images.mean(dim=(2, 3))
+
+    args = SimpleNamespace(img_size=[32], in_chans=3, mean=None, std=None, micro_batch=2, workers=0)
+    evaluation = evaluator(Watcher(), ImageSet("fake", array, np.arange(5) % 3, [0, 1, 2]), args, CPU)
+    assert evaluation() == evaluation()
+    assert [len(images) for images in seen] == 2 * [2, 2, 1]
+    for image, found in zip(array, torch.cat(seen[:3])):
+        resized = Image.fromarray(image).resize((48, 36), Image.Resampling.BICUBIC).crop((8, 2, 40, 34))
+        expected = (np.asarray(resized) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+# From images to accuracy
+
+def make_folder(root, channels=3, size=(40, 36), count=6):
+    """train/ and val/ with two classes of noise, bright and dark, so that a class can be learned."""
+    rng = np.random.RandomState(0)
+    for split in ("train", "val"):
+        for cls, level in (("bright", 120), ("dark", 0)):
+            (root / split / cls).mkdir(parents=True)
+            for i in range(count):
+                array = rng.randint(level, level + 130, (*size, channels)).astype(np.uint8)
+                if channels in (1, 3):
+                    Image.fromarray(array.squeeze()).save(root / split / cls / f"{i}.png")
+                else:
+                    np.save(root / split / cls / f"{i}.npy", array)
+    return root
+
+
+def settings(tmp_path, data, **more):
+    """One epoch of the narrow model: three steps of four images."""
+    return {"preset": "demo", "data": "folder", "data_path": str(data), "output": str(tmp_path / "outputs"),
+            "epochs": 1, "warmup_epochs": 0, "batch_size": 4, "device": "cpu", "precision": "fp32", "workers": 0,
+            "base_lr": 1e-2, "log_every": 1, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("channels", "img_size", "patch"), [
+    (3, [32], 4), (3, [64], 8), (3, [96], 16), (3, [224, 160], 32), (1, [32], 8), (5, [32], 8)],
+    ids=["32", "64", "96", "224x160", "greyscale", "5 channels"])
+def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
+    """Each stage takes the weights of the one before; evaluating the last gives the fine-tuning's accuracy again."""
+    data = make_folder(tmp_path / "data", channels)
+    common = settings(tmp_path, data, img_size=img_size, patch_size=patch, in_chans=channels)
+    pretrained = options.stage(PRETRAIN, explicit=common)
+    common["randaugment"] = "rand-m9-mstd0.5-inc1" if channels == 3 else "none"  # its operations are for colour images
+    tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
+    again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True})
+    assert tuned["last"]["images"] == again["images"] == 12
+    assert tuned["top1"] == tuned["last"]["top1"] == again["top1"] <= tuned["best_top1"]
+    assert tuned["top5"] == again["top5"] == 100
+    assert again["val_loss"] == pytest.approx(tuned["last"]["val_loss"], rel=1e-5)
+
+    log = [json.loads(line) for line in open(f"{pretrained['run']}/log.jsonl")]
+    assert [row["step"] for row in log] == [1, 2, 3] and all(np.isfinite(row["loss"]) for row in log)
+    weights = read_weights(tuned["checkpoint"])
+    assert weights.state["patch_embed.proj.weight"].shape == (96, channels, patch, patch)
+    assert weights.state["head.weight"].shape == (2, 96)
+    height, width = img_size * 2 if len(img_size) == 1 else img_size
+    assert weights.state["pos_embed"].shape == (1, 1 + height * width // patch**2, 96)
+
+
+def test_bright_and_dark_can_be_learned(tmp_path, folder):
+    """The chain learns: a few epochs tell the two classes apart on images it has not seen."""
+    result = options.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[16], patch_size=8, epochs=8,
+                                                       base_lr=0.1, layer_decay=1.0, mixup=0.0, randaugment="none"))
+    assert result["top1"] == 100 and result["last"]["val_loss"] < 0.5
+
+
+def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
+    """Embedding, positions and blocks 1..k are the pre-trained ones, everything else is as from scratch."""
+    common = settings(tmp_path, folder, img_size=[32], patch_size=8)
+    pretrained = options.stage(PRETRAIN, explicit=common)
+    weights = read_weights(pretrained["checkpoint"])
+
+    def build(**more):
+        args = resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, explicit={**common, **more})
+        torch.manual_seed(1)
+        return finetune.build_classifier(args, 2, weights if "init" in more else None).state_dict()
+    scratch = build()
+    for k in (0, 1, 7, 12):
+        kept = build(init="file", keep_blocks=k)
+        for name, value in kept.items():
+            first = 0 if name.startswith(("patch_embed.", "pos_embed", "cls_token")) else 12  # block that it goes with
+            block = int(name.split(".")[1]) if name.startswith("blocks.") else first
+            source = weights.state if block < k else scratch
+            assert torch.equal(value, source[name]), (k, name)
+    assert not torch.equal(scratch["blocks.0.attn.qkv.weight"], weights.state["blocks.0.attn.qkv.weight"])
+
+    runs = [options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"], "keep_blocks": k})
+            for k in (0, 3)] + [options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})]
+    assert len({result["run"] for result in runs}) == 3
+    assert len({result["last"]["val_loss"] for result in runs}) == 3
+
+
+def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeypatch):
+    """By content: a copy of the images and of the weights is the same run, not trained again; other weights are not."""
+    def stages(data, init=None):
+        common = settings(tmp_path, data, img_size=[16], patch_size=8)
+        first = options.stage(PRETRAIN, explicit=common)
+        return first, options.stage(FINETUNE, explicit=common, row={"init": init or first["checkpoint"]})
+    expected = stages(folder)
+    shutil.copytree(folder, tmp_path / "elsewhere" / "data")
+    shutil.copy(expected[0]["checkpoint"], tmp_path / "copied.pt")
+    with monkeypatch.context() as patch:
+        for module in (pretrain_mae, finetune):
+            patch.setattr(module, "train", None)  # whoever trains now fails
+        found = stages(tmp_path / "elsewhere" / "data", str(tmp_path / "copied.pt"))
+    assert [result["run"] for result in found] == [result["run"] for result in expected]
+    assert found[1]["top1"] == expected[1]["top1"]
+
+    content = torch.load(tmp_path / "copied.pt", weights_only=True)
+    content["model"]["cls_token"] += 1
+    torch.save(content, tmp_path / "copied.pt")
+    assert stages(folder, str(tmp_path / "copied.pt"))[1]["run"] != expected[1]["run"]
+
+
+def test_the_worker_count_changes_no_weight(tmp_path, folder):
+    """Through the whole loop: two runs of the older recipe, with 0 and 2 workers, end in the same bytes."""
+    states = []
+    for workers in (0, 2):
+        common = settings(tmp_path / str(workers), folder, img_size=[16], patch_size=8, workers=workers, epochs=2)
+        result = options.stage(FINETUNE, explicit={**common, "recipe": "ori"})
+        states.append(torch.load(result["checkpoint"], weights_only=True)["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_skipped_image_is_reported_by_the_run(tmp_path):
+    """One unreadable file in a hundred: replaced, counted in the result, listed beside it. By default it stops."""
+    data = make_folder(tmp_path / "data", size=(8, 8), count=50)
+    (data / "train" / "dark" / "7.png").write_bytes(b"no image")
+    common = settings(tmp_path, data, img_size=[16], patch_size=8, batch_size=50)
+    with pytest.raises(ValueError, match="dark/7.png"):
+        options.stage(PRETRAIN, explicit=common)
+    result = options.stage(PRETRAIN, explicit={**common, "on_bad_image": "skip"})
+    assert result["bad_images"] == 1
+    [listing] = list((tmp_path / "outputs").glob("pretrain_mae/*/bad_images*.txt"))
+    assert listing.read_text() == f"{data}/train/dark/7.png\n"
+
+
+@pytest.mark.parametrize(("more", "error", "named"), [
+    ({"eval_only": True}, SystemExit, "--eval-only needs --init"),
+    ({"in_chans": 1}, ValueError, "--randaugment none"),
+    ({"batch_size": 3}, ValueError, "micro-batch has 3.*even"),
+    ({"batch_size": 6, "micro_batch": 3}, ValueError, "micro-batch has 3.*even"),
+    ({"batch_size": 13}, ValueError, "12 images, fewer than one batch of 13"),
+    ({"init": "no/where.pt"}, FileNotFoundError, "no/where.pt"),
+])
+def test_what_cannot_be_trained_is_named(tmp_path, folder, more, error, named):
+    with pytest.raises(error, match=named):
+        options.stage(FINETUNE, explicit={**settings(tmp_path, folder, img_size=[16], patch_size=8), **more})

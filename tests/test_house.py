@@ -1,0 +1,161 @@
+"""The house rules that a reader relies on: who may import whom, what a script shows, how files are opened, how long."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
+ROOMS = ("common", *SECTIONS)
+MAY_IMPORT = {  # besides itself and common: a section's whole folder, or modules of it. Stages are run by name instead
+    "common": (),
+    "sec3_benchmark": (),
+    "sec4_analysis": ("sec3_benchmark.downstream",),
+    "sec5_distill": ("sec3_benchmark.downstream", "sec4_analysis.cka", "sec4_analysis.fourier",
+                     "sec4_analysis.attention", "sec4_analysis.similarity"),
+    "appendix": ("sec3_benchmark", "sec4_analysis", "sec5_distill"),
+}
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+ALL = FILES + sorted((ROOT / "tests").glob("*.py"))
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def findings(check, files=FILES):
+    """{file: what the check found}, without the files that are in order."""
+    found = {name(path): list(check(path)) for path in files}
+    return {file: what for file, what in found.items() if what}
+
+
+def imports(tree, package):
+    """Dotted names of all that is imported, wherever in the file: `from a.b import c` gives a.b.c."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = [[], [package], []][min(node.level, 2)]  # relative: of this folder, or of the root
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+
+
+def floor_broken(room, source):
+    """What a file of this room imports and may not."""
+    allowed = {"common", room, *MAY_IMPORT[room]}
+    inside = [module for module in imports(ast.parse(source), room) if module.split(".")[0] in (*ROOMS, "tests")]
+    return [m for m in inside if not any(m == a or m.startswith(f"{a}.") for a in allowed)]
+
+
+def unsafe(source):
+    """Ways of reading a file that let it run code."""
+    tree = ast.parse(source)
+    given = [(node.arg, ast.unparse(node.value)) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    found = ["weights_only=False"] * given.count(("weights_only", "False"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            safe = keywords.get("weights_only") == "True" if "torch" in ast.unparse(node.func) else \
+                keywords.get("allow_pickle", "False") == "False"
+            found += [] if safe else [ast.unparse(node)]
+    return found
+
+
+def docstring_lacks(path):
+    """A module docstring; and in a script, the command that runs it, path and all."""
+    tree = ast.parse(path.read_text())
+    docstring = ast.get_docstring(tree)
+    if not docstring and path.name != "__init__.py":
+        yield "docstring"
+    if any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body):
+        if f"python {name(path)}" not in (docstring or ""):
+            yield f"python {name(path)}"
+
+
+def stage_lacks(path):
+    """Tables run a section's scripts through build_parser() and main(args)."""
+    source = path.read_text()
+    if "options.make_parser(" in source:
+        wanted = {"build_parser": [], "main": ["args"]}
+        functions = {node.name: [arg.arg for arg in node.args.args] for node in ast.parse(source).body
+                     if isinstance(node, ast.FunctionDef)}
+        yield from (function for function in wanted if functions.get(function) != wanted[function])
+
+
+def search_path_edits(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "site.addsitedir"):
+            yield ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "sys" and "path" in (alias.name for alias in node.names):
+            yield "from sys import path"
+
+
+def test_imports_keep_to_their_floor():
+    assert findings(lambda path: floor_broken(path.relative_to(ROOT).parts[0], path.read_text())) == {}
+
+
+@pytest.mark.parametrize(("room", "source"), [
+    ("common", "import sec3_benchmark.downstream"),
+    ("common", "def f():\n    from sec4_analysis import cka"),
+    ("common", "from appendix.dino import DINO"),
+    ("sec3_benchmark", "from sec4_analysis.cka import cka"),
+    ("sec4_analysis", "from sec3_benchmark.pretrain_mae import main"),
+    ("sec4_analysis", "from sec3_benchmark import finetune"),
+    ("sec4_analysis", "import sec3_benchmark"),
+    ("sec4_analysis", "if True:\n    from ..sec3_benchmark import finetune"),
+    ("sec5_distill", "import importlib\nimportlib.import_module('sec3_benchmark.pretrain_mae')"),
+    ("sec5_distill", "from sec4_analysis.fig5_attention import rows"),
+    ("sec5_distill", "from appendix import dino"),
+    ("appendix", "from tests.helpers import golden"),
+])
+def test_a_broken_floor_is_noticed(room, source):
+    assert floor_broken(room, source)
+
+
+@pytest.mark.parametrize(("room", "source"), [
+    ("common", "from common import vit\nimport torch, timm.data"),
+    ("sec3_benchmark", "from sec3_benchmark import moco\nfrom . import coco\nfrom .downstream import SETS"),
+    ("sec4_analysis", "from sec3_benchmark.downstream import SETS\nfrom sec3_benchmark import downstream"),
+    ("sec5_distill", "from sec4_analysis import similarity, cka\nimport sec3_benchmark.downstream"),
+    ("sec5_distill", "from common.options import stage\nstage('appendix.pretrain_dino')"),
+    ("appendix", "from sec5_distill.distillation import loss\nfrom sec4_analysis.cka import cka"),
+])
+def test_what_the_floors_allow_passes(room, source):
+    assert floor_broken(room, source) == []
+
+
+def test_every_file_has_a_docstring_and_every_script_shows_its_command():
+    assert findings(docstring_lacks) == {}
+
+
+def test_every_script_is_a_parser_and_a_main():
+    assert findings(stage_lacks, [path for path in FILES if path.parent.name != "common"]) == {}
+
+
+def test_no_file_is_read_unsafely():
+    """Checkpoints with weights_only=True, arrays without pickle."""
+    assert findings(lambda path: unsafe(path.read_text()), ALL) == {}
+
+
+@pytest.mark.parametrize("source", [
+    "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)",
+    "np.load(p, allow_pickle=True)", "f(**dict(weights_only=False))"])
+def test_unsafe_reading_is_noticed(source):
+    assert unsafe(source) and not unsafe("torch.load(p, weights_only=True), np.load(q), json.load(r)")
+
+
+def test_nothing_touches_the_search_path(tmp_path):
+    """Scripts find `common` because the clone is installed, or because PYTHONPATH says so."""
+    assert findings(search_path_edits, ALL) == {}
+    (tmp_path / "a.py").write_text("import sys\ndef f():\n    sys.path.insert(0, '..')\n")
+    assert list(search_path_edits(tmp_path / "a.py"))
+
+
+def test_common_stays_small():
+    lines = {path.name: len(path.read_text().splitlines()) for path in sorted((ROOT / "common").rglob("*.py"))}
+    assert len(lines) > 15
+    assert {file: count for file, count in lines.items() if count >= 300} == {}
+    assert sum(lines.values()) < 2800

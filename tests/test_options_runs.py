@@ -1,0 +1,378 @@
+"""common/options.py and common/runs.py: which setting wins, what identifies a run, what a user's mistake looks like."""
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import options, runs
+from common.options import command_line, explicit_arguments, resolve
+from common.runs import open_run, settings_hash
+from sec3_benchmark import finetune, pretrain_mae
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.finetune": finetune}
+
+
+# Precedence
+
+LEVELS = {"default": 1, "preset": 2, "recipe": 3, "row": 4, "explicit": 5}
+
+
+def toy_parser():
+    parser = options.make_parser("toy")
+    parser.add_argument("--preset", choices=options.PRESET_NAMES)
+    parser.add_argument("--data-path")
+    parser.add_argument("--recipe", choices=("impr", "ori"), default="impr")
+    for level in LEVELS:
+        parser.add_argument(f"--from-{level}", type=int, default=1)
+    return parser
+
+
+def test_explicit_beats_row_beats_recipe_beats_preset_beats_default():
+    """Each level sets its own name and all those of the levels that win over it."""
+    def at(level):
+        return {f"from_{name}": LEVELS[level] for name in LEVELS if LEVELS[name] >= LEVELS[level]}
+    settings = resolve(toy_parser(), {"demo": at("preset")}, {"ori": at("recipe"), "impr": {}}, explicit=at("explicit"),
+                       row={**at("row"), "recipe": "ori"})
+    assert {level: getattr(settings, f"from_{level}") for level in LEVELS} == LEVELS
+
+
+def test_a_value_given_explicitly_wins_even_where_it_is_the_default():
+    explicit = explicit_arguments(toy_parser(), ["--from-preset", "1"])
+    assert explicit == {"from_preset": 1}
+    assert resolve(toy_parser(), {"demo": {"from_preset": 2}}, explicit=explicit).from_preset == 1
+    assert resolve(toy_parser(), {"demo": {"from_preset": 2}}).from_preset == 2
+
+
+def test_the_recipe_itself_may_come_from_a_row_or_the_command_line():
+    recipes = {"impr": {"from_recipe": 7}, "ori": {"from_recipe": 8}}
+    assert resolve(toy_parser(), {}, recipes).from_recipe == 7
+    assert resolve(toy_parser(), {}, recipes, row={"recipe": "ori"}).from_recipe == 8
+    assert resolve(toy_parser(), {}, recipes, row={"recipe": "ori"}, explicit={"recipe": "impr"}).from_recipe == 7
+
+
+def test_ori_is_deits_augmentation():
+    """Appendix A.1: what the older recipe changes, and what explicit arguments change in turn."""
+    def settings(**explicit):
+        return resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, explicit=explicit)
+    names = ("randaugment", "erasing", "mixup", "cutmix", "smoothing", "drop_path")
+    assert [getattr(settings(), n) for n in names] == ["rand-m10-mstd0.5-inc1", 0, 0.2, 0, 0, 0]
+    ori = settings(recipe="ori", cutmix=0.5)
+    assert [getattr(ori, n) for n in names] == ["rand-m9-mstd0.5-inc1", 0.25, 0.8, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
+def test_the_preset_follows_from_the_data_path(module):
+    def preset(**explicit):
+        settings = resolve(module.build_parser(), module.PRESETS, explicit=explicit)
+        return settings.preset, settings.data, settings.model
+    assert preset() == ("demo", "fractals", "vit_demo")
+    assert preset(data_path="somewhere") == ("paper", "imagenet", "vit_tiny")
+    assert preset(data_path="somewhere", preset="small") == ("small", "folder", "vit_tiny")
+    assert preset(preset="paper") == ("paper", "imagenet", "vit_tiny")
+    assert preset(preset="demo", model="vit_tiny") == ("demo", "fractals", "vit_tiny")
+
+
+@pytest.mark.parametrize(("module", "paper"), [
+    (pretrain_mae, dict(epochs=400, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05, beta2=0.95,
+                        mask_ratio=0.75, crop_min=0.08, clip_grad=0)),
+    (finetune, dict(epochs=300, batch_size=1024, base_lr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05,
+                    layer_decay=0.85, clip_grad=0, global_pool="avg", eval_every=10))])
+def test_the_paper_preset_is_the_papers_recipe(module, paper):
+    """Appendix A.2 and A.1."""
+    settings = vars(resolve(module.build_parser(), module.PRESETS, explicit={"preset": "paper"}))
+    expected = {**paper, "model": "vit_tiny", "num_heads": 12, "patch_size": 16, "img_size": [224], "in_chans": 3}
+    assert {name: settings[name] for name in expected} == expected
+
+
+def test_the_preset_is_printed_first(capsys):
+    runs.print_settings(resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS))
+    printed = capsys.readouterr().out
+    assert printed.startswith("preset demo: ") and "model=vit_demo" in printed and "beta2=0.95" in printed
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(SystemExit, match="finetune has no setting epochz; it has .*epochs"):
+        options.stage("sec3_benchmark.finetune", row={"epochz": 3})
+    with pytest.raises(SystemExit, match="has no setting mask_ratio, mixup_x"):
+        resolve(finetune.build_parser(), {}, explicit={"mixup_x": 1}, row={"mask_ratio": 0.5})
+    with pytest.raises(SystemExit) as error:
+        explicit_arguments(pretrain_mae.build_parser(), ["--epoch", "3"])  # no abbreviations
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("preset", "tiny"), ("recipe", "deit"), ("model", "vit_large"), ("data", "imagenet21k"), ("precision", "fp8")])
+def test_a_row_cannot_choose_what_the_command_line_refuses(name, value, capsys):
+    """An unknown preset or recipe must not silently be the defaults."""
+    with pytest.raises(SystemExit) as error:
+        resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, row={name: value})
+    assert value in f"{error.value} {capsys.readouterr().err}"
+
+
+# Commands
+
+def settings_of(module, argv):
+    given = explicit_arguments(module.build_parser(), argv)
+    return vars(resolve(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), explicit=given))
+
+
+@pytest.mark.parametrize(("name", "argv"), [
+    ("sec3_benchmark.pretrain_mae", ""),
+    ("sec3_benchmark.pretrain_mae", "--preset small --data-path d --img-size 64 96 --raw-pixels --base-lr 1e-3 "
+                                    "--decoder-depth 2 --workers -1 --fresh --clip-grad 0.3333333333333333 --seed 3"),
+    ("sec3_benchmark.finetune", "--data-path d --recipe ori --cutmix 0 --init timm:x --keep-blocks 0 --in-chans 2 "
+                                "--mean -0.5 0.3 --std 1 2 --eval-only --precision bf16")])
+def test_a_printed_command_means_the_same_settings(name, argv):
+    settings = settings_of(SCRIPTS[name], argv.split())
+    python, script, *words = shlex.split(command_line(name, settings))
+    assert python == "python" and (ROOT / script).is_file()
+    assert settings_of(SCRIPTS[name], words) == settings
+
+
+def test_a_printed_command_survives_the_shell():
+    settings = settings_of(pretrain_mae, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
+    words = shlex.split(command_line("sec3_benchmark.pretrain_mae", settings))[2:]
+    assert settings_of(pretrain_mae, words) == settings
+
+
+def test_workers_share_the_cores_of_a_node(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [options.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
+    assert options.default_workers(-1, gpu) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert options.default_workers(-1, gpu) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert [options.default_workers(-1, device) for device in (cpu, gpu)] == [0, 1]
+
+
+# A run's identity
+
+STORED = [  # settings, fingerprints, the hash they had when this was written
+    ({"data": "folder", "data_path": "/a", "img_size": [64], "base_lr": 0.001, "init": None, "raw_pixels": False,
+      "preset": "small", "workers": 4, "seed": 0}, {"data": "0123456789abcdef"}, "561c15a366"),
+    ({"recipe": "ori", "epochs": 300, "mixup": 0.8, "keep_blocks": 0, "mean": [0.5, 0.25], "init": "/b/weights.pt",
+      "output": "outputs", "compile": True}, {"train": "a", "val": "b", "init": "c"}, "3687f68644"),
+]
+STORED_DEFAULTS = {"sec3_benchmark.pretrain_mae": "8d3c8589da", "sec3_benchmark.finetune": "7226bda089"}
+
+
+@pytest.mark.parametrize(("settings", "fingerprints", "stored"), STORED)
+def test_the_rule_of_the_hash_has_not_changed(settings, fingerprints, stored):
+    assert settings_hash(settings, fingerprints) == stored
+    assert settings_hash(dict(reversed(settings.items())), fingerprints) == stored  # the order is no setting
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_new_arguments_leave_the_papers_runs_where_they_are(name):
+    """Fails when an argument is added with a default that is not off, or a default changes. A new argument goes into
+    ADDED_LATER; only a change that gives other results may change the hash here, and it loses every finished run."""
+    settings = settings_of(SCRIPTS[name], ["--preset", "paper", "--data-path", "anywhere"])
+    assert settings_hash(settings, {"data": "0123456789abcdef"}) == STORED_DEFAULTS[name]
+
+
+def changed(value):
+    return {bool: not value, int: 7777, float: 0.7777, str: "changed", list: [7777]}.get(type(value), "changed")
+
+
+@pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
+def test_what_changes_the_result_enters_and_nothing_else(module):
+    """Every argument of both scripts: those of execution and those known by content stay out, all others enter."""
+    settings = settings_of(module, ["--data-path", "here"])
+    outside = {name for name, value in settings.items()
+               if settings_hash({**settings, name: changed(value)}, {}) == settings_hash(settings, {})}
+    parser = argparse.ArgumentParser()
+    options.add_execution(parser)
+    execution = {action.dest for action in parser._actions} - {"help"}
+    assert execution == set(options.EXECUTION)
+    assert outside == execution | {"data_path", "download", "preset"} | ({"init"} if "init" in settings else set())
+    assert settings_hash(settings, {"data": "x"}) != settings_hash(settings, {"data": "y"})
+
+
+def test_an_argument_added_later_enters_only_where_it_differs(monkeypatch):
+    old = {"epochs": 3, "mixup": 0.2}
+    expected = settings_hash(old, {})
+    for off in (None, False):
+        assert settings_hash({**old, "new": off}, {}) == expected
+    for on in (True, 0, 0.0, "", "x", []):
+        assert settings_hash({**old, "new": on}, {}) != expected
+    monkeypatch.setitem(runs.ADDED_LATER, "new", 1.5)
+    assert settings_hash({**old, "new": 1.5}, {}) == expected
+    assert settings_hash({**old, "new": 2.5}, {}) != expected
+    assert settings_hash({**old, "new": False}, {}) == expected
+
+
+def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
+    """Tables share finished runs with scripts started by hand: 1 is 1.0, 64 is [64], (2, 3) is [2, 3]."""
+    by_hand = settings_of(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
+    row = {"clip_grad": 1, "mixup": 0, "img_size": 64, "mean": (0, 0, 0)}
+    assert settings_hash(vars(resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, row=row)), {}) == \
+        settings_hash(by_hand, {})
+
+
+# A run's folder
+
+class Tiny(torch.nn.Linear):
+    config = {"model": "tiny"}
+
+
+def run_settings(tmp_path, **settings):
+    return SimpleNamespace(**{"output": str(tmp_path), "fresh": False, "epochs": 3, "data_path": "/a", **settings})
+
+
+def test_data_and_weights_count_by_content_and_not_by_place(tmp_path):
+    def folder(fingerprint, **settings):
+        with open_run("script", "name", run_settings(tmp_path, **settings), {"data": fingerprint}) as run:
+            return run.folder
+    first = folder("x", init="/c/weights.pt")
+    assert first.parent == tmp_path / "script" and first.name.startswith("name-")
+    assert folder("x", data_path="/b", init="/d/other.pt") == first
+    assert folder("y") != first and folder("x", epochs=4) != first
+    stored = json.loads((first / "settings.json").read_text())
+    assert stored["data_path"] == "/b" and stored["fingerprints"] == {"data": "x"} and stored["script"] == "script"
+
+
+def test_a_finished_run_is_reused_wherever_it_was_moved(tmp_path, capsys):
+    args, copy = run_settings(tmp_path / "here"), tmp_path / "there" / "copy.pt"
+    with open_run("script", "name", args, {}) as run:
+        assert run.result is None
+        (run.folder / "step-00000001.pt").write_bytes(b"made to resume")
+        returned = run.finish({"top1": 12.5}, Tiny(2, 2))
+    assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "result.json", "settings.json", "weights.pt"]
+    shutil.move(tmp_path / "here", tmp_path / "moved")
+    with open_run("script", "name", run_settings(tmp_path / "moved", save_to=str(copy)), {}) as again:
+        assert again.folder == tmp_path / "moved" / "script" / run.folder.name
+        assert again.result["top1"] == returned["top1"] == 12.5
+        assert again.result["run"] == str(again.folder)
+        weights = torch.load(again.result["checkpoint"], weights_only=True)
+    assert weights["config"] == Tiny.config and weights["model"].keys() == {"weight", "bias"}
+    assert copy.read_bytes() == Path(again.result["checkpoint"]).read_bytes()
+    assert json.loads((again.folder / "result.json").read_text())["environment"]["torch"] == torch.__version__
+    assert "finished: reused" in capsys.readouterr().out
+
+
+def test_fresh_leaves_no_trace(tmp_path):
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.log({"step": 1})
+        run.finish({"top1": 1.0}, Tiny(2, 2))
+        (run.folder / "pictures").mkdir()
+    with open_run("script", "name", run_settings(tmp_path, fresh=True), {}) as again:
+        assert again.result is None and again.folder == run.folder
+        assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "settings.json"]
+
+
+def test_a_run_in_use_names_the_other_process_and_is_left_alone(tmp_path):
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.log({"step": 1})
+        for fresh in (False, True):
+            with pytest.raises(SystemExit, match=f"{run.folder} is in use by process {os.getpid()} on .*stop it"):
+                with open_run("script", "name", run_settings(tmp_path, fresh=fresh), {}):
+                    pass
+        assert run.log_path.exists()
+    with open_run("script", "name", run_settings(tmp_path), {}):
+        pass  # free again
+
+
+def test_an_error_frees_the_run_and_does_not_finish_it(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with open_run("script", "name", run_settings(tmp_path), {}):
+            raise ZeroDivisionError
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        assert run.result is None
+
+
+def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        assert run.log_size() == 0
+        run.log({"step": 1})
+        size = run.log_size()
+        run.log({"step": 2})
+        run.cut_log(size)
+        run.log({"step": 3})
+        assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 3]
+
+
+# What a user sees
+
+MISTAKES = {  # arguments (DATA: 12 images), what the last line of the error says, whether a traceback stands before it
+    "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder", True),
+    "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractals",
+                     True),
+    "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo",
+                        "12 images, fewer than one batch of 4096: lower --batch-size or choose --preset small", True),
+    "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
+                            "patches of 16 px do not tile an image of 30 x 30 px: choose --img-size as multiples of 16",
+                            True),
+    "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'small', 'paper')", False),
+    "nothing to evaluate": ("finetune --data folder --data-path DATA --eval-only",
+                            "--eval-only needs --init, the weights to evaluate", False),
+}
+
+
+def execute(script, *words, clone=ROOT, cwd):
+    """A script as a user starts it, with `common` from `clone`."""
+    env = {**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(script), *words], env=env, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """All processes of the tests below, side by side: most of their time goes into importing torch."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (folder / "data" / place).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / "data" / place / f"{i}.png")
+    clones = [folder / "first clone", folder / "second clone"]
+    for clone in clones:
+        for part in ("common", "sec3_benchmark/__init__.py", "sec3_benchmark/pretrain_mae.py"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                (clone / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / part, clone / part)
+
+    jobs = {}
+    for case, (line, _, _) in MISTAKES.items():
+        script, *words = line.replace("DATA", str(folder / "data")).split()
+        words += ["--device", "cpu", "--workers", "0", "--output", str(folder / "outputs")]
+        jobs[case] = (ROOT / f"sec3_benchmark/{script}.py", *words), ROOT
+    for case, clone in (("right clone", clones[0]), ("wrong clone", clones[1])):
+        jobs[case] = (clones[0] / "sec3_benchmark/pretrain_mae.py", "--help"), clone
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {case: pool.submit(execute, *words, clone=clone, cwd=folder) for case, (words, clone) in jobs.items()}
+        return SimpleNamespace(clones=clones, **{case.replace(" ", "_"): job.result() for case, job in started.items()})
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_ends_with_a_line_that_says_what_to_do(processes, case):
+    _, message, traceback = MISTAKES[case]
+    done = getattr(processes, case.replace(" ", "_"))
+    assert done.returncode != 0
+    assert message in done.stderr.rstrip().splitlines()[-1]
+    if not traceback:
+        assert "Traceback" not in done.stderr
+
+
+def test_another_clones_common_is_refused_and_both_are_named(processes):
+    """Else a script would quietly run the code of the clone that was installed last."""
+    script_in, imported_from = processes.clones
+    assert processes.wrong_clone.returncode != 0 and "Traceback" not in processes.wrong_clone.stderr
+    assert f"belongs to {script_in}," in processes.wrong_clone.stderr
+    assert f"imports `common` from {imported_from}." in processes.wrong_clone.stderr
+    assert processes.wrong_clone.stdout == ""
+    assert processes.right_clone.returncode == 0, processes.right_clone.stderr
+    assert "--mask-ratio" in processes.right_clone.stdout
