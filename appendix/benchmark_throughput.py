@@ -30,7 +30,7 @@ from common.fractals import render_batch
 from common.loader import StepSampler, Views, to_device, train_loader
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
-from common.vit import use_plain_attention
+from common.vit import choose_attention
 
 PRESETS = {}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -66,8 +66,7 @@ def make_step(version, precision, args, device, compiled=False):
     """A function that does one whole training step of a version on fixed data: forward, backward, AdamW."""
     torch.manual_seed(0)
     if version == "ours":
-        model = MAE(img_size=args.img_size, patch_size=args.patch_size).to(device)
-        model = use_plain_attention(model) if device.type == "cpu" else model
+        model = choose_attention(MAE(img_size=args.img_size, patch_size=args.patch_size).to(device), device)
         optimizer = adamw(parameter_groups(model, 0.05), (0.9, 0.95))
     else:
         model = straightforward_mae(args).to(device)
@@ -227,4 +226,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(options.parse(build_parser(), PRESETS))
+    options.start(main, build_parser(), PRESETS)

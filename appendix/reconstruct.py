@@ -16,6 +16,7 @@ from common import distributed, options
 from common.augment import eval_transform
 from common.data import load_sets, statistics
 from common.distributed import print0
+from common.errors import UserError
 from common.formats import load_model
 from common.loader import seed_everything
 from common.mae import MAE
@@ -77,11 +78,11 @@ def main(args):
     device = distributed.start(args.device)
     model = load_model(args.checkpoint, num_heads=args.num_heads, decoder_heads=args.decoder_heads)
     if not isinstance(model, MAE):
-        raise SystemExit(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
+        raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = eval_mode(model, device)
     args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
     images, _ = load_sets(args, labelled=False)
-    seed_everything(args.seed)
+    seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
     transform, (mean, std) = eval_transform(args.img_size), (s.view(-1, 1, 1).to(device) for s in statistics(args))
     batch = (torch.stack([transform(images.read(int(i))) for i in chosen]).to(device) - mean) / std
@@ -99,4 +100,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(options.parse(build_parser(), PRESETS))
+    options.start(main, build_parser(), PRESETS)

@@ -25,6 +25,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as F
 
+from common.errors import UserError
 from common.vit import pair
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")  # random: one of the other two per image, with equal chance
@@ -118,8 +119,8 @@ def rand_augment(config, size, interpolation="bicubic"):
     silence, so the whole string is checked here.
     """
     if not re.fullmatch(r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|inc[01]))*", config):
-        raise ValueError(f"RandAugment is written like {RANDAUGMENT!r} (m, n, mstd, inc, each with its number), "
-                         f"not {config!r}; to go without it: --randaugment none")
+        raise UserError(f"RandAugment is written like {RANDAUGMENT!r} (m, n, mstd, inc, each with its number), "
+                        f"not {config!r}; to go without it: --randaugment none")
     # translate_const, in pixels, is set as timm's factory does; the Translate operations here are the relative ones.
     settings = {"translate_const": int(min(pair(size)) * 0.45), "img_mean": FILL}
     if interpolation != "random":  # without the entry timm picks bilinear or bicubic, for each operation anew
@@ -148,7 +149,7 @@ def require_rgb(image):
         found = f"a PIL image of mode {image.mode!r}"
     else:
         found = f"a {type(image).__name__} of shape {tuple(image.shape)}"
-    raise ValueError(f"RandAugment needs a PIL image of mode 'RGB', and this is {found}: pass --randaugment none")
+    raise UserError(f"RandAugment needs a PIL image of mode 'RGB', and this is {found}: pass --randaugment none")
 
 
 # Random erasing, timm's kind "pixel"

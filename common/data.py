@@ -6,6 +6,7 @@
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision import datasets as tv
 
 from common.augment import to_uint8
 from common.distributed import once_per_node
+from common.errors import UserError
 from common.fractals import fractal_set
 from common.vit import pair
 
@@ -29,7 +31,7 @@ STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every col
 FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to train on, 1,000 to validate
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data are not what the arguments say; the message names the place, what was found and the remedy."""
 
 
@@ -65,16 +67,18 @@ class ImageSet:
                                   f"remove it, or pass --on-bad-image skip.") from None
 
     def fingerprint(self):
-        """Content, not place: number of images, names below the root, labels, sizes of up to 1,000 files."""
+        """Content, not place: number of images, names, labels, and of up to 1,000 files size and first 64 KiB."""
         digest = hashlib.sha256(f"{len(self)} {self.classes} {self.in_chans}".encode())
         digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
         if isinstance(self.images, list):
             root = os.path.commonpath(self.images) if len(self) > 1 else os.path.dirname(self.images[0])
             digest.update("\n".join(os.path.relpath(path, root) for path in self.images).encode())
-            for index in range(0, len(self), max(1, len(self) // 1000)):
+        for index in range(0, len(self), math.ceil(len(self) / 1000)):
+            if isinstance(self.images, list):
                 digest.update(str(os.path.getsize(self.images[index])).encode())
-        else:
-            for index in range(0, len(self), max(1, len(self) // 1000)):
+                with open(self.images[index], "rb") as file:
+                    digest.update(file.read(1 << 16))
+            else:
                 digest.update(np.ascontiguousarray(self.images[index]).tobytes())
         return digest.hexdigest()[:16]
 
@@ -98,9 +102,10 @@ def convert(image, in_chans):
     """A decoded PIL image of any mode as RGB (in_chans 3) or greyscale (1)."""
     if in_chans not in (1, 3):
         raise ValueError(f"an image file has 1 or 3 channels, --in-chans is {in_chans}: store such images as .npy")
-    if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip at 255
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # more than 8 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 if values.max() <= 1 and image.mode == "F" else 1 / 257 if values.max() > 255 else 1
+        scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
+        scale = 255 if image.mode == "F" and values.max() <= 1 else scale
         image = Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -136,6 +141,9 @@ def load_sets(args, labelled=True):
     """Train and validation set of the command line (validation is None where a pre-training needs no labels)."""
     if args.data != "fractals" and not args.data_path:
         raise DataError(f"--data {args.data} needs --data-path; without data, use --data fractals")
+    if args.data == "fractals" and args.data_path:
+        raise DataError(f"--data-path {args.data_path} is not read with --data fractals: leave it out, or pass "
+                        f"--preset small, or --data folder")
     if args.data == "fractals":
         sets = fractals(args)
     elif args.data in ("folder", "imagenet") and not labelled:

@@ -14,9 +14,11 @@ from common.data import DataError, UnreadableImage
 STAY_ON_HOST = ("index", "erase_box", "erase_seed")  # entries of a batch that only the host reads
 
 
-def seed_everything(*key):
-    """Seeds Python's, NumPy's and torch's generators (CPU and GPU) alike from a few non-negative numbers."""
-    state = np.random.SeedSequence(key).generate_state(2)
+def seed_everything(use, *key):
+    """Seeds Python's, NumPy's and torch's generators (CPU and GPU) alike from non-negative numbers, and from what the
+    randomness is used for, so that equal numbers mean different streams in different places.
+    """
+    state = np.random.SeedSequence([*key, *use.encode()]).generate_state(2)
     random.seed(int(state[0]))
     np.random.seed(state[0])
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
@@ -36,7 +38,7 @@ class Views(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, used = self.read(epoch, index)
-        seed_everything(self.seed, epoch, index)
+        seed_everything("sample", self.seed, epoch, index)
         views = self.transform(image)
         views = views if isinstance(views, dict) else {"image": views}
         label = -1 if self.images.labels is None else int(self.images.labels[used])
@@ -55,7 +57,7 @@ class Views(Dataset):
                 return self.images.read(int(used)), int(used)
             except UnreadableImage:
                 continue
-        raise DataError(f"100 images in a row were unreadable in place of {self.images.where(index)}")
+        raise DataError(f"no readable image was found in place of {self.images.where(index)} in 100 draws")
 
 
 class StepSampler:

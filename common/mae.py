@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from common.vit import SIZES, pair, patch_grid
+from common.errors import UserError
+from common.vit import check_heads, pair, patch_grid, size_of
 
 DECODERS = {  # the decoder that goes with each encoder: width, depth, heads
     "vit_tiny": (96, 1, 3),  # the paper's adjusted component (Appendix A.2)
@@ -29,7 +30,7 @@ def sincos_positions(dim, grid):
     each half is dim/4 sines, then dim/4 cosines, of frequencies 10000^(-k / (dim/4)). MoCo-v3's is its transpose.
     """
     if dim % 4:
-        raise ValueError(f"a sin-cos table needs a width divisible by 4, not {dim}")
+        raise UserError(f"a sin-cos table needs a width divisible by 4, not {dim}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (column, row)]  # each (L, dim/4)
@@ -60,8 +61,7 @@ class MAE(nn.Module):
     def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, decoder_dim=None,
                  decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True):
         super().__init__()
-        if model not in SIZES:
-            raise ValueError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
+        dim, depth = size_of(model).values()
         default = DECODERS[model]
         decoder_dim, decoder_depth = decoder_dim or default[0], decoder_depth or default[1]
         decoder_heads = decoder_heads or default[2]
@@ -73,8 +73,7 @@ class MAE(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196 at 0.75
         if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible")
-        dim, depth = SIZES[model]["embed_dim"], SIZES[model]["depth"]
+            raise UserError(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches to see")
 
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -92,8 +91,7 @@ class MAE(nn.Module):
 
     @staticmethod
     def _block(dim, heads):
-        if dim % heads:
-            raise ValueError(f"a width of {dim} is not divisible by {heads} heads")
+        check_heads(dim, heads)
         return Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def _fixed_positions(self, dim):
@@ -135,7 +133,7 @@ class MAE(nn.Module):
         """(B, C, H, W) -> (B, L, p*p*C): patches row by row, inside a patch row, column, channel."""
         B, C, (h, w), p = len(images), self.in_chans, self.grid, self.patch_size
         if images.shape[1:] != (C, h * p, w * p):
-            raise ValueError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
+            raise UserError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
         return images.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
 
     def unpatchify(self, patches):

@@ -6,14 +6,16 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
 import common
-from common import data
+from common import data, distributed
 from common.distributed import print0
+from common.errors import UserError
 from common.vit import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +66,7 @@ def add_execution(parser):
     group.add_argument("--save-minutes", type=float, default=10, help="longest time between two checkpoints")
     group.add_argument("--log-every", type=int, default=10, help="steps between two rows of log.jsonl")
     group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop",
-                       help="skip: replace, count and list it; above 1 %% it stops all the same")
+                       help="skip: replace, count, list it, in training; above 1 %% stop all the same")
 
 
 EXECUTION = ("output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",
@@ -86,20 +88,33 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     unknown = sorted((set(explicit) | set(row)) - set(settings))
     if unknown:
         raise SystemExit(f"{parser.prog} has no setting {', '.join(unknown)}; it has {', '.join(sorted(settings))}")
-    given = {**row, **explicit}
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
+    given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
+    given.update(explicit_arguments(parser, words(given, flags)))
     preset = given.get("preset") or ("paper" if given.get("data_path") else "demo")
     recipe = given.get("recipe", settings.get("recipe"))
-    settings.update(presets.get(preset, {}))
+    settings.update((presets or {}).get(preset, {}))
     settings.update((recipes or {}).get(recipe, {}))
     settings.update(given)
     settings["preset"] = preset
     return argparse.Namespace(**settings)
 
 
-def parse(parser, presets, recipes=None, argv=None):
+def parse(parser, presets=None, recipes=None, argv=None):
     """The settings of a script that was started by hand."""
     check_clone()
     return resolve(parser, presets, recipes, explicit=explicit_arguments(parser, argv))
+
+
+def start(main, parser, *presets_and_recipes, parse=parse):
+    """A script's entry: what the user can mend ends in one line instead of a traceback."""
+    try:
+        main(parse(parser, *presets_and_recipes))
+    except (UserError, OSError, MemoryError, FloatingPointError) as error:
+        line = str(error).rstrip().splitlines()[-1]  # of a loading process: the last line of its traceback
+        raise SystemExit(f"{parser.prog}: error: {line}") from None
+    finally:
+        distributed.stop()
 
 
 def stage(name, explicit=None, row=None):
@@ -116,18 +131,23 @@ def stage(name, explicit=None, row=None):
     return module.main(args)
 
 
+def words(settings, flags=None):
+    """Settings as words of a command line; None and False are left out."""
+    line = []
+    for key, value in settings.items():
+        flag = (flags or {}).get(key, "--" + key.replace("_", "-"))
+        if value is True:
+            line.append(flag)
+        elif isinstance(value, (list, tuple)):
+            line += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            line += [flag, str(value)]
+    return line
+
+
 def command_line(name, settings):
     """The shell command of a stage: settings as a dict of names and values."""
-    words = ["python", f"{name.replace('.', '/')}.py"]
-    for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, (list, tuple)):
-            words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return " ".join(words)
+    return shlex.join(["python", f"{name.replace('.', '/')}.py", *words(settings)])
 
 
 def check_clone():

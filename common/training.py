@@ -11,7 +11,7 @@ from common.distributed import print0
 from common.loader import StepSampler, Views, seed_everything, to_device, train_loader
 from common.optim import set_learning_rate
 from common.options import default_workers
-from common.vit import use_plain_attention
+from common.vit import choose_attention
 from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
 
 STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
@@ -82,8 +82,7 @@ def check_execution(stored, now, allow_inexact):
 
 def wrap(model, device, compiled):
     """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
-    if device.type == "cpu":
-        use_plain_attention(model)
+    choose_attention(model, device)
     if compiled:
         model = torch.compile(model)
     if distributed.world_size() > 1:
@@ -166,7 +165,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             method.before_step(step)
             for micro in range(accumulation):
                 batch = next(batches)
-                seed_everything(args.seed, step, rank, micro)  # mixup and drop path
+                seed_everything("step", args.seed, step, rank, micro)  # mixup and drop path
                 with last_only(method.forward, micro == accumulation - 1):
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss, logs = method.loss(batch, step)

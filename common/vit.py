@@ -9,6 +9,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from common.errors import UserError
+
 SIZES = {  # name -> width and depth; the number of heads is an argument, 12 unless said otherwise
     "vit_tiny": {"embed_dim": 192, "depth": 12},
     "vit_small": {"embed_dim": 384, "depth": 12},
@@ -23,7 +25,7 @@ def pair(size):
         return size, size
     size = tuple(int(s) for s in size)
     if len(size) not in (1, 2):
-        raise ValueError(f"an image size is one number or two (height, width), not {size}")
+        raise UserError(f"an image size is one number or two (height, width), not {size}")
     return size * 2 if len(size) == 1 else size
 
 
@@ -31,9 +33,22 @@ def patch_grid(img_size, patch_size):
     """Rows and columns of patches of an (H, W) image; an error if the patches do not tile it."""
     height, width = pair(img_size)
     if height % patch_size or width % patch_size:
-        raise ValueError(f"patches of {patch_size} px do not tile an image of {height} x {width} px: "
-                         f"choose --img-size as multiples of {patch_size}, or another --patch-size")
+        raise UserError(f"patches of {patch_size} px do not tile an image of {height} x {width} px: "
+                        f"choose --img-size as multiples of {patch_size}, or another --patch-size")
     return height // patch_size, width // patch_size
+
+
+def size_of(model):
+    """Width and depth of a model's name."""
+    if model not in SIZES:
+        raise UserError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
+    return SIZES[model]
+
+
+def check_heads(dim, num_heads):
+    """Every head takes an equal share of the width."""
+    if dim % num_heads:
+        raise UserError(f"a width of {dim} cannot be shared by {num_heads} heads: choose a divisor as --num-heads")
 
 
 def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
@@ -44,9 +59,8 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
     config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
                   num_classes=num_classes, num_heads=num_heads, global_pool=global_pool, class_token=class_token,
                   reg_tokens=reg_tokens)
-    if model not in SIZES:
-        raise ValueError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
     patch_grid(img_size, patch_size)
+    check_heads(size_of(model)["embed_dim"], num_heads)
     vit = VisionTransformer(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
                             num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
                             class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
@@ -82,15 +96,13 @@ def attention_logits(attention, tokens):
     return (q * attention.scale) @ k.transpose(-2, -1)
 
 
-def use_plain_attention(model):
-    """Matmul, softmax, matmul in every block instead of the fused kernel.
-
-    On CPUs the fused kernel loses at these small head dimensions, most of all in its bf16 backward
-    (appendix/benchmark_throughput.py measures both). On GPUs the fused kernel stays.
+def choose_attention(model, device):
+    """The fused kernel on GPUs; on CPUs matmul, softmax, matmul, because there the fused kernel loses at these small
+    head dimensions, most of all in its bf16 backward.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            module.fused_attn = torch.device(device).type != "cpu"
     return model
 
 
@@ -112,4 +124,4 @@ def parameter_count(model):
 
 def eval_mode(model, device):
     """A model ready to be measured: on the device, in float32, dropout and drop path off."""
-    return model.to(device=device, dtype=torch.float32).eval()
+    return choose_attention(model.to(device=device, dtype=torch.float32), device).eval()

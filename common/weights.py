@@ -16,6 +16,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
+from common.errors import UserError
 from common.vit import SIZES
 
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
@@ -24,7 +25,7 @@ SAFE_GLOBALS = [argparse.Namespace, (SCALAR, "numpy.core.multiarray.scalar"), (S
 STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A source that cannot be read, is not understood or does not fit: says which, and what to do."""
 
 

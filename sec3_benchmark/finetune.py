@@ -16,6 +16,7 @@ from common import distributed, options
 from common.augment import erase, erasing_box, train_transform
 from common.data import load_sets
 from common.distributed import print0
+from common.errors import UserError
 from common.evaluate import evaluator
 from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
@@ -100,8 +101,8 @@ class Supervised(Method):
         if self.mixup is None:
             return F.cross_entropy(self.forward(images).float(), target, label_smoothing=self.smoothing), {}
         if len(images) % 2:
-            raise ValueError(f"mixup pairs images, and a micro-batch has {len(images)}: choose an even --micro-batch "
-                             f"and --batch-size")
+            raise UserError(f"mixup pairs images, and a micro-batch has {len(images)}: choose an even --micro-batch "
+                            f"and --batch-size, or --mixup 0 --cutmix 0")
         images, target = self.mixup(images, target)
         return F.cross_entropy(self.forward(images).float(), target), {}
 
@@ -130,12 +131,12 @@ def main(args):
     """Runs or continues the training; returns {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
     print_settings(args)
+    if args.eval_only and not args.init:
+        raise UserError("--eval-only needs --init, the weights to evaluate")
+    weights = read_weights(args.init) if args.init else None
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)
-    weights = read_weights(args.init) if args.init else None
     if args.eval_only:
-        if weights is None:
-            raise SystemExit("--eval-only needs --init, the weights to evaluate")
         result = evaluator(build_classifier(args, num_classes, weights).to(device), val_set, args, device)()
         print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
         return result
@@ -146,7 +147,7 @@ def main(args):
     with open_run("finetune", name, args, fingerprints) as run:
         if run.result:
             return run.result
-        seed_everything(args.seed)
+        seed_everything("weights", args.seed)
         vit = build_classifier(args, num_classes, weights).to(device)
         optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
                                            layer_decay=args.layer_decay, depth=len(vit.blocks)), betas=(0.9, 0.999))
@@ -158,4 +159,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(options.parse(build_parser(), PRESETS, RECIPES))
+    options.start(main, build_parser(), PRESETS, RECIPES)

@@ -91,7 +91,7 @@ def main(args):
     with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}) as run:
         if run.result:
             return run.result
-        seed_everything(args.seed)
+        seed_everything("weights", args.seed)
         model = build_mae(args).to(device)
         optimizer = adamw(parameter_groups(model, args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, MAEMethod(model), optimizer, pretraining_schedule(args, images), images,
@@ -100,4 +100,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(options.parse(build_parser(), PRESETS))
+    options.start(main, build_parser(), PRESETS)

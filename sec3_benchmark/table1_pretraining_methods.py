@@ -88,4 +88,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tables.parse(build_parser()))
+    options.start(main, build_parser(), parse=tables.parse)

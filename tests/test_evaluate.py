@@ -251,7 +251,7 @@ def test_a_skipped_image_is_reported_by_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(("more", "error", "named"), [
-    ({"eval_only": True}, SystemExit, "--eval-only needs --init"),
+    ({"eval_only": True}, ValueError, "--eval-only needs --init"),
     ({"in_chans": 1}, ValueError, "--randaugment none"),
     ({"batch_size": 3}, ValueError, "micro-batch has 3.*even"),
     ({"batch_size": 6, "micro_batch": 3}, ValueError, "micro-batch has 3.*even"),

@@ -121,5 +121,5 @@ def test_bad_sizes_are_named():
         MAE("vit_demo", img_size=(30, 32), patch_size=4)
     with pytest.raises(ValueError, match="not.*3, 32, 64"):
         MAE("vit_demo", img_size=(64, 32), patch_size=8)(torch.zeros(1, 3, 32, 64), torch.rand(1, 32))
-    with pytest.raises(ValueError, match="mask ratio 1.0"):
+    with pytest.raises(ValueError, match="mask-ratio 1.0"):
         MAE("vit_demo", mask_ratio=1.0)

@@ -53,8 +53,9 @@ def data(tmp_path_factory):
 def command(data, output, script, *more, launcher=()):
     """The words of a command; of options given twice the last one counts."""
     return [sys.executable, *launcher, str(ROOT / "sec3_benchmark" / f"{script}.py"), "--preset", "demo",
-            "--data", "folder", "--data-path", str(data), "--patch-size", "8", "--batch-size", "4", "--epochs", "2",
-            "--warmup-epochs", "1", "--clip-grad", "0.5", "--precision", "fp32", "--device", "cpu",
+            "--data", "folder", "--data-path", str(data), "--img-size", "32", "--patch-size", "8", "--batch-size", "4",
+            "--epochs", "2", "--warmup-epochs", "1", "--base-lr", "4e-3", "--clip-grad", "0.5", "--precision", "fp32",
+            "--device", "cpu",
             "--workers", "0", "--output", str(output), "--save-minutes", "0", "--log-every", "1", *more]
 
 
