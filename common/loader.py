@@ -87,16 +87,19 @@ class StepSampler:
                 yield [(epoch, int(index)) for index in order[begin:begin + self.micro_batch]]
 
 
-def ignore_signals(worker):
-    """Stop signals that reach a whole job are the main process's business: it finishes its step with these workers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+def outlive_signals(worker):
+    """A stop signal to the whole job is the main process's business: it finishes its step with these workers, which
+    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay ten seconds more.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def train_loader(views, sampler, workers, device):
     """Micro-batches of `views` in the sampler's order; images stay uint8."""
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-                      prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+                      prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1):
@@ -104,7 +107,7 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1)
     keys = [(0, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
     return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                      pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
 def to_device(batch, device, mean, std):

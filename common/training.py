@@ -1,6 +1,6 @@
 """The one training loop. Steps, not epochs, drive it; every method of the paper goes through it."""
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -158,7 +158,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     method.forward = wrap(method.model, device, args.compile)
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
 
-    with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch):
+    with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch), closing(batches):
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
