@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.distributed import print0
+from common.errors import UserError
 
 KEEP = 2  # the newest, and the one before in case the newest is damaged
 
@@ -60,27 +61,37 @@ def steps_saved(folder):
 def save_step(folder, step, state):
     """Writes step-<step>.pt and then removes all but the newest `KEEP`."""
     folder = Path(folder)
+    for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while it saved
+        leftover.unlink(missing_ok=True)
     save_torch(folder / f"step-{step:08d}.pt", state)
     for old in steps_saved(folder)[KEEP:]:
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
 
 
 def damage(path):
-    """None if every record of a torch file passes its checksum, else what is wrong."""
+    """None if every record of a torch file passes its checksum and says it is a file, else what is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        return f"record {bad} fails its checksum" if bad else None
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return str(error)
+            bad = archive.testzip() or next((r.filename for r in archive.infolist() if r.external_attr), None)
+        return f"record {bad} is not as it was written" if bad else None
+    except Exception as error:  # flipped bytes in a header raise anything
+        return f"{type(error).__name__}: {error}"
 
 
 def load_newest(folder):
-    """The newest whole checkpoint of a run, or None. A damaged one is named and passed over."""
-    for step in steps_saved(folder):
+    """The newest whole checkpoint of a run, or None if it has none. A damaged one is named and passed over; that all
+    are damaged is an error.
+    """
+    steps = steps_saved(folder)
+    for step in steps:
         path = Path(folder) / f"step-{step:08d}.pt"
         wrong = damage(path)
         if wrong is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
         print0(f"{path} is damaged ({wrong}): falling back to the checkpoint before it")
+    if steps:
+        raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): pass --fresh to start the run again")
     return None

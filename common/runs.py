@@ -66,8 +66,12 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl."""
         if distributed.is_main():
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.log_path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(f"could not write {self.log_path}: {error}. Free some space there; the same command "
+                              f"continues from the last checkpoint") from error
 
     def log_size(self):
         return self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -139,6 +143,7 @@ def _prepare(folder, fresh, settings):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise OSError(f"{folder} is in use by {holder}: wait for it or stop it") from None
+    os.register_at_fork(after_in_child=lock.close)  # else loading processes hold it for seconds after a kill -9
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()

@@ -163,6 +163,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
             method.before_step(step)
+            losses = 0.0
             for micro in range(accumulation):
                 batch = next(batches)
                 seed_everything("step", args.seed, step, rank, micro)  # mixup and drop path
@@ -170,8 +171,9 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss, logs = method.loss(batch, step)
                     scaler.scale(loss / accumulation).backward()
+                losses = losses + loss.detach()
                 meter.add(loss=loss / accumulation, **{name: value / accumulation for name, value in logs.items()})
-            grad_norm = update(optimizer, scaler, guard, step, loss, args.clip_grad)
+            grad_norm = update(optimizer, scaler, guard, step, losses, args.clip_grad)
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
 
@@ -229,7 +231,7 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_grad:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
-    guard.check(step, loss.detach(), grad_norm)
+    guard.check(step, loss, grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()

@@ -14,19 +14,22 @@ BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unread
 
 
 class StopSignals:
-    """Turns the first signal into a flag that the loop reads at the end of a step; a second one interrupts at once."""
+    """Turns the first signal into a flag that the loop reads at the end of a step. A second one interrupts at once,
+    unless it follows so soon that it is the same one, sent to the launcher and to the ranks.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __enter__(self):
-        self.received = False
+        self.received, self.at = False, 0.0
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def _handle(self, number, frame):
-        if self.received:
+        if self.received and time.monotonic() > self.at + 3:
             raise KeyboardInterrupt
-        self.received = True
+        if not self.received:
+            self.received, self.at = True, time.monotonic()
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -61,8 +64,9 @@ class Guard:
         saved = checkpoint.steps_saved(self.run.folder)
         good = f"the last good checkpoint is step-{saved[0]:08d}.pt" if saved else "no checkpoint was saved before"
         raise FloatingPointError(
-            f"non-finite loss or gradient at step {step} (learning rate {self.schedule(step):.3g}). Nothing was "
-            f"updated since; {good} in {self.run.folder}. Try a lower --lr, --clip-grad 1 or --precision fp32")
+            f"non-finite loss or gradient in step {step + 1} (learning rate {self.schedule(step):.3g}): its update was "
+            f"not made, nothing was saved since; {good} in {self.run.folder}. Try a lower --base-lr, --clip-grad 1 or "
+            f"--precision fp32")
 
 
 class Meter:
