@@ -161,9 +161,11 @@ def check_clone():
 
 
 def default_workers(workers, device):
-    """Loading processes of this rank: its share of the cores, at most 8; on a CPU the model itself wants the cores."""
+    """Loading processes of this rank: its share of the cores, at most 8. On a CPU the model wants the cores itself: its
+    threads wait for each other busily, so a loading process that takes a core from one of them stops them all.
+    """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 1))
+    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
