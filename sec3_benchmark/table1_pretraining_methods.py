@@ -82,8 +82,9 @@ def main(args):
     if args.dry_run:
         return []
     rows = [summary(row, results.get(row.key, [])) for row in ROWS]
-    notes = "About the published numbers:\n" + "\n".join(f"- {row['name']}: {row['note']}" for row in rows if row["note"])
-    report.write_table(Path(args.output) / "table1", "table1", args, COLUMNS, rows, notes=[notes, NOTES[args.preset]])
+    about = "\n".join(f"- {row['name']}: {row['note']}" for row in rows if row["note"])
+    report.write_table(Path(args.output) / "table1", "table1", args, COLUMNS, rows,
+                       notes=[f"About the published numbers:\n{about}", NOTES[args.preset]])
     return rows
 
 
