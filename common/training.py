@@ -80,9 +80,9 @@ def check_execution(stored, now, allow_inexact):
                          f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
 
 
-def wrap(model, device, compiled):
+def wrap(model, device, dtype, compiled):
     """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
-    choose_attention(model, device)
+    choose_attention(model, device, dtype)
     if compiled:
         model = torch.compile(model)
     if distributed.world_size() > 1:
@@ -155,7 +155,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
         "precision": str(dtype or torch.float32), "compile": args.compile})
     start = snapshot.restore(device)
     progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
-    method.forward = wrap(method.model, device, args.compile)
+    method.forward = wrap(method.model, device, dtype, args.compile)
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
 
     with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch), closing(batches):
