@@ -3,6 +3,9 @@ import math
 
 import torch
 
+from common.data import DataError
+from common.distributed import print0
+
 
 def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_lr=0.0):
     """The rate of 0-based step `step`: linear from `warmup_lr` to `peak`, then half a cosine down to `min_lr`.
@@ -13,6 +16,23 @@ def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_l
         return warmup_lr + (peak - warmup_lr) * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_lr + 0.5 * (peak - min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def steps_per_epoch(images, batch_size):
+    """Whole batches in an epoch; none is an error."""
+    if len(images) < batch_size:
+        raise DataError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
+                        f"lower --batch-size or choose --preset small")
+    return len(images) // batch_size
+
+
+def warmup_cosine(args, images, min_lr=0.0):
+    """The schedule of a recipe as a function of the step: peak = base lr * batch / 256. Prints the arithmetic."""
+    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
+    print0(f"{len(images)} images, {per_epoch} steps per epoch; "
+           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
+    return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
+                                      warmup_steps=args.warmup_epochs * per_epoch, min_lr=min_lr)
 
 
 def layer_of(name, depth):

@@ -6,10 +6,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, distributed, report
-from common.data import DataError, statistics
+from common.data import statistics
 from common.distributed import print0
 from common.loader import StepSampler, Views, seed_everything, to_device, train_loader
-from common.optim import set_learning_rate
+from common.optim import set_learning_rate, steps_per_epoch
 from common.options import default_workers
 from common.vit import choose_attention
 from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
@@ -61,14 +61,6 @@ def split_batch(batch_size, micro_batch, world):
     accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
     print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation}")
     return accumulation
-
-
-def steps_per_epoch(images, batch_size):
-    """Whole batches in an epoch; none is an error."""
-    if len(images) < batch_size:
-        raise DataError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
-                        f"lower --batch-size or choose --preset small")
-    return len(images) // batch_size
 
 
 def check_execution(stored, now, allow_inexact):

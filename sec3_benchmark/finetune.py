@@ -20,9 +20,9 @@ from common.errors import UserError
 from common.evaluate import evaluator
 from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
-from common.optim import adamw, learning_rate, parameter_groups
+from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run, print_settings
-from common.training import Method, steps_per_epoch, train
+from common.training import Method, train
 from common.vit import build_vit
 
 PRESETS = {
@@ -118,15 +118,6 @@ def build_classifier(args, num_classes, weights):
     return vit
 
 
-def finetuning_schedule(args, images):
-    """Learning rate per step: linear warm-up from 0, half a cosine to --min-lr. Prints the arithmetic."""
-    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
-    print0(f"{len(images)} images, {per_epoch} steps per epoch; "
-           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
-    return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
-                                      warmup_steps=args.warmup_epochs * per_epoch, min_lr=args.min_lr)
-
-
 def main(args):
     """Runs or continues the training; returns {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
@@ -151,8 +142,9 @@ def main(args):
         vit = build_classifier(args, num_classes, weights).to(device)
         optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
                                            layer_decay=args.layer_decay, depth=len(vit.blocks)), betas=(0.9, 0.999))
-        result = train(run, args, Supervised(vit, args, num_classes), optimizer, finetuning_schedule(args, train_set),
-                       train_set, TrainViews(args), device, evaluate=evaluator(vit, val_set, args, device))
+        schedule = warmup_cosine(args, train_set, args.min_lr)
+        result = train(run, args, Supervised(vit, args, num_classes), optimizer, schedule, train_set, TrainViews(args),
+                       device, evaluate=evaluator(vit, val_set, args, device))
         result.update(top1=result["last"]["top1"], top5=result["last"]["top5"], best_top1=result["best"]["top1"])
         print0(f"top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})")
         return run.finish(result, vit)

@@ -12,12 +12,11 @@ import torch
 from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import load_sets
-from common.distributed import print0
 from common.loader import seed_everything
 from common.mae import MAE
-from common.optim import adamw, learning_rate, parameter_groups
+from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run, print_settings
-from common.training import Method, steps_per_epoch, train
+from common.training import Method, train
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=10, batch_size=128,
@@ -73,15 +72,6 @@ def build_mae(args):
                decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
 
 
-def pretraining_schedule(args, images):
-    """Learning rate per step: linear warm-up from 0, half a cosine to 0. Prints the arithmetic."""
-    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
-    print0(f"{len(images)} images, {per_epoch} steps per epoch; "
-           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
-    return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
-                                      warmup_steps=args.warmup_epochs * per_epoch)
-
-
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
@@ -94,7 +84,7 @@ def main(args):
         seed_everything("weights", args.seed)
         model = build_mae(args).to(device)
         optimizer = adamw(parameter_groups(model, args.weight_decay), betas=(0.9, args.beta2))
-        result = train(run, args, MAEMethod(model), optimizer, pretraining_schedule(args, images), images,
+        result = train(run, args, MAEMethod(model), optimizer, warmup_cosine(args, images), images,
                        MAEViews(args, model.num_patches), device)
         return run.finish(result, model)
 
