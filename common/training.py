@@ -179,11 +179,11 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             if evaluated:
                 guard.raise_if_bad()
                 note_evaluation(run, method, progress, done, epoch, evaluate())
-            if done < total and (stopping or due or evaluated):
+            if stopping or done < total and (due or evaluated):
                 guard.raise_if_bad()
                 progress["bad_images"] = sorted(bad_images.known)
                 snapshot.save(done)
-            if stopping and done < total:
+            if stopping:  # after the last step too: a table must not go on to its next stage
                 print0(f"stopped by a signal after step {done} of {total}; saved in {run.folder}. "
                        f"The same command continues.")
                 raise SystemExit(STOPPED)
