@@ -73,18 +73,22 @@ EXECUTION = ("output", "save_to", "fresh", "device", "precision", "micro_batch",
              "allow_inexact", "save_minutes", "log_every", "on_bad_image")
 
 
+def defaults(parser):
+    """Every argument's name and default, those of required ones too (None)."""
+    return {action.dest: action.default for action in parser._actions if action.dest != "help"}
+
+
 def explicit_arguments(parser, argv=None):
     """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
     unset = object()
-    names = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults(parser), unset))))
     return {name: value for name, value in given.items() if value is not unset}
 
 
 def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     """The settings of a run, by the precedence above, as a Namespace. An unknown name is an error."""
     explicit, row = dict(explicit or {}), dict(row or {})
-    settings = vars(parser.parse_args([]))
+    settings = defaults(parser)
     unknown = sorted((set(explicit) | set(row)) - set(settings))
     if unknown:
         raise SystemExit(f"{parser.prog} has no setting {', '.join(unknown)}; it has {', '.join(sorted(settings))}")

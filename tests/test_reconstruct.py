@@ -1,0 +1,61 @@
+"""appendix/reconstruct.py: what is drawn is what the model saw and predicted."""
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+
+from appendix import reconstruct
+from common import checkpoint, options
+from common.mae import MAE
+from common.vit import build_vit
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(model):
+        checkpoint.save_torch(tmp_path / "weights.pt", {"model": model.state_dict(), "config": model.config})
+        return options.resolve(reconstruct.build_parser(), reconstruct.PRESETS,
+                               explicit={"checkpoint": str(tmp_path / "weights.pt"), "output": str(tmp_path),
+                                         "num_images": 2})
+    return save
+
+
+def test_pixels_are_those_of_the_true_patch_where_the_prediction_is_perfect():
+    """Normalising by hand and undoing it gives the patch back; raw pixels pass unchanged."""
+    patches = torch.rand(2, 4, 48)
+    normalised = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(reconstruct.pixels_from(normalised, patches, norm_pix=True), patches, 1e-5)
+    assert torch.equal(reconstruct.pixels_from(normalised, patches, norm_pix=False), normalised)
+
+
+def test_visible_patches_stay_and_masked_ones_go():
+    torch.manual_seed(0)
+    model = MAE("vit_demo", img_size=(16, 32), patch_size=8)
+    images, noise = torch.randn(2, 3, 16, 32), torch.rand(2, 8)
+    masked, pasted, predicted = reconstruct.reconstruct(model, images, noise)
+    for i in range(2):
+        for patch in range(8):
+            row, column = divmod(patch, 4)
+            here = (i, slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+            visible = bool(noise[i].argsort()[:2].eq(patch).any())
+            assert torch.equal(masked[here], images[here] if visible else torch.zeros(3, 8, 8))
+            assert torch.equal(pasted[here], images[here] if visible else predicted[here])
+
+
+def test_the_script_writes_numbers_and_picture(saved, tmp_path):
+    folder = reconstruct.main(saved(MAE("vit_demo", img_size=32, patch_size=8)))["folder"]
+    with np.load(f"{folder}/reconstruction.npz") as arrays:
+        assert {name: arrays[name].shape for name in arrays} == dict.fromkeys(
+            ("input", "visible", "predicted", "predicted + visible"), (2, 32, 32, 3))
+    assert (tmp_path / "reconstruct" / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_classifier_cannot_reconstruct(saved):
+    with pytest.raises(ValueError, match="no MAE decoder"):
+        reconstruct.main(saved(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=2)))
+
+
+def test_a_required_argument_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(reconstruct.build_parser(), reconstruct.PRESETS, argv=[])
+    assert "--checkpoint" in capsys.readouterr().err
