@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
@@ -23,7 +24,7 @@ import torchvision
 from common import distributed
 from common.checkpoint import save_json, save_torch, write_atomically
 from common.distributed import print0
-from common.options import EXECUTION
+from common.options import EXECUTION, ROOT
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: {"model", "config"}
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
@@ -46,10 +47,12 @@ def settings_hash(settings, fingerprints):
 def environment():
     """What a result should say about where it was made."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # no path of this machine
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "timm": timm.__version__, "numpy": numpy.__version__, "gpu": gpu,
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
+            "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", str(script), *sys.argv[1:]])}
 
 
 class Run:
