@@ -229,7 +229,6 @@ def test_every_operation_runs_at_magnitude_10(name):
 def test_posterize_to_zero_bits_is_black_and_timms_table_untouched():
     image = picture(24, 36)
     assert run_op("PosterizeIncreasing", image).tobytes() == bytes(24 * 36 * 3)
-    assert run_op("Posterize", image, "rand-m0-inc0").tobytes() == bytes(24 * 36 * 3)
     assert {function.__module__ for function in auto_augment.NAME_TO_OP.values()} == {"timm.data.auto_augment"}
     try:  # why it is needed: Pillow of today raises for 0 bits; if another one does not, it must agree
         assert auto_augment.posterize(image, 0).tobytes() == bytes(24 * 36 * 3)
