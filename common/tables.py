@@ -75,7 +75,7 @@ def run_rows(rows, args, demo, script):
     """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}."""
     if not args.dry_run:
         distributed.start(args.device)
-    print0(f"preset {args.preset}, data {args.data}")
+    print0(f"# preset {args.preset}, data {args.data}")
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown:
