@@ -22,14 +22,36 @@ class Method:
 
     def __init__(self, model):
         self.model = model  # carries `config`
-        self.forward = model  # the loop puts the compiled, distributed model here
+        self.forward = model
+
+    def prepare(self, device, dtype, compiled):
+        """Before the first step: `self.forward` becomes the compiled, distributed model."""
+        self.forward = wrap(self.model, device, dtype, compiled)
 
     def loss(self, batch, step):
         """The scalar loss of a micro-batch, computed through `self.forward`, and a dict of tensors to log."""
         raise NotImplementedError
 
+    def accumulate(self, step, engine):
+        """Adds up the gradients of a step and returns its loss, summed over micro-batches. A method whose loss couples
+        the micro-batches (contrastive, batch norm) has its own way.
+        """
+        losses = 0.0
+        for micro in range(engine.accumulation):
+            batch = engine.batch(step, micro)
+            with last_only(self.forward, micro == engine.accumulation - 1):
+                with engine.autocast():
+                    loss, logs = self.loss(batch, step)
+                engine.backward(loss / engine.accumulation)
+            losses = losses + loss.detach()
+            engine.log(loss=loss, **logs)
+        return losses
+
     def before_step(self, step):
         pass
+
+    def before_update(self, step):
+        """Once the step's gradients are there, averaged and unscaled: own clipping, frozen layers."""
 
     def after_step(self, step):
         pass
@@ -83,6 +105,30 @@ def wrap(model, device, dtype, compiled):
     return model
 
 
+class Engine:
+    """How a method gets micro-batches, autocast, backward passes and log entries while it computes a step's gradients."""
+
+    def __init__(self, args, device, dtype, scaler, accumulation, batches, meter):
+        self.args, self.device, self.dtype, self.scaler = args, device, dtype, scaler
+        self.accumulation, self.batches, self.meter = accumulation, batches, meter
+
+    def batch(self, step, micro):
+        """The next micro-batch; the generators are seeded for it (mixup, drop path)."""
+        batch = next(self.batches)
+        seed_everything("step", self.args.seed, step, distributed.rank(), micro)
+        return batch
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def log(self, **values):
+        """Values of one micro-batch; the log has their means."""
+        self.meter.add(**{name: value / self.accumulation for name, value in values.items()})
+
+
 class Snapshot:
     """All that a checkpoint holds, saved and restored together; `progress` is what the loop itself remembers."""
 
@@ -132,10 +178,9 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the
     end. Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
     """
-    world, rank = distributed.world_size(), distributed.rank()
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = per_epoch * args.epochs
-    accumulation = split_batch(args.batch_size, args.micro_batch, world)
+    accumulation = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
     dtype = choose_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     torch.use_deterministic_algorithms(args.deterministic)
@@ -143,28 +188,22 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     guard = Guard(run, optimizer, scaler, schedule, device)
     meter = Meter(run, total, args.batch_size)
     snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
-        "device": device.type, "ranks": world, "threads": torch.get_num_threads(), "accumulation": accumulation,
-        "precision": str(dtype or torch.float32), "compile": args.compile})
+        "device": device.type, "ranks": distributed.world_size(), "threads": torch.get_num_threads(),
+        "accumulation": accumulation, "precision": str(dtype or torch.float32), "compile": args.compile})
     start = snapshot.restore(device)
     progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
-    method.forward = wrap(method.model, device, dtype, args.compile)
+    method.prepare(device, dtype, args.compile)
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
+    engine = Engine(args, device, dtype, scaler, accumulation, batches, meter)
 
     with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch), closing(batches):
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
             method.before_step(step)
-            losses = 0.0
-            for micro in range(accumulation):
-                batch = next(batches)
-                seed_everything("step", args.seed, step, rank, micro)  # mixup and drop path
-                with last_only(method.forward, micro == accumulation - 1):
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss, logs = method.loss(batch, step)
-                    scaler.scale(loss / accumulation).backward()
-                losses = losses + loss.detach()
-                meter.add(loss=loss / accumulation, **{name: value / accumulation for name, value in logs.items()})
+            losses = method.accumulate(step, engine)
+            scaler.unscale_(optimizer)
+            method.before_update(step)
             grad_norm = update(optimizer, scaler, guard, step, losses, args.clip_grad)
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
@@ -219,7 +258,6 @@ def last_only(forward, last):
 def update(optimizer, scaler, guard, step, loss, clip_grad):
     """One optimizer step, unless something is not finite. Returns the gradient norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_grad:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)

@@ -25,14 +25,6 @@ from tests.helpers import assert_close, fill_by_name
 SMALL = {"model": "vit_demo", "img_size": 32, "patch_size": 8}  # 96 wide, 12 blocks: 152 tensors as a classifier
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def classifier(**settings):
     return fill_by_name(build_vit(**{**SMALL, "num_classes": 5, **settings}), fill_positions=True).eval()
 

@@ -134,12 +134,8 @@ def log_rows(folder):
 
 
 @pytest.fixture(autouse=True)
-def one_thread_no_picture(monkeypatch):
+def no_picture(monkeypatch):
     monkeypatch.setattr(report, "draw_curve", lambda *paths: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The arithmetic
