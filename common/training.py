@@ -106,7 +106,7 @@ def wrap(model, device, dtype, compiled):
 
 
 class Engine:
-    """How a method gets micro-batches, autocast, backward passes and log entries while it computes a step's gradients."""
+    """What a method needs to compute the gradients of a step: micro-batches, autocast, backward passes, log entries."""
 
     def __init__(self, args, device, dtype, scaler, accumulation, batches, meter):
         self.args, self.device, self.dtype, self.scaler = args, device, dtype, scaler
