@@ -88,7 +88,7 @@ def main(args):
     batch = (torch.stack([transform(images.read(int(i))) for i in chosen]).to(device) - mean) / std
     masked, pasted, predicted = reconstruct(model, batch, torch.rand(len(batch), model.num_patches).to(device))
 
-    folder = Path(args.output) / "reconstruct"
+    folder = Path(args.output) / "reconstruct" / Path(args.checkpoint).absolute().parent.name  # the run's name
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: ((x * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for name, x in (
         ("input", batch), ("visible", masked), ("predicted", predicted), ("predicted + visible", pasted))}

@@ -64,7 +64,7 @@ class ImageSet:
             return convert(Image.fromarray(np.asarray(self.images[index])), self.in_chans)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). Repair or "
-                                  f"remove it, or pass --on-bad-image skip.") from None
+                                  f"remove it; in training, --on-bad-image skip passes it over") from None
 
     def fingerprint(self):
         """Content, not place: number of images, names, labels, and of up to 1,000 files size and first 64 KiB."""
@@ -137,22 +137,24 @@ def image_tree(root, in_chans):
     return ImageSet("folder", paths, None, [], in_chans)
 
 
-def load_sets(args, labelled=True):
-    """Train and validation set of the command line (validation is None where a pre-training needs no labels)."""
+def load_sets(args, labelled=True, splits=("train", "val")):
+    """Train and validation set of the command line (validation is None where a pre-training needs no labels), or one of
+    them alone, in a tuple.
+    """
     if args.data != "fractals" and not args.data_path:
         raise DataError(f"--data {args.data} needs --data-path; without data, use --data fractals")
     if args.data == "fractals" and args.data_path:
-        raise DataError(f"--data-path {args.data_path} is not read with --data fractals: leave it out, or pass "
-                        f"--preset small, or --data folder")
+        raise DataError(f"--data-path {args.data_path} is not read with --data fractals: leave it out "
+                        f"(--preset demo), or pass --data folder")
     if args.data == "fractals":
-        sets = fractals(args)
+        sets = fractals(args, splits)
     elif args.data in ("folder", "imagenet") and not labelled:
         sets = image_tree(args.data_path, args.in_chans), None
     elif args.data in ("folder", "imagenet"):
-        sets = [labelled_folder(Path(args.data_path) / split, args.in_chans, args.data) for split in ("train", "val")]
+        sets = [labelled_folder(Path(args.data_path) / split, args.in_chans, args.data) for split in splits]
     else:
-        sets = [cifar(args, train) for train in (True, False)]
-    train, val = sets
+        sets = [cifar(args, split == "train") for split in splits]
+    train, val = sets[0], sets[-1]
     if labelled and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise DataError(f"{args.data_path}: train has {len(train.classes)} classes and val {len(val.classes)}; "
@@ -160,14 +162,15 @@ def load_sets(args, labelled=True):
     if labelled and args.data == "imagenet" and len(train.classes) != 1000:
         raise DataError(f"{args.data_path}: ImageNet-1k has 1000 classes, found {len(train.classes)}; "
                         f"use --data folder for other sets")
-    return train, val
+    return tuple(sets)
 
 
-def fractals(args):
+def fractals(args, splits):
     """The embedded data, drawn so large that the evaluation's resize (crop 0.875) finds its own size."""
     size = tuple(int(side / 0.875) for side in pair(args.img_size))
     sets = []
-    for split, per_class in (("train", FRACTAL_TRAIN), ("val", FRACTAL_VAL)):
+    for split in splits:
+        per_class = FRACTAL_TRAIN if split == "train" else FRACTAL_VAL
         with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
             if mine:
                 fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
+
 
 def start(device="auto"):
     """Joins the torchrun group if there is one and returns this rank's device. Called once, safe to call again.
@@ -17,7 +19,10 @@ def start(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
@@ -39,7 +44,7 @@ def stop():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))  # before the group, torchrun's
 
 
 def world_size():

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from common import distributed
 from common.augment import eval_transform
 from common.data import statistics
-from common.loader import eval_loader, to_device
-from common.options import default_workers
+from common.loader import default_workers, eval_loader, to_device
 from common.vit import choose_attention
 
 

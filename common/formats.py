@@ -1,4 +1,4 @@
-"""Weights of this and other projects in use: into a model, as the model they came from, and out again for timm.
+"""Weights of this and other projects in use: into a model, or as the model they came from.
 
 Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
 heads are another function, so that number travels with every file of ours and is checked wherever it is known.
@@ -7,18 +7,14 @@ common/weights.py does the reading.
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors.torch
-import timm
 from timm.layers import resample_abs_pos_embed
-from timm.models import VisionTransformer, adapt_input_conv
+from timm.models import adapt_input_conv
 
-from common.checkpoint import save_json, write_atomically
 from common.distributed import print0
 from common.mae import DECODERS, MAE
 from common.vit import SIZES, build_vit, leading_blocks, pair, patch_grid
-from common.weights import STEM, FormatError, Weights, listed, read_weights, shape_config, vit_config
+from common.weights import STEM, FormatError, Weights, listed, read_weights, shape_config
 
 DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
@@ -37,8 +33,11 @@ class Report:
         for what, names in (("fresh", self.fresh), ("left out", self.left_out)):
             counts = Counter("decoder" if name.startswith(DECODER) else name.split(".")[0] for name in names)
             parts += [f"{what} " + ", ".join(f"{part} ({n})" for part, n in counts.items())] if names else []
+        heads = [f"\nWARNING: {note}" for note in self.notes if note.startswith("head count")]
+        parts += [note for note in self.notes if not note.startswith("head count")]
         return (f"loaded {self.matched} of {self.matched + len(self.fresh)} tensors from {weights.source} "
-                f"({weights.layout}, fingerprint {weights.fingerprint[:12]}): {'; '.join(parts + self.notes) or 'all'}")
+                f"({weights.layout}, fingerprint {weights.fingerprint[:12]}): {'; '.join(parts) or 'all'}"
+                + "".join(heads))
 
 
 def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
@@ -78,7 +77,8 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
 def check_heads(weights, num_heads, notes):
     """The source's number of heads must be the model's; where the source cannot say, the report does."""
     if weights.config is None:
-        notes.append(f"head count not in the file: using {num_heads}")
+        notes.append(f"head count is not in the file, {num_heads} assumed: with another the result is "
+                     f"wrong though every shape fits (--num-heads)")
     elif (theirs := weights.config["num_heads"]) != num_heads:
         raise FormatError(f"{weights.source} has {theirs} heads and the model {num_heads}: the shapes are equal, "
                           f"the functions are not. Pass --num-heads {theirs}")
@@ -89,9 +89,10 @@ def keeps_head(weights, target, head, keep_blocks):
     theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
     norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
     fits = theirs == ours > 0 and norm in weights.state and keep_blocks is None
-    if head not in ("drop", "keep", "auto") or (head == "keep" and not fits):
-        raise FormatError(f"{weights.source}: head={head!r} is impossible with {theirs} classes in the file, {ours} in "
-                          f"the model, whose head needs {norm}, and keep_blocks={keep_blocks}: use 'drop' or 'auto'")
+    if head == "keep" and not fits:
+        found = next((name for name in ("fc_norm.weight", "norm.weight") if name in weights.state), "no norm")
+        raise FormatError(f"{weights.source} classifies {theirs} classes after {found}, the model {ours} after {norm}, "
+                          f"with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: --global-pool token")
     return fits and head != "drop"
 
 
@@ -182,41 +183,3 @@ def foreign_config(weights, given):
         if name not in given:
             print0(f"{weights.source}: {name} is not in the file; assuming {value}")
     return config
-
-
-def export_timm(model, folder, mean, std, class_names=None):
-    """Writes config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-
-    A classifier, or the encoder of an MAE: no classes, token pooling, its norm. mean, std: per channel, of the inputs.
-    TypeError or FormatError for a model that timm's plain ViT cannot be.
-    """
-    if not isinstance(model, MAE) and type(model) is not VisionTransformer:
-        raise TypeError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}")
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-             if not name.startswith(DECODER)}
-    if isinstance(model, MAE):
-        args = shape_config(state, img_size=model.config["img_size"], num_heads=model.config["num_heads"])
-    else:
-        args = vit_config(model)
-    # Any plain ViT of timm serves: these arguments say everything in which they differ, the number of heads too.
-    name = args.pop("model")
-    architecture = f"{name if name in ('vit_small', 'vit_base') else 'vit_tiny'}_patch16_224"
-    args |= {"embed_dim": len(state[STEM]), "depth": len(model.blocks), "fc_norm": "fc_norm.weight" in state}
-    classes, channels = args["num_classes"], args["in_chans"]
-    if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
-        raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
-                         f"suit a model of {channels} channels and {classes} classes")
-    rebuilt = timm.create_model(architecture, **args)  # a model with layer scale or query norms is refused here
-    require_fit("the export", rebuilt.state_dict(), state)
-
-    data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),
-            "num_classes": classes, "crop_pct": 0.875, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
-            "classifier": "head"}
-    content = {"architecture": architecture, "num_classes": classes, "num_features": args["embed_dim"],
-               "global_pool": args["global_pool"], "model_args": args, "pretrained_cfg": data}
-    if class_names:
-        content["label_names"] = list(class_names)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    packed = safetensors.torch.save(state, metadata={"format": "pt"})
-    write_atomically(Path(folder) / "model.safetensors", lambda file: file.write(packed))
-    save_json(Path(folder) / "config.json", content)

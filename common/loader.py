@@ -2,6 +2,7 @@
 f(seed, epoch, index). So the step is the loader's whole state: a run resumes exactly in the middle of an epoch, and the
 number of workers, of ranks and of accumulation steps never changes which pixels are seen.
 """
+import os
 import random
 import signal
 
@@ -97,6 +98,17 @@ def outlive_signals(worker):
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def default_workers(workers, device):
+    """Loading processes of this rank: its share of the cores, at most 8. On a CPU the model wants the cores itself: its
+    threads wait for each other busily, so a loading process that takes a core from one of them stops them all.
+    """
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
 
 
 def train_loader(views, sampler, workers, device):

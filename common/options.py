@@ -5,7 +5,6 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 """
 import argparse
 import importlib
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -101,7 +100,26 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     settings.update((recipes or {}).get(recipe, {}))
     settings.update(given)
     settings["preset"] = preset
+    check_ranges(settings)
     return argparse.Namespace(**settings)
+
+
+# The smallest and the largest value of settings that several scripts share
+RANGES = {"epochs": (1, None), "batch_size": (1, None), "micro_batch": (1, None), "patch_size": (1, None),
+          "in_chans": (1, None), "num_heads": (1, None), "log_every": (1, None), "workers": (-1, None),
+          "seed": (0, None), "warmup_epochs": (0, None), "eval_every": (0, None), "num_images": (1, None),
+          "mask_ratio": (0, 1), "drop_path": (0, 1), "smoothing": (0, 1), "erasing": (0, 1), "crop_min": (0, 1)}
+
+
+def check_ranges(settings):
+    """One line for a value that no run can have."""
+    for name, (low, high) in RANGES.items():
+        value, flag = settings.get(name), "--" + name.replace("_", "-")
+        if value is not None and (value < low or high is not None and value > high):
+            raise UserError(f"{flag} {value}: " + (f"at least {low}" if high is None else f"from {low} to {high}"))
+    epochs, warmup = settings.get("epochs"), settings.get("warmup_epochs")
+    if epochs and warmup and warmup >= epochs:
+        raise UserError(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}: lower it too")
 
 
 def parse(parser, presets=None, recipes=None, argv=None):
@@ -113,7 +131,11 @@ def parse(parser, presets=None, recipes=None, argv=None):
 def start(main, parser, *presets_and_recipes, parse=parse):
     """A script's entry: what the user can mend ends in one line instead of a traceback."""
     try:
-        main(parse(parser, *presets_and_recipes))
+        args = parse(parser, *presets_and_recipes)
+        announce(parser, args)
+        result = main(args)
+        if isinstance(result, dict) and "checkpoint" in result:
+            print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         line = str(error).rstrip().splitlines()[-1]  # of a loading process: the last line of its traceback
         raise SystemExit(f"{parser.prog}: error: {line}") from None
@@ -121,17 +143,31 @@ def start(main, parser, *presets_and_recipes, parse=parse):
         distributed.stop()
 
 
+def announce(parser, args):
+    """Prints the preset and what differs from the defaults, which are the paper's values."""
+    usual = defaults(parser)
+    changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
+    if "preset" in usual:
+        print0(" ".join([f"preset {args.preset}:", *words({**changed, "preset": None}), "(else the paper's values)"]))
+
+
+def stage_settings(name, explicit=None, row=None):
+    """A stage's module, its parser, and its resolved settings."""
+    module = importlib.import_module(name)
+    parser = module.build_parser()
+    parser.prog = name
+    return module, parser, resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+
+
 def stage(name, explicit=None, row=None):
     """Runs another script's `main` with keyword settings, in this process, and returns its result.
 
     `name` is a module such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
     """
-    module = importlib.import_module(name)
-    parser = module.build_parser()
-    parser.prog = name
-    args = resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    module, parser, args = stage_settings(name, explicit, row)
     torch.compiler.reset()
     print0(f"\n== {name}")
+    announce(parser, args)
     return module.main(args)
 
 
@@ -162,14 +198,3 @@ def check_clone():
     if clone and (clone / "common" / "vit.py").is_file() and clone != imported:
         raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {imported}.\n"
                          f"Run `pip install -e {clone}`, or set PYTHONPATH={clone}, and start again.")
-
-
-def default_workers(workers, device):
-    """Loading processes of this rank: its share of the cores, at most 8. On a CPU the model wants the cores itself: its
-    threads wait for each other busily, so a loading process that takes a core from one of them stops them all.
-    """
-    if workers >= 0:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))

@@ -83,9 +83,11 @@ def write_table(folder, item, args, columns, rows, notes=()):
     """A table as <item>.json and <item>.md in `folder`, printed too.
 
     `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of
-    a row.
+    a row. Rows without a measurement are named below the table.
     """
-    text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
+    absent = "; ".join(f"{row['name']} ({row['published']}: {row['status']})" for row in rows if not row["measured"])
+    notes = [f"Not measured here (published: why): {absent}"] * bool(absent) + [note for note in notes if note]
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
                               "notes": list(notes)}, text)

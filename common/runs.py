@@ -131,6 +131,10 @@ def open_run(script, name, args, fingerprints):
         deliver(result, run.save_to)
     try:
         yield run
+    except BaseException:
+        if lock and {path.name for path in folder.iterdir()} <= {"lock", "settings.json"}:  # nothing came of it
+            shutil.rmtree(folder)
+        raise
     finally:
         if lock:
             lock.close()
@@ -161,8 +165,3 @@ def _prepare(folder, fresh, settings):
         return lock, stored
     save_json(folder / "settings.json", settings)
     return lock, None
-
-
-def print_settings(args):
-    """The preset first, then every resolved setting."""
-    print0(f"preset {args.preset}: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v is not None))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import distributed, options
+from common.data import load_sets
 from common.distributed import print0
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
@@ -41,6 +42,8 @@ def parse(parser, argv=None):
     """A table's arguments. `args.given` holds what was given for the stages: it overrides their rows."""
     options.check_clone()
     given = options.explicit_arguments(parser, argv)
+    if given.get("save_to"):
+        parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, PRESETS, explicit=given)
     own = {"rows", "seeds", "stage_settings", "dry_run"}
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
@@ -72,27 +75,39 @@ def chosen(rows, args, demo):
 
 
 def run_rows(rows, args, demo, script):
-    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}."""
-    if not args.dry_run:
-        distributed.start(args.device)
-    print0(f"# preset {args.preset}, data {args.data}")
+    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}.
+
+    All that can be known to be wrong is found before the first stage starts: settings of later stages, unlabelled data.
+    """
+    distributed.start("cpu" if args.dry_run else args.device)
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown:
         raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
-    results, done = {}, {}
-    for row in chosen(rows, args, demo):
-        print0(f"\n# {row.name}")
-        results[row.key] = [run_row(row, seed, args, script, done) for seed in args.seeds]
+    results, done, rows = {}, {}, chosen(rows, args, demo)
+    for row in rows:
+        for module, settings in row.stages:
+            options.stage_settings(module, explicit_settings(module, args, args.seeds[0]), settings)
+    if args.data_path and not args.dry_run:
+        load_sets(args)
+    for number, row in enumerate(rows, 1):
+        for seed in args.seeds:
+            print0(f"\n# row {number} of {len(rows)}: {row.name}, seed {seed}")
+            results.setdefault(row.key, []).append(run_row(row, seed, args, script, done))
     return results
+
+
+def explicit_settings(module, args, seed):
+    """What was given on the table's command line for a stage, --set included."""
+    return {**args.given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
 
 
 def run_row(row, seed, args, script, done):
     """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
     finished = []
     for number, (module, settings) in enumerate(row.stages):
-        explicit = {**args.given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
+        explicit = explicit_settings(module, args, seed)
         previous = finished[-1]["checkpoint"] if finished else None
         settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
         key = json.dumps([module, settings, explicit], sort_keys=True, default=str)

@@ -8,9 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, distributed, report
 from common.data import statistics
 from common.distributed import print0
-from common.loader import StepSampler, Views, seed_everything, to_device, train_loader
+from common.loader import StepSampler, Views, default_workers, seed_everything, to_device, train_loader
 from common.optim import set_learning_rate, steps_per_epoch
-from common.options import default_workers
 from common.vit import choose_attention
 from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
 

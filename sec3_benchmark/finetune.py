@@ -21,7 +21,7 @@ from common.evaluate import evaluator
 from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, warmup_cosine
-from common.runs import open_run, print_settings
+from common.runs import open_run
 from common.training import Method, train
 from common.vit import build_vit
 
@@ -113,24 +113,32 @@ def build_classifier(args, num_classes, weights):
                     num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool,
                     drop_path=args.drop_path)
     if weights is not None:
-        head = "keep" if args.eval_only else "drop"
-        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head=head))
+        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head="keep" if args.eval_only else "drop"))
     return vit
+
+
+def evaluate_only(args, device):
+    """Accuracy of --init on the validation images; a file of ours says itself what model it holds."""
+    weights = read_weights(args.init)
+    if weights.config:
+        vars(args).update({name: value for name, value in weights.config.items() if name in vars(args)})
+    [val_set] = load_sets(args, splits=("val",))
+    vit = build_classifier(args, len(val_set.classes), weights).to(device)
+    result = evaluator(vit, val_set, args, device)()
+    print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
+    return result
 
 
 def main(args):
     """Runs or continues the training; returns {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
-    print_settings(args)
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the weights to evaluate")
+    if args.eval_only:
+        return evaluate_only(args, device)
     weights = read_weights(args.init) if args.init else None
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)
-    if args.eval_only:
-        result = evaluator(build_classifier(args, num_classes, weights).to(device), val_set, args, device)()
-        print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
-        return result
     start = "scratch" if weights is None else "init"
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

@@ -15,7 +15,7 @@ from common.data import load_sets
 from common.loader import seed_everything
 from common.mae import MAE
 from common.optim import adamw, parameter_groups, warmup_cosine
-from common.runs import open_run, print_settings
+from common.runs import open_run
 from common.training import Method, train
 
 PRESETS = {
@@ -75,7 +75,6 @@ def build_mae(args):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
-    print_settings(args)
     images, _ = load_sets(args, labelled=False)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}) as run:

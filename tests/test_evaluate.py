@@ -1,6 +1,7 @@
 """common/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy, on tiny folders."""
 import json
 import shutil
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,6 +128,11 @@ def make_folder(root, channels=3, size=(40, 36), count=6):
     return root
 
 
+def only_val(tmp_path, data):
+    shutil.copytree(data / "val", tmp_path / "elsewhere" / "val")
+    return tmp_path / "elsewhere"
+
+
 def settings(tmp_path, data, **more):
     """One epoch of the narrow model: three steps of four images."""
     return {"preset": "demo", "data": "folder", "data_path": str(data), "output": str(tmp_path / "outputs"),
@@ -149,6 +155,9 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     pretrained = options.stage(PRETRAIN, explicit=common)
     common["randaugment"] = "rand-m9-mstd0.5-inc1" if channels == 3 else "none"  # its operations are for colour images
     tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
+    for told_by_the_file in ("img_size", "patch_size", "in_chans"):
+        del common[told_by_the_file]
+    common["data_path"] = str(only_val(tmp_path, data))
     again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True})
     assert tuned["last"]["images"] == again["images"] == 12
     assert tuned["top1"] == tuned["last"]["top1"] == again["top1"] <= tuned["best_top1"]

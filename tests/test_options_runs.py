@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import options, runs
+from common import distributed, loader, options, runs
+from common.errors import UserError
 from common.options import command_line, explicit_arguments, resolve
 from common.runs import open_run, settings_hash
 from sec3_benchmark import finetune, pretrain_mae
@@ -96,10 +97,37 @@ def test_the_paper_preset_is_the_papers_recipe(module, paper):
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_the_preset_is_printed_first(capsys):
-    runs.print_settings(resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS))
+def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
+    parser = pretrain_mae.build_parser()
+    options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"mask_ratio": 0.6}))
     printed = capsys.readouterr().out
-    assert printed.startswith("preset demo: ") and "model=vit_demo" in printed and "beta2=0.95" in printed
+    assert printed.startswith("preset demo: ") and "--model vit_demo" in printed and "--mask-ratio 0.6" in printed
+    assert "beta2" not in printed
+    options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"preset": "paper", "data_path": "D"}))
+    assert capsys.readouterr().out == "preset paper: --data-path D (else the paper's values)\n"
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"epochs": 0}, "--epochs 0: at least 1"), ({"batch_size": -4}, "--batch-size -4: at least 1"),
+    ({"seed": -1}, "--seed -1: at least 0"), ({"mask_ratio": 75.0}, "--mask-ratio 75.0: from 0 to 1"),
+    ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs 5 leaves nothing of --epochs 5")])
+def test_values_that_no_run_can_have_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS, explicit=settings)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(UserError, match="--device gpu: choose auto, cpu, cuda"):
+        distributed.start("gpu")
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    for wrote, left in ((False, 0), (True, 1)):
+        with pytest.raises(UserError), open_run("script", "name", run_settings(tmp_path), {}) as run:
+            if wrote:
+                run.log({"step": 1})
+            raise UserError("does not fit")
+        assert len(list((tmp_path / "script").iterdir())) == left
 
 
 def test_unknown_settings_are_named():
@@ -151,12 +179,12 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [options.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
-    assert options.default_workers(-1, gpu) == 8
+    assert [loader.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
+    assert loader.default_workers(-1, gpu) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert options.default_workers(-1, gpu) == 3
+    assert loader.default_workers(-1, gpu) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert [options.default_workers(-1, device) for device in (cpu, gpu)] == [0, 1]
+    assert [loader.default_workers(-1, device) for device in (cpu, gpu)] == [0, 1]
 
 
 # A run's identity

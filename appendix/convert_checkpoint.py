@@ -1,0 +1,121 @@
+"""A checkpoint in another project's format: read any, write one, and compare what both compute before saying done.
+
+    python appendix/convert_checkpoint.py --checkpoint FILE --to timm --output FOLDER   # for timm's local-dir:FOLDER
+    python appendix/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth # {"model": public names}
+
+Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm. A file of another project does not hold
+the number of heads; pass --num-heads (12 is assumed, and said). The plain format cannot hold it either.
+"""
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import VisionTransformer
+
+from common import options
+from common.checkpoint import save_json, save_torch, write_atomically
+from common.data import STATISTICS
+from common.distributed import print0
+from common.errors import UserError
+from common.formats import DECODER, load_model, require_fit
+from common.mae import MAE
+from common.vit import eval_mode
+from common.weights import STEM, shape_config, vit_config
+
+PRESETS = {}
+TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="any format of common/formats.py, also timm:NAME")
+    parser.add_argument("--to", choices=("timm", "plain"), required=True)
+    parser.add_argument("--output", required=True, help="a folder for timm, else a file")
+    parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
+    parser.add_argument("--decoder-heads", type=int, help="likewise")
+    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs, for timm; default ImageNet's")
+    parser.add_argument("--std", type=float, nargs="+", help="likewise")
+    return parser
+
+
+def export_timm(model, folder, mean, std, class_names=None):
+    """Writes config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    A classifier, or the encoder of an MAE: no classes, token pooling, its norm. mean, std: per channel, of the inputs.
+    TypeError or FormatError for a model that timm's plain ViT cannot be.
+    """
+    if not isinstance(model, MAE) and type(model) is not VisionTransformer:
+        raise TypeError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}")
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+             if not name.startswith(DECODER)}
+    if isinstance(model, MAE):
+        args = shape_config(state, img_size=model.config["img_size"], num_heads=model.config["num_heads"])
+    else:
+        args = vit_config(model)
+    # Any plain ViT of timm serves: these arguments say everything in which they differ, the number of heads too.
+    name = args.pop("model")
+    architecture = f"{name if name in ('vit_small', 'vit_base') else 'vit_tiny'}_patch16_224"
+    args |= {"embed_dim": len(state[STEM]), "depth": len(model.blocks), "fc_norm": "fc_norm.weight" in state}
+    classes, channels = args["num_classes"], args["in_chans"]
+    if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
+        raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
+                         f"suit a model of {channels} channels and {classes} classes")
+    rebuilt = timm.create_model(architecture, **args)  # a model with layer scale or query norms is refused here
+    require_fit("the export", rebuilt.state_dict(), state)
+
+    data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),
+            "num_classes": classes, "crop_pct": 0.875, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
+            "classifier": "head"}
+    content = {"architecture": architecture, "num_classes": classes, "num_features": args["embed_dim"],
+               "global_pool": args["global_pool"], "model_args": args, "pretrained_cfg": data}
+    if class_names:
+        content["label_names"] = list(class_names)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    packed = safetensors.torch.save(state, metadata={"format": "pt"})
+    write_atomically(Path(folder) / "model.safetensors", lambda file: file.write(packed))
+    save_json(Path(folder) / "config.json", content)
+
+
+def encode(model, images):
+    """What a model computes: logits of a classifier, normalised tokens of an encoder or an MAE with all patches."""
+    if isinstance(model, MAE):
+        patches = model.patchify(images)
+        ids = torch.arange(model.num_patches).expand(len(images), -1)
+        return model.forward_encoder(patches, ids)
+    return model(images) if model.num_classes else model.forward_features(images)
+
+
+@torch.inference_mode()
+def largest_difference(model, again):
+    """Between the outputs of two models for the same noise images, relative to the largest output."""
+    config = model.config
+    images = torch.randn(2, config["in_chans"], *config["img_size"], generator=torch.Generator().manual_seed(0))
+    ours, theirs = (encode(eval_mode(m, "cpu"), images) for m in (model, again))
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def main(args):
+    """Writes the file or folder, reads it back, compares; returns {"output", "difference"}."""
+    given = dict(num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size)
+    model = load_model(args.checkpoint, **given)
+    if args.to == "timm":
+        mean, std = STATISTICS.get(model.config["in_chans"], (None, None))
+        if not (args.mean or mean) or not (args.std or std):
+            raise UserError(f"a model of {model.config['in_chans']} channels needs --mean and --std")
+        export_timm(model, args.output, args.mean or mean, args.std or std)
+        again = timm.create_model(f"local-dir:{args.output}", pretrained=True)
+    else:
+        save_torch(args.output, {"model": model.state_dict()})
+        again = load_model(args.output, num_heads=model.config["num_heads"], img_size=model.config["img_size"],
+                           decoder_heads=model.config.get("decoder_heads"))
+    difference = largest_difference(model, again)
+    if not difference <= TOLERANCE:
+        raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
+    print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")
+    return {"output": args.output, "difference": difference}
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

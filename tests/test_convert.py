@@ -1,0 +1,112 @@
+"""appendix/convert_checkpoint.py: what goes out computes what came in, through timm's own loading too."""
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from appendix import convert_checkpoint
+from appendix.convert_checkpoint import export_timm
+from common.errors import UserError
+from common.formats import load_encoder, load_model
+from common.options import resolve
+from common.vit import build_vit
+from common.weights import FormatError, fingerprint, read_weights
+from tests.helpers import assert_close, fill_by_name
+from tests.test_formats import autoencoder, classifier, images, latent, own_file
+
+
+def convert(**given):
+    parser = convert_checkpoint.build_parser()
+    return convert_checkpoint.main(resolve(parser, convert_checkpoint.PRESETS, explicit=given))
+
+
+@pytest.mark.parametrize("model", [classifier, autoencoder])
+@pytest.mark.parametrize("to", ["timm", "plain"])
+def test_the_script_writes_reads_and_compares(tmp_path, model, to):
+    source = own_file(tmp_path / "a.pt", model())
+    result = convert(checkpoint=str(source), to=to, output=str(tmp_path / "out"))
+    assert result["difference"] < 1e-6
+    if to == "plain":
+        again = torch.load(tmp_path / "out", weights_only=True)
+        assert list(again) == ["model"] and list(again["model"]) == list(model().state_dict())
+
+
+def test_the_script_refuses_another_function(tmp_path, monkeypatch):
+    """As if what was written did not come back: the head count lost on the way."""
+    source = own_file(tmp_path / "a.pt", classifier(num_heads=12))
+    load = load_model
+    monkeypatch.setattr(convert_checkpoint, "load_model",
+                        lambda path, **given: load(path, **{**given, "num_heads": 3 if "out" in str(path) else None}))
+    with pytest.raises(UserError, match="computes something else"):
+        convert(checkpoint=str(source), to="plain", output=str(tmp_path / "out.pth"))
+
+
+@torch.no_grad()
+def test_export_travels_through_timm_with_its_heads(tmp_path):
+    vit = fill_by_name(build_vit("vit_tiny", num_classes=7, global_pool="token"), fill_positions=True).eval()
+    export_timm(vit, tmp_path / "out", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), class_names=list("abcdefg"))
+    x = images(size=(224, 224))[:1]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(loaded(x), vit(x)) and loaded.blocks[0].attn.num_heads == 12
+    cfg = loaded.pretrained_cfg
+    assert tuple(cfg["mean"]) == (0.5, 0.4, 0.3) and tuple(cfg["std"]) == (0.2, 0.2, 0.1) and cfg["crop_pct"] == 0.875
+    assert tuple(cfg["input_size"]) == (3, 224, 224) and cfg["num_classes"] == 7 and cfg["interpolation"] == "bicubic"
+    assert list(cfg["label_names"]) == list("abcdefg")
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()  # 3 heads: it loads, and is wrong
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"))
+    assert (plain(x) - vit(x)).abs().max() > 0.05 * vit(x).abs().max()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"img_size": (16, 64), "in_chans": 1, "patch_size": 4, "num_heads": 6},
+                                      {"class_token": False, "reg_tokens": 3, "num_classes": 0}])
+def test_export_of_other_sizes_and_back(tmp_path, settings):
+    vit = classifier(**settings)
+    channels, size = vit.config["in_chans"], vit.config["img_size"]
+    export_timm(vit, tmp_path, [0.5] * channels, [0.2] * channels)
+    x = images(channels, size)
+    for loaded in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load_model(tmp_path)):
+        assert torch.equal(loaded.eval()(x), vit(x))
+    weights = read_weights(tmp_path)
+    assert weights.config == vit.config == loaded.config and weights.fingerprint == fingerprint(vit.state_dict())
+    assert load_encoder(classifier(**settings), weights).notes == []
+    for wrong in ({"num_heads": 3}, {"nonsense": 1}):
+        with pytest.raises(FormatError, match=next(iter(wrong))):
+            load_model(tmp_path, **wrong)
+
+
+@torch.no_grad()
+def test_export_of_a_timm_model_that_pools_after_its_norm(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5, global_pool="avg",
+                            fc_norm=False)
+    fill_by_name(vit, fill_positions=True).eval()
+    export_timm(vit, tmp_path, (0.5,) * 3, (0.5,) * 3)
+    loaded = load_model(tmp_path).eval()
+    assert torch.equal(loaded(images()), vit(images()))
+    assert loaded.config["global_pool"] == "avg" and loaded.config["model"] is None  # 2 blocks: no size of ours
+
+
+@torch.no_grad()
+def test_export_of_an_encoder(tmp_path):
+    mae = autoencoder(num_heads=6, img_size=(16, 64))
+    export_timm(mae, tmp_path, (0.5,) * 3, (0.5,) * 3)
+    loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), images(size=(16, 64))
+    assert_close(loaded.forward_features(x), latent(mae, x), 1e-5)
+    assert_close(loaded(x), latent(mae, x)[:, 0], 1e-5)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["num_classes"] == 0 and content["model_args"]["global_pool"] == "token"
+
+
+def test_export_refuses_what_timm_s_plain_vit_cannot_be(tmp_path):
+    for model, error in ((timm.create_model("deit_tiny_distilled_patch16_224"), TypeError),
+                         (timm.create_model("vit_tiny_patch16_224", init_values=0.1, depth=1), FormatError),
+                         (timm.create_model("vit_tiny_patch16_224", no_embed_class=True, depth=1), FormatError)):
+        with pytest.raises(error):
+            export_timm(model, tmp_path / "out", (0.5,) * 3, (0.5,) * 3)
+    for mean, names in (((0.5,), None), ((0.5,) * 3, ["a"])):
+        with pytest.raises(ValueError, match="do not suit"):
+            export_timm(classifier(), tmp_path / "out", mean, (0.5,) * 3, names)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,122 @@
+"""common/tables.py: which stages run, in which order, with which settings, and what is refused before any of them."""
+import shlex
+import sys
+from types import ModuleType
+
+import pytest
+
+from common import options, report, tables
+from common.errors import UserError
+from common.tables import PREVIOUS, Row
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Two stages that only note how they were called."""
+    calls = []
+
+    def stage(name, **arguments):
+        def build_parser():
+            parser = options.make_parser(name)
+            options.add_data(parser)
+            for argument, default in arguments.items():
+                parser.add_argument("--" + argument.replace("_", "-"), type=type(default) if default else str,
+                                    default=default)
+            parser.add_argument("--seed", type=int, default=0)
+            options.add_execution(parser)
+            return parser
+
+        def main(args):
+            calls.append((name, args))
+            return {"checkpoint": f"{name}-{args.seed}.pt", "top1": 50.0 + args.seed, "seconds": 7200}
+
+        module = ModuleType(f"toys.{name}")
+        module.build_parser, module.main, module.PRESETS = build_parser, main, {"demo": {"data": "fractals"}}
+        monkeypatch.setitem(sys.modules, f"toys.{name}", module)
+
+    stage("before", epochs=4, warmup_epochs=1)
+    stage("after", epochs=3, init=None, rate=0.5)
+    return calls
+
+
+ROWS = [Row("plain", "from nothing", 1.0, (("toys.after", {}),)),
+        Row("one", "one", 2.0, (("toys.before", {"epochs": 5}), ("toys.after", {"init": PREVIOUS}))),
+        Row("two", "two", None, (("toys.before", {"epochs": 5}), ("toys.after", {"init": PREVIOUS, "rate": 0.1}))),
+        Row("big", "only for the paper", 3.0, (("toys.after", {}),), presets=("paper",)),
+        Row("later", "nobody built it", 4.0)]
+DEMO = ("plain", "one")
+
+
+def run(*argv):
+    parser = options.make_parser("a table")
+    options.add_data(parser)
+    tables.add_rows(parser, ROWS, DEMO)
+    options.add_execution(parser)
+    args = tables.parse(parser, argv)
+    return tables.run_rows(ROWS, args, DEMO, "table")
+
+
+def test_stages_run_in_order_and_hand_on_their_weights(ran):
+    results = run()
+    assert [(name, args.epochs) for name, args in ran] == [("after", 3), ("before", 5), ("after", 3)]
+    assert [args.init for name, args in ran if name == "after"] == [None, "before-0.pt"]
+    assert {key: [len(stages) for stages in seeds] for key, seeds in results.items()} == {"plain": [1], "one": [2]}
+
+
+def test_a_stage_that_rows_share_runs_once_for_each_seed(ran):
+    results = run("--rows", "one", "two", "--seeds", "0", "3")
+    assert [(name, args.seed) for name, args in ran].count(("before", 0)) == 1
+    assert [name for name, _ in ran].count("before") == 2 and [name for name, _ in ran].count("after") == 4
+    assert [stages[-1]["top1"] for stages in results["two"]] == [50.0, 53.0]
+    assert [args.init for name, args in ran if name == "after"] == ["before-0.pt", "before-3.pt"] * 2
+
+
+def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
+    run("--rows", "two", "--img-size", "48", "--set", "after.rate=0.25", "before.epochs=9")
+    (_, before), (_, after) = ran
+    assert (before.epochs, after.epochs, after.rate) == (9, 3, 0.25)
+    assert before.img_size == after.img_size == [48] and before.data == "fractals" and before.preset == "demo"
+
+
+def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
+    assert set(run("--rows", "all")) == {"plain", "one", "two"}
+    for key, why in (("later", "nobody built it is not built yet"), ("big", "needs --preset paper")):
+        with pytest.raises(SystemExit, match=why):
+            run("--rows", key)
+
+
+@pytest.mark.parametrize(("argv", "error", "message"), [
+    (["--set", "between.rate=1"], SystemExit, "no stage of this table: between; its stages are after, before"),
+    (["--set", "after.rat=1"], SystemExit, "after has no setting rat;"),
+    (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
+    (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
+    (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2")])
+def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message):
+    with pytest.raises(error, match=message):
+        run(*argv)
+    assert ran == []
+
+
+def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
+    run("--rows", "two", "--seeds", "2", "--dry-run", "--set", "after.rate=0.3")
+    assert ran == []
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    scripts, settings = zip(*[(line.split()[1], shlex.split(line)[2:]) for line in lines])
+    assert scripts == ("toys/before.py", "toys/after.py")
+    before, after = (options.resolve(sys.modules[f"toys.{name}"].build_parser(), {"demo": {"data": "fractals"}},
+                                     explicit=options.explicit_arguments(
+                                         sys.modules[f"toys.{name}"].build_parser(), list(words)))
+                     for name, words in zip(("before", "after"), settings))
+    assert (before.epochs, before.seed, after.rate, after.seed) == (5, 2, 0.3, 2)
+    assert before.save_to == after.init  # each command finds the weights of the one before
+
+
+def test_rows_that_were_not_run_stand_below_the_table(tmp_path, capsys):
+    args = options.argparse.Namespace(preset="demo", data="fractals")
+    rows = [{"name": "a", "published": 78.0, "status": "run", "measured": [1.0, 2.0]},
+            {"name": "b", "published": None, "status": "not chosen", "measured": []}]
+    report.write_table(tmp_path, "table9", args, {"row": lambda row: row["name"],
+                                                  "measured": lambda row: report.spread(row["measured"])}, rows)
+    text = (tmp_path / "table9.md").read_text()
+    assert "| a   | 1.5 ± 0.7 |" in text and "| b" not in text
+    assert "Not measured here (published: why): b (None: not chosen)" in text
