@@ -148,7 +148,7 @@ def announce(parser, args):
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
     if "preset" in usual:
-        print0(" ".join([f"preset {args.preset}:", *words({**changed, "preset": None}), "(else the paper's values)"]))
+        print0(" ".join([f"# preset {args.preset}:", *words({**changed, "preset": None}), "(else the paper's values)"]))
 
 
 def stage_settings(name, explicit=None, row=None):

@@ -7,11 +7,17 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import distributed, options
+from common import distributed, options, report
 from common.data import load_sets
 from common.distributed import print0
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
+NOTES = {
+    "demo": "The demo's numbers come from generated images and minutes of training. They show that the chain works and "
+            "say nothing about the paper's claims.",
+    "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
+    "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
+}
 PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
 
 
@@ -26,8 +32,17 @@ class Row:
     extra: dict = field(default_factory=dict)  # further columns
 
 
+def make_parser(description, rows, demo):
+    """A table's parser: data, rows, execution; `demo` names the rows of the demo preset."""
+    parser = options.make_parser(description)
+    options.add_data(parser)
+    add_rows(parser, rows, demo)
+    options.add_execution(parser)
+    return parser
+
+
 def add_rows(parser, rows, demo):
-    """--rows, --seeds, --set, --dry-run; `demo` names the rows of the demo preset."""
+    """--rows, --seeds, --set, --dry-run."""
     group = parser.add_argument_group("table")
     group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
                        help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
@@ -124,3 +139,34 @@ def dry_run(row, number, module, settings, explicit, args, script):
     last = number == len(row.stages) - 1
     print0(options.command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
     return {"checkpoint": str(weights)}
+
+
+def accuracy_table(item, rows, demo, args, notes=()):
+    """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
+    results = run_rows(rows, args, demo, script=item)
+    if args.dry_run:
+        return []
+    summaries = [summary(row, results.get(row.key, [])) for row in rows]
+    about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
+    report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
+                       notes=[about, *notes, NOTES[args.preset]])
+    return summaries
+
+
+def summary(row, results):
+    """A row of an accuracy table from its stages' results, one list of stages per seed."""
+    final = [stages[-1] for stages in results]
+    pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
+    return {"name": row.name, "published": row.published, "note": row.note, **row.extra,
+            "status": "run" if results else "not chosen" if row.stages else "not built yet",
+            "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
+            "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
+
+
+COLUMNS = {
+    "pre-training and recipe": lambda row: row["name"],
+    "published": lambda row: row["published"],
+    "measured": lambda row: report.spread(row["measured"]),
+    "seeds": lambda row: row["seeds"] or "",
+    "pre-training": lambda row: report.duration(row["pretrain_hours"]),
+}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 
 from common import distributed, options
-from common.augment import erase, erasing_box, train_transform
+from common.augment import train_transform
 from common.data import load_sets
 from common.distributed import print0
 from common.errors import UserError
@@ -24,6 +24,7 @@ from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import build_vit
+from sec3_benchmark.erasing import erase, erasing_box
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=6, batch_size=64,

@@ -8,9 +8,7 @@
 The paper's claim: proper pre-training lifts the plain ViT-Tiny from 75.8 to 78.0 (MAE). Accuracies are of the last
 epoch; the best epoch stands in each run's result.json. Rows that were not run are listed below the table.
 """
-from pathlib import Path
-
-from common import options, report, tables
+from common import options, tables
 from common.tables import PREVIOUS, Row
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
@@ -41,50 +39,15 @@ ROWS = [
     Row("mae-distilled", "MAE, distilled by RegNetY, 300 ep.", 76.9, note="code page of arXiv v1"),
     Row("mae-distilled-1000", "MAE, distilled by RegNetY, 1000 ep.", 78.4, note="code page of arXiv v1"),
 ]
-NOTES = {
-    "demo": "The demo's numbers come from generated images and minutes of training. They show that the chain works and "
-            "say nothing about the paper's claims.",
-    "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
-    "paper": "Published numbers: 300 epochs of fine-tuning on ImageNet-1k unless the row says otherwise.",
-}
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    tables.add_rows(parser, ROWS, DEMO)
-    options.add_execution(parser)
-    return parser
-
-
-def summary(row, results):
-    """A row of the table from its stages' results, one list of stages per seed."""
-    final = [stages[-1] for stages in results]
-    pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    return {"name": row.name, "published": row.published, "note": row.note,
-            "status": "run" if results else "not chosen" if row.stages else "not built yet",
-            "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
-            "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
-
-
-COLUMNS = {
-    "pre-training and recipe": lambda row: row["name"],
-    "published": lambda row: row["published"],
-    "measured": lambda row: report.spread(row["measured"]),
-    "seeds": lambda row: row["seeds"] or "",
-    "pre-training": lambda row: report.duration(row["pretrain_hours"]),
-}
+    return tables.make_parser(__doc__, ROWS, DEMO)
 
 
 def main(args):
     """Runs the chosen rows and writes table1.json and table1.md; returns the rows."""
-    results = tables.run_rows(ROWS, args, DEMO, script="table1")
-    if args.dry_run:
-        return []
-    rows = [summary(row, results.get(row.key, [])) for row in ROWS]
-    about = "\n".join(f"- {row['name']}: {row['note']}" for row in rows if row["note"] and row["measured"])
-    report.write_table(Path(args.output) / "table1", "table1", args, COLUMNS, rows, notes=[about, NOTES[args.preset]])
-    return rows
+    return tables.accuracy_table("table1", ROWS, DEMO, args)
 
 
 if __name__ == "__main__":

@@ -44,3 +44,10 @@ def assert_close(a, b, tol):
     assert a.shape == b.shape, f"shape {tuple(a.shape)}, reference {tuple(b.shape)}"
     difference, scale = (a - b).abs().max().item(), b.abs().max().item()
     assert difference <= tol * scale, f"max|a-b| = {difference:.3g} > {tol:g} * max|b| = {tol:g} * {scale:.3g}"
+
+
+def ks_uniform(values, low, high):
+    """Kolmogorov-Smirnov distance of values to U(low, high); 1.95 / sqrt(n) is passed once in a thousand."""
+    values = (np.sort(values) - low) / (high - low)
+    steps = np.arange(len(values) + 1) / len(values)
+    return max(np.abs(values - steps[1:]).max(), np.abs(values - steps[:-1]).max())

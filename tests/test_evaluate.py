@@ -1,7 +1,6 @@
 """common/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy, on tiny folders."""
 import json
 import shutil
-import shutil
 from types import SimpleNamespace
 
 import numpy as np

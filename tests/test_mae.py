@@ -1,13 +1,13 @@
 """The fast MAE against reference values, and against the straightforward one on random input."""
 import pytest
 import torch
-from helpers import assert_close, fill_by_name, golden
 from straightforward_mae import StraightforwardMAE
 from torch import nn
 
 from common import mae as mae_module
 from common.mae import MAE, normalise_patches
 from common.vit import SIZES, parameter_count
+from tests.helpers import assert_close, fill_by_name, golden
 
 
 @pytest.fixture

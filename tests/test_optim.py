@@ -2,13 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import golden
 
 from common.mae import MAE
 from common.optim import adamw, layer_of, learning_rate, parameter_groups, set_learning_rate, warmup_cosine
 from common.options import resolve
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune, pretrain_mae
+from tests.helpers import golden
 
 EXEMPT = ("pos_embed", "cls_token")  # from weight decay, in fine-tuning
 IMAGENET = range(1_281_167)  # only its length counts

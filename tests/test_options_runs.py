@@ -101,10 +101,10 @@ def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     parser = pretrain_mae.build_parser()
     options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"mask_ratio": 0.6}))
     printed = capsys.readouterr().out
-    assert printed.startswith("preset demo: ") and "--model vit_demo" in printed and "--mask-ratio 0.6" in printed
+    assert printed.startswith("# preset demo: ") and "--model vit_demo" in printed and "--mask-ratio 0.6" in printed
     assert "beta2" not in printed
     options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"preset": "paper", "data_path": "D"}))
-    assert capsys.readouterr().out == "preset paper: --data-path D (else the paper's values)\n"
+    assert capsys.readouterr().out == "# preset paper: --data-path D (else the paper's values)\n"
 
 
 @pytest.mark.parametrize(("settings", "message"), [

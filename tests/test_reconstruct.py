@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
 
 from appendix import reconstruct
 from common import checkpoint, options
 from common.mae import MAE
 from common.vit import build_vit
+from tests.helpers import assert_close
 
 
 @pytest.fixture

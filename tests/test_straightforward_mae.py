@@ -1,8 +1,9 @@
 """The reference itself must be right: it gives the numbers of the public implementation, on CPU in a second."""
 import pytest
 import torch
-from helpers import assert_close, fill_by_name, golden
 from straightforward_mae import StraightforwardMAE
+
+from tests.helpers import assert_close, fill_by_name, golden
 
 GOLDEN = golden("mae")
 

@@ -2,7 +2,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, fill_by_name, golden
 
 from common.vit import (
     SIZES,
@@ -15,6 +14,7 @@ from common.vit import (
     parameter_count,
     patch_grid,
 )
+from tests.helpers import assert_close, fill_by_name, golden
 
 
 def demo(**settings):

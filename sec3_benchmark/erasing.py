@@ -1,0 +1,50 @@
+"""Random erasing, timm's kind "pixel": part of the "ori." recipe (Appendix A.1)."""
+import math
+import random
+
+import torch
+
+from common.vit import pair
+
+
+def erasing_box(size, probability, area=(0.02, 1 / 3), min_aspect=0.3):
+    """Where to erase, for one image of `size` (H, W): int64 (4,), top, left, height, width; zeros for nowhere.
+
+    The share of the area is U(area), the aspect h/w log-uniform in (min_aspect, 1 / min_aspect); after 10 boxes that
+    do not fit, nowhere. Same rule and same draws from Python's generator as timm's RandomErasing.
+    """
+    height, width = pair(size)
+    if random.random() >= probability:
+        return torch.zeros(4, dtype=torch.int64)
+    for _ in range(10):
+        pixels = random.uniform(*area) * height * width
+        aspect = math.exp(random.uniform(math.log(min_aspect), -math.log(min_aspect)))
+        h, w = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if h < height and w < width:
+            return torch.tensor([random.randint(0, height - h), random.randint(0, width - w), h, w])
+    return torch.zeros(4, dtype=torch.int64)
+
+
+@torch.no_grad()
+def erase(images, boxes, seeds):
+    """Fill each image's box with N(0, 1) noise, in place. images (B, C, H, W), normalised floats on any device;
+    boxes (B, 4) of `erasing_box` and seeds (B,), both on the CPU. Returns images.
+
+    The noise of an image depends on its own seed and box only, not on its neighbours. It is drawn on the CPU, so every
+    device gets the same numbers, and travels in one copy. torch's CPU generator reads the low 32 bits of a seed.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"the noise of random erasing goes on normalised images, and these are {images.dtype}")
+    if not len(images) == len(boxes) == len(seeds):
+        raise ValueError(f"{len(images)} images need as many boxes and seeds, not {len(boxes)} and {len(seeds)}")
+    channels, generator = images.shape[1], torch.Generator()
+    places, noise = [], []
+    for index, ((top, left, h, w), seed) in enumerate(zip(torch.as_tensor(boxes).tolist(), seeds)):
+        if h and w:
+            places.append((index, slice(None), slice(top, top + h), slice(left, left + w)))
+            noise.append(torch.randn(channels * h * w, generator=generator.manual_seed(int(seed)), dtype=torch.float32))
+    if places:
+        moved = torch.cat(noise).to(images.device, images.dtype, non_blocking=True)  # without waiting for the device
+        for place, values in zip(places, moved.split([len(values) for values in noise])):
+            images[place] = values.view_as(images[place])
+    return images
