@@ -1,0 +1,59 @@
+"""Every table's rows, of all sections: they resolve in each preset that they name, and share the runs they should."""
+import importlib
+from pathlib import Path
+
+import pytest
+
+from appendix import a1_recipes, a2_mae_settings
+from common import options
+from common.options import stage_settings
+from sec3_benchmark import table1_pretraining_methods as table1
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = [f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("*/*.py"))
+          if "ROWS = [" in path.read_text() and path.parent.name != "tests"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_resolve_in_every_preset_they_name(name):
+    """An unknown setting, an impossible value or a stage that does not exist would stop here."""
+    table = importlib.import_module(name)
+    assert len({row.key for row in table.ROWS}) == len(table.ROWS)
+    assert set(table.DEMO) <= {row.key for row in table.ROWS if row.stages and "demo" in row.presets}
+    for row in table.ROWS:
+        for preset in row.presets:
+            for module, settings in row.stages:
+                given = {"preset": preset, **({} if preset == "demo" else {"data_path": "DIR"})}
+                stage_settings(module, given, settings)
+
+
+def settings_of(row, **given):
+    """The resolved settings of a row's last stage."""
+    module, settings = row.stages[-1]
+    return vars(stage_settings(module, given, settings)[2])
+
+
+def by_key(table):
+    return {row.key: row for row in table.ROWS}
+
+
+def test_tables_found():
+    assert len(TABLES) >= 4 and "sec3_benchmark.table1_pretraining_methods" in TABLES
+
+
+@pytest.mark.parametrize("start", ["scratch", "mae"])
+def test_a1_leads_from_one_recipe_to_the_other_in_single_steps(start):
+    rows = [row for row in a1_recipes.ROWS if row.key in {f"{start}-{key}" for key, *_ in a1_recipes.CHANGES}]
+    path = [settings_of(row, preset="paper", data_path="DIR") for row in rows]
+    for before, after, (_, _, change) in zip(path, path[1:], a1_recipes.CHANGES[1:]):
+        assert {name for name in after if after[name] != before[name]} - {"recipe"} == set(change)
+    one_by_one = {**path[-2], **a1_recipes.CHANGES[-1][2], "recipe": "impr"}
+    assert one_by_one == path[-1]
+
+
+def test_rows_that_two_tables_share_are_the_same_run():
+    shared = [("scratch-impr", "scratch"), ("scratch-ori", "scratch-ori"), ("mae-impr", "mae"), ("mae-ori", "mae-ori")]
+    for ours, theirs in shared:
+        assert settings_of(by_key(a1_recipes)[ours]) == settings_of(by_key(table1)[theirs])
+    assert by_key(a2_mae_settings)["base"].stages == by_key(table1)["mae"].stages
+    assert options.PRESET_NAMES == by_key(table1)["mae"].presets
