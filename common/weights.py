@@ -29,6 +29,10 @@ class FormatError(UserError):
     """A source that cannot be read, is not understood or does not fit: says which, and what to do."""
 
 
+class HubError(FormatError):
+    """timm's hub did not give the weights: a table can go on without that row."""
+
+
 @dataclass
 class Weights:
     state: dict  # name -> tensor, public names
@@ -60,14 +64,26 @@ def strip_mae_lite(tensors):
     return state, [name for name in tensors if not name.startswith("model.")]
 
 
+def is_moco(tensors):
+    return f"base_encoder.{STEM}" in tensors
+
+
+def strip_moco(tensors):
+    """MoCo-v3's network is `base_encoder`, but its head is the projector, never a classifier."""
+    state = {name.removeprefix("base_encoder."): value for name, value in tensors.items()
+             if name.startswith("base_encoder.") and not name.startswith("base_encoder.head.")}
+    return state, [name for name in tensors if name.removeprefix("base_encoder.") not in state]
+
+
 LAYOUTS = [  # name, recognise(tensors), strip(tensors) -> (state, names left out); the first to recognise reads
     ("mae-lite", is_mae_lite, strip_mae_lite),
+    ("MoCo-v3", is_moco, strip_moco),
     ("plain names, as MAE, DeiT and timm", lambda tensors: STEM in tensors, lambda tensors: (tensors, [])),
 ]
 
 
 def read_weights(source):
-    """A file (ours, mae-lite, MAE, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
+    """A file (ours, mae-lite, MAE, MoCo-v3, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
 
     FileNotFoundError if nothing is there, FormatError if what is there cannot be read or understood.
     """
@@ -138,7 +154,8 @@ def read_timm(source):
     except Exception as error:  # timm, the hub and the network share no class of errors
         remedy = (f"Without the hub, fetch config.json and model.safetensors of huggingface.co/timm/{name} (the name "
                   f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
-        raise FormatError(f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}") from error
+        problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
+        raise (HubError if hub else FormatError)(problem) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
     return Weights(state, model.config, source, "timm", fingerprint(state), [], model)
 
