@@ -10,6 +10,7 @@ from pathlib import Path
 from common import distributed, options, report
 from common.data import load_sets
 from common.distributed import print0
+from common.weights import HubError
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
 NOTES = {
@@ -62,7 +63,7 @@ def parse(parser, argv=None):
     args = options.resolve(parser, PRESETS, explicit=given)
     own = {"rows", "seeds", "stage_settings", "dry_run"}
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
-    args.per_stage = {}
+    args.per_stage, args.needs_weights = {}, {}
     for text in args.stage_settings:
         stage, dot, rest = text.partition(".")
         key, equals, value = rest.partition("=")
@@ -109,7 +110,14 @@ def run_rows(rows, args, demo, script):
     for number, row in enumerate(rows, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(rows)}: {row.name}, seed {seed}")
-            results.setdefault(row.key, []).append(run_row(row, seed, args, script, done))
+            try:
+                results.setdefault(row.key, []).append(run_row(row, seed, args, script, done))
+            except HubError as error:  # the other rows can go on
+                module, settings = row.stages[-1]
+                command = options.command_line(module, {**settings, **explicit_settings(module, args, seed)})
+                args.needs_weights[row.key] = f"needs weights: {error}, in place of its name: `{command}`"
+                print0(args.needs_weights[row.key])
+                break
     return results
 
 
@@ -146,19 +154,19 @@ def accuracy_table(item, rows, demo, args, notes=()):
     results = run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(row, results.get(row.key, [])) for row in rows]
+    summaries = [summary(row, results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
                        notes=[about, *notes, NOTES[args.preset]])
     return summaries
 
 
-def summary(row, results):
+def summary(row, results, problem=None):
     """A row of an accuracy table from its stages' results, one list of stages per seed."""
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra,
-            "status": "run" if results else "not chosen" if row.stages else "not built yet",
+            "status": "run" if results else problem or "not chosen" if row.stages else "not built yet",
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
 

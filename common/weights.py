@@ -54,31 +54,10 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def is_mae_lite(tensors):
-    return f"model.{STEM}" in tensors and {n.split(".")[0] for n in tensors} <= {"model", "tch_model", "attn_adapter"}
-
-
-def strip_mae_lite(tensors):
-    """The network is `model`; distillation keeps its teacher, and the map between the heads, beside it."""
-    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    return state, [name for name in tensors if not name.startswith("model.")]
-
-
-def is_moco(tensors):
-    return f"base_encoder.{STEM}" in tensors
-
-
-def strip_moco(tensors):
-    """MoCo-v3's network is `base_encoder`, but its head is the projector, never a classifier."""
-    state = {name.removeprefix("base_encoder."): value for name, value in tensors.items()
-             if name.startswith("base_encoder.") and not name.startswith("base_encoder.head.")}
-    return state, [name for name in tensors if name.removeprefix("base_encoder.") not in state]
-
-
-LAYOUTS = [  # name, recognise(tensors), strip(tensors) -> (state, names left out); the first to recognise reads
-    ("mae-lite", is_mae_lite, strip_mae_lite),
-    ("MoCo-v3", is_moco, strip_moco),
-    ("plain names, as MAE, DeiT and timm", lambda tensors: STEM in tensors, lambda tensors: (tensors, [])),
+LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left out; the first to explain all names reads
+    ("mae-lite", "model.", ("tch_model.", "attn_adapter.")),  # distillation keeps its teacher and the map between heads
+    ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector
+    ("plain names, as MAE, DeiT and timm", "", ()),
 ]
 
 
@@ -91,9 +70,11 @@ def read_weights(source):
         return read_timm(str(source))
     content = read_file(Path(source))
     config, tensors = own_config(content), unwrap(content)
-    for layout, recognise, strip in LAYOUTS:
-        if recognise(tensors):
-            state, left_out = strip(tensors)
+    for layout, prefix, beside in LAYOUTS:
+        left_out = [name for name in tensors if name.startswith(beside)]
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()
+                 if name.startswith(prefix) and not name.startswith(beside)}
+        if STEM in state and len(state) + len(left_out) == len(tensors):
             if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
                 raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
             return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out)

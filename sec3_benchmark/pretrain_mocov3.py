@@ -1,8 +1,8 @@
 """MoCo-v3 pre-training of ViT-Tiny (Section 3.1, recipe of Appendix A.3).
 
-    python sec3_benchmark/pretrain_mocov3.py                                             # demo: generated images, a minute
-    python sec3_benchmark/pretrain_mocov3.py --preset small --data-path DIR              # any folder of images, 64 px
-    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mocov3.py --data-path IMAGENET   # the paper: 400 epochs
+    python sec3_benchmark/pretrain_mocov3.py                                            # demo: a minute or two
+    python sec3_benchmark/pretrain_mocov3.py --preset small --data-path DIR             # any folder of images, 64 px
+    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mocov3.py --data-path IMAGENET  # the paper: 400 epochs
 
 Both encoders, their heads and the predictor end up in outputs/pretrain_mocov3/<run>/weights.pt, under the official
 names; finetune.py --init takes the base encoder from it. The loss starts near 4 T ln(batch), where no key is found.
