@@ -92,7 +92,7 @@ class MoCoMethod(Method):
         loss give each token its gradient, and each micro-batch is encoded again to pass it on.
         """
         self.model.update_momentum_encoder(self.momentum(step))  # before the keys
-        batches = [engine.batch(step, micro) for micro in range(engine.accumulation)]
+        batches = (engine.batch(step, micro) for micro in range(engine.accumulation))
         images = [torch.cat([batch["view1"], batch["view2"]]) for batch in batches]
         base, again = self.model.base_encoder, engine.accumulation > 1
         with engine.autocast(), torch.no_grad():
