@@ -4,7 +4,7 @@ A row's settings name only what makes it that row; preset, device and the rest c
 `--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
 """
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import distributed, options, report
@@ -25,7 +25,7 @@ PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that sta
 class Row:
     key: str  # what --rows takes
     name: str  # what the table prints
-    published: float | None  # None: in no source read
+    published: float | dict | None  # None: in no source read; a dict in a table of several columns
     stages: tuple = ()  # (module, settings) in order; none: not built yet
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
@@ -60,8 +60,7 @@ def parse(parser, argv=None):
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, PRESETS, explicit=given)
-    own = {"rows", "seeds", "stage_settings", "dry_run"}
-    args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
+    args.given = given | {"preset": args.preset}
     args.per_stage = {}
     for text in args.stage_settings:
         stage, dot, rest = text.partition(".")
@@ -89,10 +88,10 @@ def chosen(rows, args, demo):
     return [row for row in runnable if row.key in wanted]
 
 
-def run_rows(rows, args, demo, script):
-    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}.
-
-    All that can be known to be wrong is found before the first stage starts: settings of later stages, unlabelled data.
+def run_rows(rows, args, demo, script, columns=None):
+    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or with
+    columns, which are {name: settings added to the rows' last stage}, {key: {name: the same}}. All that can be known to
+    be wrong is found before the first stage starts: settings of later stages, unlabelled data.
     """
     distributed.start("cpu" if args.dry_run else args.device)
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
@@ -100,22 +99,27 @@ def run_rows(rows, args, demo, script):
     if unknown:
         raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
-    results, done, rows = {}, {}, chosen(rows, args, demo)
-    for row in rows:
+    results, done = {}, {}
+    cells = [(column, replace(row, name=f"{row.name} {column}".strip(),
+                              stages=(*row.stages[:-1], (row.stages[-1][0], row.stages[-1][1] | added))))
+             for row in chosen(rows, args, demo) for column, added in (columns or {"": {}}).items()]
+    for _, row in cells:
         for module, settings in row.stages:
             options.stage_settings(module, explicit_settings(module, args, args.seeds[0]), settings)
     if args.data_path and not args.dry_run:
         load_sets(args)
-    for number, row in enumerate(rows, 1):
+    for number, (column, row) in enumerate(cells, 1):
         for seed in args.seeds:
-            print0(f"\n# row {number} of {len(rows)}: {row.name}, seed {seed}")
-            results.setdefault(row.key, []).append(run_row(row, seed, args, script, done))
-    return results
+            print0(f"\n# row {number} of {len(cells)}: {row.name}, seed {seed}")
+            results.setdefault(row.key, {}).setdefault(column, []).append(run_row(row, seed, args, script, done))
+    return results if columns else {key: found[""] for key, found in results.items()}
 
 
 def explicit_settings(module, args, seed):
-    """What was given on the table's command line for a stage, --set included."""
-    return {**args.given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
+    """What was given on the table's command line for a stage, as far as it knows it, and --set."""
+    known = vars(options.stage_settings(module)[-1])
+    given = {name: value for name, value in args.given.items() if name in known}
+    return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
 
 
 def run_row(row, seed, args, script, done):
