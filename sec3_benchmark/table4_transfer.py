@@ -76,18 +76,19 @@ def summary(row, cells):
 
 
 def published(row):
-    return {name: value for name, value in row["published"].items() if name in SETS}
+    return {name: [value] for name, value in row["published"].items() if name in SETS}
 
 
 def measured(row):
-    return {name: statistics.mean(values) for name, values in row["measured"].items()}
+    return row["measured"]
 
 
 def gaps(rows, accuracy):
-    """{row name: {data set: top-1 - the supervised row's}}, where there are both; `accuracy` is one of the above."""
+    """{row name: {data set: [top-1 - the supervised row's, for each seed]}}; `accuracy` is one of the two above."""
     supervised = next(accuracy(row) for row in rows if row["key"] == "supervised")
-    found = {row["name"]: {name: value - supervised[name] for name, value in accuracy(row).items()
-                           if name in supervised} for row in rows if row["key"] not in ("supervised", "random")}
+    found = {row["name"]: {name: [ours - theirs for ours, theirs in zip(values, supervised[name])]
+                           for name, values in accuracy(row).items() if name in supervised}
+             for row in rows if row["key"] not in ("supervised", "random")}
     return {name: gap for name, gap in found.items() if gap}
 
 
@@ -107,6 +108,7 @@ def draw(table, path):
 
 
 def panel(axis, heading, gap, sizes, colours):
+    """One half of the figure; the bars are standard deviations over seeds."""
     axis.set(title=heading, xlabel="training images", ylabel="top-1 - supervised (points)")
     axis.axhline(0, color="black", linewidth=0.8)
     if not gap:
@@ -114,8 +116,9 @@ def panel(axis, heading, gap, sizes, colours):
         return
     for row, values in gap.items():
         names = sorted(values, key=sizes.get)
-        axis.plot([sizes[name] for name in names], [values[name] for name in names], marker="o", markersize=4,
-                  label=row, color=colours[row])
+        spread = [statistics.stdev(values[name]) if len(values[name]) > 1 else 0 for name in names]
+        axis.errorbar([sizes[name] for name in names], [statistics.mean(values[name]) for name in names], spread,
+                      marker="o", markersize=4, capsize=2, label=row, color=colours[row])
     shown = {name: sizes[name] for values in gap.values() for name in values}
     axis.set_xscale("log")
     axis.set_xticks(list(shown.values()), [f"{downstream.title(name)} {size:,}" for name, size in shown.items()],
