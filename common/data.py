@@ -28,7 +28,7 @@ STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every col
     1: ((0.449,), (0.226,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-FRACTAL_CLASSES, FRACTAL_IMAGES = 10, {"train": 400, "val": 100}  # per class: 4,000 to train on, 1,000 to validate
+FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to train on, 1,000 to validate
 
 
 class DataError(UserError):
@@ -147,7 +147,7 @@ def load_sets(args, labelled=True, splits=("train", "val")):
         raise DataError(f"--data-path {args.data_path} is not read with --data fractals: leave it out "
                         f"(--preset demo), or pass --data folder")
     if args.data == "fractals":
-        sets = fractals(args, {split: FRACTAL_IMAGES[split] for split in splits})
+        sets = fractals(args, {split: FRACTAL_TRAIN if split == "train" else FRACTAL_VAL for split in splits})
     elif args.data in ("folder", "imagenet") and not labelled:
         sets = image_tree(args.data_path, args.in_chans), None
     elif args.data in ("folder", "imagenet"):

@@ -87,7 +87,7 @@ def gaps(rows, accuracy):
     """{row name: {data set: [top-1 - the supervised row's, for each seed]}}; `accuracy` is one of the two above."""
     supervised = next(accuracy(row) for row in rows if row["key"] == "supervised")
     found = {row["name"]: {name: [ours - theirs for ours, theirs in zip(values, supervised[name])]
-                           for name, values in accuracy(row).items() if name in supervised}
+                           for name, values in accuracy(row).items() if values and supervised.get(name)}
              for row in rows if row["key"] not in ("supervised", "random")}
     return {name: gap for name, gap in found.items() if gap}
 
