@@ -79,8 +79,8 @@ PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
 
 def flowers(root, train, download):
     """Trained on train + val, which torchvision keeps apart."""
-    parts = [tv.Flowers102(root, split, loader=str, download=download) for split in (("train", "val") if train else
-                                                                                     ("test",))]
+    splits = ("train", "val") if train else ("test",)
+    parts = [tv.Flowers102(root, split, loader=str, download=download) for split in splits]
     return *samples(*parts), tv.Flowers102.classes
 
 
@@ -127,7 +127,7 @@ READERS = {"flowers": flowers, "pets": pets, "aircraft": aircraft, "cars": cars,
 
 
 def samples(*datasets):
-    """File names and labels of torchvision sets whose loader is `str`, so that no image is opened."""
+    """All file names and all labels of torchvision sets whose loader is `str`, so that no image is opened."""
     return zip(*(dataset[index] for dataset in datasets for index in range(len(dataset))))
 
 
@@ -141,13 +141,13 @@ def official_set(name, root, train, args):
             if mine and args.download and about["download"]:
                 READERS[name](root, train, download=True)
         images, labels, classes = READERS[name](root, train, download=False)
-    except (RuntimeError, OSError) as error:  # torchvision's word for what is absent, and the system's
+    except (RuntimeError, OSError, ValueError) as error:  # absent, unreadable, cut short
         raise DataError(f"{about['title']} is not whole in {root} ({str(error).splitlines()[0]}). {remedy}") from None
     found, expected = (len(images), len(classes)), (about["images"][not train], about["classes"])
     if found != expected:
         raise DataError(f"{about['title']} in {root}: {split} has {found[0]} images of {found[1]} classes, where "
                         f"{expected[0]} of {expected[1]} are expected. {remedy}")
-    if isinstance(images, tuple | list):
+    if not isinstance(images, np.ndarray):
         images = list(images)
         absent = [path for path in images[::max(1, len(images) // 1000)] if not os.path.isfile(path)]
         if absent:

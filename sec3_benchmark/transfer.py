@@ -1,4 +1,4 @@
-"""Transfer of a ViT to a downstream data set (Section 3.3, recipe of Appendix A.4).
+"""Transfer of a ViT to a downstream data set (Section 3, Table 4; recipe of Appendix A.4).
 
     python sec3_benchmark/transfer.py                                              # demo, random weights, fractals
     python sec3_benchmark/transfer.py --dataset cifar100 --dataset-path ROOT --init outputs/pretrain_mae/RUN/weights.pt

@@ -191,6 +191,14 @@ def test_a_missing_file_is_noticed_before_anything_runs(tiny, tmp_path, name, fi
         load_downstream(asked(name, tmp_path))
 
 
+def test_a_list_that_was_cut_short_is_noticed(tiny, tmp_path):
+    tiny("inat18", tmp_path)
+    path = tmp_path / "inat2018" / "train2018.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="iNat18 is not whole .* must hold inat2018/"):
+        load_downstream(asked("inat18", tmp_path))
+
+
 def test_another_number_of_images_or_classes_is_refused(tiny, tmp_path, monkeypatch):
     tiny("pets", tmp_path)
     monkeypatch.setitem(SETS, "pets", {**SETS["pets"], "images": (3_680, 3_669), "classes": 37})
@@ -337,6 +345,8 @@ def test_only_what_changes_the_result_identifies_a_run():
     assert settings_hash({**settings, "dataset_path": "/there"}, {}) == settings_hash(settings, {})
     for name in ("dataset", "lr", "layer_decay", "keep_blocks"):
         assert settings_hash({**settings, name: 7}, {}) != settings_hash(settings, {}), name
+    paper = vars(resolved(preset="paper", dataset_path="anywhere"))
+    assert settings_hash(paper, {"data": "0123456789abcdef"}) == "05122e3ae2"  # changes only where results do
 
 
 # Runs
