@@ -31,6 +31,7 @@ class Row:
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
+    forced: dict = field(default_factory=dict)  # {module: settings} that the table works out; they always win
 
 
 def make_parser(description, rows, demo):
@@ -108,7 +109,8 @@ def run_rows(rows, args, demo, script, columns=None):
              for row in chosen(rows, args, demo) for column, added in (columns or {"": {}}).items()]
     for _, row in cells:
         for module, settings in row.stages:
-            options.stage_settings(module, explicit_settings(module, args, args.seeds[0]), settings)
+            explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
+            options.stage_settings(module, explicit, settings)
     if args.data_path and not args.dry_run:
         load_sets(args)
     for number, (column, row) in enumerate(cells, 1):
@@ -136,7 +138,7 @@ def run_row(row, seed, args, script, done):
     """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
     finished = []
     for number, (module, settings) in enumerate(row.stages):
-        explicit = explicit_settings(module, args, seed)
+        explicit = explicit_settings(module, args, seed) | row.forced.get(module, {})
         previous = finished[-1]["checkpoint"] if finished else None
         settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
         key = json.dumps([module, settings, explicit], sort_keys=True, default=str)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from common import distributed, options
-from common.data import load_sets
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, steps_per_epoch, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import choose_attention
+from sec3_benchmark import subsets
 from sec3_benchmark.moco import MoCo, class_tokens, momentum_at, symmetric_loss, view_transform
 
 PRESETS = {
@@ -34,6 +34,7 @@ PRESETS = {
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
+    subsets.add_argument(parser)
     options.add_model(parser)
     group = parser.add_argument_group("momentum contrast")
     group.add_argument("--temperature", type=float, default=0.2, help="T of the contrastive loss")
@@ -145,7 +146,7 @@ def decay_everything(model, weight_decay):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
-    images, _ = load_sets(args, labelled=False)
+    images = subsets.pretraining_images(args)
     views = MoCoViews(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_mocov3", name, args, {"data": images.fingerprint()}) as run:

@@ -231,7 +231,7 @@ def test_what_changes_the_result_enters_and_nothing_else(module):
     options.add_execution(parser)
     execution = {action.dest for action in parser._actions} - {"help"}
     assert execution == set(options.EXECUTION)
-    assert outside == execution | {"data_path", "download", "preset"} | ({"init"} if "init" in settings else set())
+    assert outside == execution | {"data_path", "download", "preset"} | ({"init", "subset"} & set(settings))
     assert settings_hash(settings, {"data": "x"}) != settings_hash(settings, {"data": "y"})
 
 
@@ -369,7 +369,8 @@ def processes(tmp_path_factory):
             Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / "data" / place / f"{i}.png")
     clones = [folder / "first clone", folder / "second clone"]
     for clone in clones:
-        for part in ("common", "sec3_benchmark/__init__.py", "sec3_benchmark/pretrain_mae.py"):
+        for part in ("common", "sec3_benchmark/__init__.py", "sec3_benchmark/pretrain_mae.py",
+                     "sec3_benchmark/subsets.py"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:
