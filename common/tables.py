@@ -41,26 +41,27 @@ def make_parser(description, rows, demo):
     return parser
 
 
-def add_rows(parser, rows, demo):
-    """--rows, --seeds, --set, --dry-run."""
+def add_rows(parser, rows=(), demo=()):
+    """--rows, --seeds, --set, --dry-run; without rows the last two alone."""
     group = parser.add_argument_group("table")
-    group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
-                       help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
-                            f"default: {' '.join(demo)} in the demo preset, all otherwise")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
+    if rows:
+        group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
+                           help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
+                                f"default: {' '.join(demo)} in the demo preset, all otherwise")
+        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
     group.add_argument("--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", dest="stage_settings",
                        help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
 
 
-def parse(parser, argv=None):
-    """A table's arguments. `args.given` holds what was given for the stages: it overrides their rows."""
+def parse(parser, argv=None, presets=PRESETS, own=()):
+    """A table's arguments. `args.given` holds those for the stages, which override their rows: all but `own`."""
     options.check_clone()
     given = options.explicit_arguments(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
-    args = options.resolve(parser, PRESETS, explicit=given)
-    own = {"rows", "seeds", "stage_settings", "dry_run"}
+    args = options.resolve(parser, presets, explicit=given)
+    own = {"rows", "seeds", "stage_settings", "dry_run", *own}
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     args.per_stage = {}
     for text in args.stage_settings:
