@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from common import distributed, options, report, tables
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import labelled_folder, load_sets, statistics
+from common.data import load_sets, statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model
-from common.loader import Views, outlive_signals, seed_everything, to_device
+from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
 from common.mae import MAE
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
@@ -44,8 +44,8 @@ def add_arguments(parser):
     group = parser.add_argument_group("models")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
                        "random; the first is the reference. Default: the preset's own runs")
-    group.add_argument("--num-heads", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say; "
-                       "DeiT-Tiny's own has 3")
+    group.add_argument("--heads", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say; else 12 is "
+                       "assumed; DeiT-Tiny's own has 3")
     group.add_argument("--final-norm", choices=("own", "authors"), default="own",
                        help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
@@ -96,7 +96,7 @@ def sources(args, rows, script):
 
 def load(name, checkpoint, first, args, device):
     """A model ready to be measured; `first` is the checkpoint of the first one, whose twin a random model is."""
-    heads = named(args.num_heads, "--num-heads")
+    heads = named(args.heads, "--heads")
     source = first if checkpoint == RANDOM else checkpoint
     num_heads = int(heads[name]) if name in heads else None
     model = load_model(source, num_heads=num_heads, img_size=args.given.get("img_size"))
@@ -116,13 +116,6 @@ def untrained(model, seed):
 
 
 # Images
-
-def validation_set(args):
-    """The validation images alone, where they are a folder of their own."""
-    if args.data in ("folder", "imagenet") and args.data_path:
-        return labelled_folder(Path(args.data_path) / "val", args.in_chans, args.data)
-    return load_sets(args)[1]
-
 
 def draw_images(labels, args):
     """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
@@ -158,7 +151,7 @@ def batches(model, images, chosen, args, device):
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
     loader = DataLoader(Views(images, eval_transform(size, crop), seed=0), worker_init_fn=outlive_signals,
                         batch_sampler=[[(0, int(index)) for index in part] for part in parts],
-                        num_workers=options.default_workers(args.workers, device))
+                        num_workers=default_workers(args.workers, device))
     for batch in loader:
         yield to_device(batch, device, mean.to(device), std.to(device))["image"]
 
@@ -176,7 +169,7 @@ def analyse(args, rows, script, measure):
     first_name, first = next(iter(checkpoints.items()))
     model = load(first_name, first, first, args, device)
     args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
-    images = validation_set(args)
+    images, = load_sets(args, splits=("val",))
     if not distributed.is_main():
         return None
     chosen = draw_images(images.labels, args)
