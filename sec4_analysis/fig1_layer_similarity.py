@@ -15,7 +15,11 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
 
 def build_parser():
-    return similarity.build_parser(__doc__)
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    options.add_execution(parser)
+    return parser
 
 
 def main(args):

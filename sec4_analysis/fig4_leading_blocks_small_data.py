@@ -1,6 +1,6 @@
 """Figure 4: how many leading pre-trained blocks are worth keeping on small data sets? Top-1 over k, MAE and MoCo-v3.
 
-    python sec4_analysis/fig4_leading_blocks_small_data.py                                # demo: two sizes, k = 0, 6, 12
+    python sec4_analysis/fig4_leading_blocks_small_data.py                                # demo: k = 0, 6, 12
     python sec4_analysis/fig4_leading_blocks_small_data.py --data-path IMAGENET --dataset-path ROOT --seeds 0 1 2
     python sec4_analysis/fig4_leading_blocks_small_data.py --preset small --datasets A B --dataset-path ROOT \\
            --models MAE=mae.pt MoCo-v3=moco.pt

@@ -2,18 +2,9 @@
 import numpy as np
 import torch
 
-from common import options, report
+from common import report
 from sec4_analysis import cka, study
 from sec4_analysis.features import final_norm, geometry, intermediates
-
-
-def build_parser(docstring):
-    """The command line of a similarity figure."""
-    parser = options.make_parser(docstring)
-    options.add_data(parser)
-    study.add_arguments(parser)
-    options.add_execution(parser)
-    return parser
 
 
 def figure(args, rows, item):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import distributed, options, report, tables
+from common import distributed, report, tables
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
 from common.data import load_sets, statistics
@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.formats import load_model
 from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
 from common.mae import MAE
+from common.options import add_data, add_execution, defaults, make_parser
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
 from common.weights import fingerprint
@@ -44,8 +45,8 @@ def add_arguments(parser):
     group = parser.add_argument_group("models")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
                        "random; the first is the reference. Default: the preset's own runs")
-    group.add_argument("--heads", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say; else 12 is "
-                       "assumed; DeiT-Tiny's own has 3")
+    group.add_argument("--num-heads-of", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say and "
+                       "have other than 12; DeiT-Tiny's own has 3")
     group.add_argument("--final-norm", choices=("own", "authors"), default="own",
                        help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
@@ -59,11 +60,11 @@ def add_arguments(parser):
 
 
 def parse(parser, argv=None):
-    """The arguments; `args.given` are those for the stages."""
-    shared = options.make_parser("")
-    options.add_data(shared)
-    options.add_execution(shared)
-    own = set(options.defaults(parser)) - set(options.defaults(shared))
+    """The arguments; `args.given` are those for the stages: data and execution."""
+    shared = make_parser("")
+    add_data(shared)
+    add_execution(shared)
+    own = set(defaults(parser)) - set(defaults(shared))
     return tables.parse(parser, argv, presets=PRESETS, own=own)
 
 
@@ -96,7 +97,7 @@ def sources(args, rows, script):
 
 def load(name, checkpoint, first, args, device):
     """A model ready to be measured; `first` is the checkpoint of the first one, whose twin a random model is."""
-    heads = named(args.heads, "--heads")
+    heads = named(args.num_heads_of, "--num-heads-of")
     source = first if checkpoint == RANDOM else checkpoint
     num_heads = int(heads[name]) if name in heads else None
     model = load_model(source, num_heads=num_heads, img_size=args.given.get("img_size"))
