@@ -46,11 +46,11 @@ def starts(args):
 
 def point_row(stage, settings, title, name, k, before, weights):
     """The row of one point. k = 0 is the same row for every method."""
-    where = f", {title}" if title else ""
+    key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
-        return Row(f"scratch{where}", f"from scratch, k = 0{where}", None, ((stage, settings),))
+        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, settings),))
     settings = {**settings, "init": weights, "keep_blocks": k}
-    return Row(f"{name}-{k}{where}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
+    return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
 
 def run_points(args, stage, panels, script):

@@ -1,6 +1,10 @@
 """The measures of Section 4 against reference values, by hand and by brute force; named intermediates against hooks."""
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,9 @@ from common.mae import MAE
 from common.vit import build_vit, eval_mode
 from sec4_analysis import attention, cka, fig3_fourier, fig5_attention, fourier, similarity
 from sec4_analysis.features import check_plain, final_norm, geometry, intermediates, names
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def noise(*shape, seed=0):
@@ -317,3 +324,25 @@ def test_layer_similarity_takes_patch_tokens_of_norm1_and_the_final_norm():
     by_pairs = [[hsic_by_definition(x, y) / math.sqrt(hsic_by_definition(x, x) * hsic_by_definition(y, y))
                  for y in layers] for x in layers]
     assert_close(cka.minibatch_cka([(own, own)]), by_pairs, 1e-4)
+
+
+MEASURE_MEMORY = """
+import torch
+from common.vit import build_vit, eval_mode
+from sec4_analysis import fig5_attention, similarity
+model, images = eval_mode(build_vit("vit_tiny"), "cpu"), torch.randn(128, 3, 224, 224)
+with torch.inference_mode():
+    similarity.layer_grams(model, [images])
+    fig5_attention.distance_and_entropy(model, [images], "pixels", False)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_twelve_layers_fit_in_4_gib():
+    """A batch of 128 at 224 px; further ones add 1.7 MB each, their centred matrices. The whole process counts."""
+    done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], check=True, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    gib = int(done.stdout) / 2**20
+    print(f"peak {gib:.2f} GiB")
+    assert 0.2 < gib < 4
