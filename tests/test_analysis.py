@@ -20,7 +20,6 @@ from common.vit import build_vit, eval_mode
 from sec4_analysis import attention, cka, fig3_fourier, fig5_attention, fourier, similarity
 from sec4_analysis.features import check_plain, final_norm, geometry, intermediates, names
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,12 +79,12 @@ def test_minibatches_of_all_kinds_average_to_the_full_batch():
 
 
 def test_more_minibatches_come_closer_to_the_full_batch():
-    x = noise(4096, 8)
-    y = x @ noise(8, 8, seed=1) + noise(4096, 8, seed=2)
+    x = noise(1024, 8)
+    y = x @ noise(8, 8, seed=1) + noise(1024, 8, seed=2)
     full = cka.cka([x], [y])
     errors = [(cka.minibatch_cka((grams([a]), grams([b])) for a, b in zip(x[:count].split(16), y[:count].split(16)))
-               - full).abs().item() for count in (64, 4096)]
-    assert errors[1] < 0.01 and errors[1] < errors[0]
+               - full).abs().item() for count in (64, 1024)]
+    assert errors[1] < 0.02 and errors[1] < errors[0]
 
 
 def test_unequal_batches_count_by_their_images():

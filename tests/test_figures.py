@@ -183,6 +183,14 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
     assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
 
 
+def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_path):
+    weights = torch.load(place / "mae.pt", weights_only=True)["model"]
+    save_torch(tmp_path / "lite.pth.tar", {"model": {f"model.{name}": value for name, value in weights.items()}})
+    arrays = run(fig5_attention, place, tmp_path, "--models", f"ours={place / 'mae.pt'}",
+                 f"lite={tmp_path / 'lite.pth.tar'}", "--num-images", "6", models=False)
+    assert np.array_equal(arrays["ours"], arrays["lite"])
+
+
 @pytest.mark.slow
 def test_under_torchrun_one_rank_analyses(place, tmp_path):
     words = ["--preset", "small", "--data-path", str(place / "data"), "--device", "cpu", "--workers", "0", "--output",
@@ -230,3 +238,14 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
     assert all("--epochs 100" in line and "--preset paper" in line for line in tuned)
     assert sum("pretrain_mae.py" in line for line in commands) == 2
     assert sum("--init" not in line for line in tuned) == 2  # k = 0
+
+
+def test_figure_4_transfers_to_every_set(tmp_path, capsys):
+    pytest.importorskip("sec3_benchmark.downstream")
+    from sec4_analysis import fig4_leading_blocks_small_data as fig4
+    args = leading_blocks.parse(fig4.build_parser(), ["--dry-run", "--models", "A=a.pt", "--blocks", "0", "5",
+                                                      "--output", str(tmp_path)])
+    assert fig4.main(args) == []
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert [("--dataset fractals-small" in line, "--keep-blocks 5" in line) for line in commands] == [
+        (True, False), (True, True), (False, False), (False, True)]
