@@ -1,0 +1,84 @@
+"""Mean and standard deviation of a folder's images per channel, and a list of those that cannot be read.
+
+    python appendix/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
+    python appendix/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
+
+Below DIR (its train/ if there is one) every image is read as training would read it. The printed line fits --mean and
+--std of every script; the paper keeps ImageNet's for all data sets. Writes statistics.json and unreadable.txt.
+"""
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common import options
+from common.checkpoint import save_json
+from common.data import UnreadableImage, image_tree
+from common.distributed import print0
+from common.errors import UserError
+
+PRESETS = {}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="any tree of images")
+    parser.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
+    parser.add_argument("--num-images", type=int, help="a seeded draw of so many; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=4, help="reading processes; 0: none")
+    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
+    return parser
+
+
+def sums(images, index):
+    """Pixels, sum and sum of squares per channel, in 0..1, float64 (1 + 2 C); or the path of an unreadable image."""
+    try:
+        image = images.read(index)
+    except UnreadableImage:
+        return str(images.where(index))
+    array = np.asarray(image, dtype=np.float64) / 255
+    if images.in_chans in (1, 3):  # PIL: (H, W) or (H, W, C)
+        array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
+    pixels = array.reshape(images.in_chans, -1)
+    return np.concatenate([[pixels.shape[1]], pixels.sum(axis=1), np.square(pixels).sum(axis=1)])
+
+
+def statistics(images, indices, workers=0):
+    """Mean (C,), std (C,) over all pixels of the images, each image weighing by its size; list of unreadable files."""
+    total, unreadable = 0.0, []
+    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+        read = partial(pool.map, chunksize=64) if pool else map
+        for result in tqdm(read(partial(sums, images), indices), total=len(indices), unit="image", disable=None):
+            if isinstance(result, str):
+                unreadable.append(result)
+            else:
+                total = total + result
+    if len(unreadable) == len(indices):
+        raise UserError(f"none of {len(indices)} images could be read, e.g. {unreadable[0]}")
+    mean, square = np.split(total[1:] / total[0], 2)
+    return mean, np.sqrt(np.maximum(square - mean**2, 0)), unreadable
+
+
+def main(args):
+    """Returns {"mean", "std", "images", "unreadable"}."""
+    images = image_tree(args.data_path, args.in_chans)
+    indices = np.random.default_rng(args.seed).permutation(len(images))[:args.num_images]
+    mean, std, unreadable = statistics(images, indices.tolist(), args.workers)
+    result = {"mean": mean.tolist(), "std": std.tolist(), "images": len(indices) - len(unreadable),
+              "unreadable": unreadable}
+    folder = Path(args.output) / "data_statistics"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / "statistics.json", {**result, "data_path": args.data_path})
+    (folder / "unreadable.txt").write_text("".join(f"{path}\n" for path in unreadable))
+    print0(f"{result['images']} images: --mean {' '.join(f'{m:.4f}' for m in mean)} "
+           f"--std {' '.join(f'{s:.4f}' for s in std)}")
+    print0(f"{len(unreadable)} unreadable" + (f", listed in {folder / 'unreadable.txt'}" if unreadable else ""))
+    return result
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,136 @@
+"""One page of every table and figure there is, in outputs/ and in the sections' results/: a file to open or to send.
+
+    python appendix/report_page.py                        # writes outputs/report.html; seconds
+    python appendix/report_page.py --folders DIR --output-file page.html
+
+Each item shows its table or picture, when, by which command, with which preset and data it was made, and its numbers as
+a file beside. The page needs no network and no other file. Numbers of the demo preset are marked: they are no evidence.
+"""
+import base64
+import html
+import json
+import re
+import time
+from pathlib import Path
+
+from common import options
+from common.checkpoint import write_atomically
+from common.distributed import print0
+from common.errors import UserError
+
+PRESETS = {}
+SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; --note: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.about { color: #888; font-size: .85rem; overflow-wrap: anywhere; }
+.demo { background: var(--note); padding: .3rem .7rem; border-radius: 4px; }
+nav a { display: inline-block; margin-right: 1rem; }
+"""
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--folders", nargs="+", metavar="DIR", help="default: outputs/ and every section's results/")
+    parser.add_argument("--output-file", default=str(options.ROOT / "outputs" / "report.html"), metavar="FILE")
+    return parser
+
+
+def find_items(folders):
+    """Every <item>.json that a table or figure script wrote below the folders, in order of place and name."""
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.json")):
+            try:
+                content = json.loads(path.read_text())
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                continue
+            if isinstance(content, dict) and "item" in content:
+                yield path, content
+
+
+def table_html(lines):
+    """The lines of a Markdown table as HTML."""
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))] for line in lines]
+    head, body = rows[0], rows[2:]
+
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return f'<div class="table"><table>{row(head, "th")}{"".join(row(cells, "td") for cells in body)}</table></div>'
+
+
+def markdown_html(text):
+    """Paragraphs, lists and tables: all that the tables' Markdown has."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            parts.append(table_html(lines))
+        elif lines[0].startswith("- "):
+            parts.append("<ul>" + "".join(f"<li>{html.escape(line[2:])}</li>" for line in lines) + "</ul>")
+        else:
+            parts.append(f"<p>{html.escape(block)}</p>")
+    return "\n".join(parts)
+
+
+def item_html(path, content):
+    """One table or figure: its Markdown, its pictures, what made it."""
+    text = path.with_suffix(".md")
+    pictures = [picture for picture in sorted(path.parent.glob("*.png")) if picture.stem.startswith(path.stem)]
+    environment = content.get("environment", {})
+    about = {"preset": content.get("preset"), "data": content.get("data"), "made": environment.get("date"),
+             "command": environment.get("command"), "on": environment.get("gpu") or environment.get("cpu"),
+             "torch": environment.get("torch"), "numbers": path.name}
+    parts = [f'<h2 id="{anchor(path)}">{html.escape(str(content["item"]))}</h2>']
+    if content.get("preset") == "demo":
+        parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
+                     'is no evidence for the paper.</p>')
+    if text.exists():
+        parts.append(markdown_html(text.read_text()))
+    for picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<p><img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
+    said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
+    return "\n".join([*parts, f'<p class="about">{said}</p>'])
+
+
+def anchor(path):
+    return re.sub(r"\W+", "-", "/".join(path.parts[-3:]).removesuffix(".json"))
+
+
+def page(items):
+    """The whole page as text."""
+    links = " ".join(f'<a href="#{anchor(path)}">{html.escape(str(content["item"]))}</a>' for path, content in items)
+    body = "\n".join(item_html(path, content) for path, content in items)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Tables and figures</title><style>{STYLE}</style></head>
+<body><h1>A Closer Look at Self-Supervised Lightweight Vision Transformers: tables and figures</h1>
+<p>Measured beside published, made {time.strftime("%Y-%m-%d")}.</p><nav>{links}</nav>
+{body}
+</body></html>
+"""
+
+
+def main(args):
+    """Writes the page; returns {"page", "items"}."""
+    folders = args.folders or [options.ROOT / "outputs", *(options.ROOT / name / "results" for name in SECTIONS)]
+    if absent := [str(folder) for folder in args.folders or () if not Path(folder).is_dir()]:
+        raise UserError(f"--folders {' '.join(absent)}: no such folder")
+    items = list(find_items(folders))
+    if not items:
+        raise UserError(f"no table or figure in {', '.join(map(str, folders))}: run one first, for example "
+                        f"python sec3_benchmark/table1_pretraining_methods.py")
+    text = page(items).encode()
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output_file, lambda file: file.write(text))
+    print0(f"{len(items)} items, {len(text) / 1e6:.1f} MB: {args.output_file}")
+    return {"page": args.output_file, "items": len(items)}
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

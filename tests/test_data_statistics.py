@@ -1,0 +1,46 @@
+"""appendix/data_statistics.py against NumPy on all pixels at once."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from appendix import data_statistics
+from common.errors import UserError
+from common.options import resolve
+
+
+def run(folder, tmp_path, **given):
+    args = resolve(data_statistics.build_parser(), {}, explicit={"data_path": str(folder), "workers": 0,
+                                                                 "output": str(tmp_path / "out"), **given})
+    return data_statistics.main(args)
+
+
+@pytest.mark.parametrize(("channels", "workers"), [(1, 0), (3, 2), (5, 0)])
+def test_mean_and_deviation_over_all_pixels(tmp_path, channels, workers):
+    """Images of different sizes: a large one weighs more."""
+    rng, pixels = np.random.default_rng(0), []
+    (tmp_path / "a").mkdir()
+    for i, size in enumerate([(4, 6), (9, 3), (16, 16)]):
+        array = rng.integers(0, 256, (*size, channels), dtype=np.uint8)
+        pixels.append(array.reshape(-1, channels) / 255)
+        if channels in (1, 3):
+            Image.fromarray(array.squeeze()).save(tmp_path / "a" / f"{i}.png")
+        else:
+            np.save(tmp_path / "a" / f"{i}.npy", array)
+    result = run(tmp_path / "a", tmp_path, in_chans=channels, workers=workers)
+    assert result["mean"] == pytest.approx(np.concatenate(pixels).mean(axis=0))
+    assert result["std"] == pytest.approx(np.concatenate(pixels).std(axis=0))
+    assert result["images"] == 3 and result["unreadable"] == []
+
+
+def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), (51, 102, 255)).save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"not an image")
+    result = run(tmp_path / "a", tmp_path)
+    assert result["mean"] == pytest.approx([0.2, 0.4, 1.0]) and result["std"] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert result["unreadable"] == [str(tmp_path / "a" / "2.png")]
+    listed = (tmp_path / "out" / "data_statistics" / "unreadable.txt").read_text().split()
+    assert listed == result["unreadable"] and "--mean 0.2000 0.4000 1.0000" in capsys.readouterr().out
+    (tmp_path / "a" / "1.png").unlink()
+    with pytest.raises(UserError, match="none of 1 images could be read"):
+        run(tmp_path / "a", tmp_path)
