@@ -1,0 +1,98 @@
+"""Where do single heads look in one image? Maps of chosen layers and heads, for each model.
+
+    python sec4_analysis/attention_maps.py                                                # demo: the preset's own runs
+    python sec4_analysis/attention_maps.py --data-path IMAGENET --models MAE-Tiny=mae.pt --image 7 --layers 1 12
+    python sec4_analysis/attention_maps.py --data-path IMAGENET --models MAE-Tiny=mae.pt --query 7 7
+
+The weights with which one query patch looks at all patches (without --query: the mean over query patches, that is how
+much each patch is looked at), class token cut off before the softmax as in Figure 5. Each map has its own scale, whose
+largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
+"""
+from functools import partial
+
+import numpy as np
+
+from common import options, report
+from common.errors import UserError
+from sec4_analysis import attention, study
+from sec4_analysis.features import geometry, intermediates
+from sec4_analysis.fig5_attention import ROWS
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    group = parser.add_argument_group("maps")
+    group.add_argument("--image", type=int, default=0, metavar="I", help="which of the drawn images, from 0")
+    group.add_argument("--layers", type=int, nargs="+", default=[1, 6, 12], help="blocks, from 1")
+    group.add_argument("--heads", type=int, nargs="+", default=[1, 2], help="from 1")
+    group.add_argument("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
+    options.add_execution(parser)
+    return parser
+
+
+def attention_maps(model, images, args):
+    """The image (H, W, C), scaled to 0..1, and {(layer, head): weights over the patches (rows, columns)}."""
+    prefix, (rows, columns), _ = geometry(model)
+    if args.query and not (0 <= args.query[0] < rows and 0 <= args.query[1] < columns):
+        raise UserError(f"--query {args.query[0]} {args.query[1]}: the grid has {rows} rows and {columns} columns")
+    seen = 0
+    for batch in images:
+        if args.image < seen + len(batch):
+            break
+        seen += len(batch)
+    else:
+        raise UserError(f"--image {args.image}: {seen} images are drawn; raise --num-images")
+    image, maps = batch[args.image - seen:][:1], {}
+    for name, logits in intermediates(model, image, [f"blocks.{layer - 1}.logits" for layer in args.layers]):
+        weights = attention.attention_weights(logits, prefix)[0]  # (heads, L, L)
+        if not all(1 <= head <= len(weights) for head in args.heads):
+            raise UserError(f"--heads {args.heads}: the model has {len(weights)}, counted from 1")
+        looked = weights[:, args.query[0] * columns + args.query[1]] if args.query else weights.mean(dim=1)
+        for head in args.heads:
+            maps[int(name.split(".")[1]) + 1, head] = looked[head - 1].view(rows, columns).cpu().numpy()
+    image = image[0].permute(1, 2, 0).cpu().numpy()
+    return (image - image.min()) / np.ptp(image).clip(1e-6), maps
+
+
+def draw(arrays, path):
+    """A row a model: the image, then a map for each layer and head, scaled to its largest weight."""
+    plt, models = report.pyplot(), {}
+    for key, array in arrays.items():
+        name, what = key.rsplit("/", 1)
+        models.setdefault(name, []).append((what, array))
+    columns = max(len(panels) for panels in models.values())
+    figure, axes = plt.subplots(len(models), columns, figsize=(1.5 * columns, 1.75 * len(models)), squeeze=False,
+                                layout="constrained")
+    for row, (name, panels) in zip(axes, models.items()):
+        for panel, (what, array) in zip(row, panels):
+            picture = what == "image"
+            panel.imshow(array, cmap="gray" if picture else "magma", vmin=0, vmax=1 if picture else array.max())
+            panel.set_title(name if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
+        for panel in row:
+            panel.axis("off")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args):
+    """Measures, writes and draws; returns {"MODEL/image" or "MODEL/block B head H": array}."""
+    if not args.from_numbers:
+        done = study.analyse(args, ROWS, "attention_maps", partial(attention_maps, args=args))
+        if done is None:
+            return {}
+        models, about = done
+        arrays = {}
+        for name, (image, maps) in models.items():
+            arrays[f"{name}/image"] = image
+            arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
+        about.update(image=args.image, query=args.query)
+        text = report.markdown(["map", "largest weight"], [[key, f"{values.max():.4f}"] for key, values in
+                                                           arrays.items() if not key.endswith("/image")])
+        study.write_numbers(args, "attention_maps", arrays, about, text)
+    return study.draw_from_numbers(args, "attention_maps", draw)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=study.parse)

@@ -1,0 +1,35 @@
+"""Figure 2: how many leading pre-trained blocks are worth keeping for ImageNet? Top-1 over k, MAE and MoCo-v3.
+
+    python sec4_analysis/fig2_leading_blocks.py                                            # demo: k = 0, 6, 12
+    python sec4_analysis/fig2_leading_blocks.py --data-path IMAGENET --seeds 0 1 2         # the paper: 100 epochs
+    python sec4_analysis/fig2_leading_blocks.py --preset small --data-path DIR --models MAE=mae.pt MoCo-v3=moco.pt
+    python sec4_analysis/fig2_leading_blocks.py --data-path IMAGENET --dry-run             # the commands alone
+
+The paper's claim (Section 4.1): a few leading blocks give the gain already; further ones add little for MAE and harm
+MoCo-v3. Writes fig2.json, .md and draws fig2.png from the first.
+"""
+from common import options
+from sec4_analysis import leading_blocks
+from sec4_analysis.study import FINETUNE
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    leading_blocks.add_arguments(parser)
+    options.add_execution(parser)
+    return parser
+
+
+def panels(args):
+    """One panel: fine-tuning on the whole set, for 100 epochs where the paper says so."""
+    return {"": {} if args.preset == "demo" else {"epochs": 100}}
+
+
+def main(args):
+    """Runs, writes and draws; returns the points {"method", "k", "top1" for each seed, ...}."""
+    return leading_blocks.figure(args, "fig2", FINETUNE, panels)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=leading_blocks.parse)

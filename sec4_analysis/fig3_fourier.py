@@ -1,0 +1,100 @@
+"""Figure 3: how much of the high spatial frequencies is left after each layer? Fourier delta log amplitude.
+
+    python sec4_analysis/fig3_fourier.py                                              # demo: the preset's own runs
+    python sec4_analysis/fig3_fourier.py --data-path IMAGENET --models MAE-Tiny=mae.pt MoCov3-Tiny=moco.pt
+    python sec4_analysis/fig3_fourier.py --from-numbers outputs/fig3/fig3.npz
+
+13 points a model: after patch embedding, then the residual stream after each block, class token aside; --sub-blocks
+adds a point between attention and MLP. The paper's claim (Section 4.1): MoCov3-Tiny loses much of the high frequencies
+in its first layer, MAE-Tiny does not. Which activations the authors took is in no source; --first chooses whether the
+first point has the positions in it, which are rich in high frequencies. The last frequency is below pi, see
+sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
+"""
+from functools import partial
+
+import numpy as np
+import torch
+
+from common import options, report
+from sec4_analysis import fourier, study
+from sec4_analysis.features import geometry, intermediates
+
+ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    group = parser.add_argument_group("points")
+    group.add_argument("--first", choices=("with-positions", "without-positions"), default="without-positions",
+                       help="what the first point, after patch embedding, has in it")
+    group.add_argument("--sub-blocks", action="store_true", help="also a point between attention and MLP")
+    options.add_execution(parser)
+    return parser
+
+
+def amplitudes(model, images, first, sub_blocks):
+    """Delta log amplitude of every point at every frequency of the diagonal, each image weighing the same, and those
+    frequencies in units of pi: (2, points, half diagonal), float64.
+    """
+    prefix, grid, _ = geometry(model)
+    parts = (".attn", "") if sub_blocks else ("",)
+    wanted = ["embedded" if first == "with-positions" else "patch_embed",
+              *(f"blocks.{i}{part}" for i in range(len(model.blocks)) for part in parts)]
+    total, count = 0.0, 0
+    for batch in images:
+        points = []
+        for name, tokens in intermediates(model, batch, wanted):
+            tokens = tokens if name == "patch_embed" else tokens[:, prefix:]
+            points.append(fourier.log_amplitude(tokens, grid).double().sum(dim=0))
+        total, count = total + torch.stack(points), count + len(batch)
+    mean = (total / count).cpu()  # (points, half diagonal)
+    return np.stack([(mean - mean[:, :1]).numpy(), np.tile(fourier.diagonal_frequencies(grid), (len(mean), 1))])
+
+
+def table(arrays):
+    """Delta log amplitude at the last frequency as Markdown."""
+    points = max(array.shape[1] for array in arrays.values())
+    return report.markdown(["point", *range(points)],
+                           [[name, *(f"{value:.2f}" for value in array[0, :, -1])] for name, array in arrays.items()])
+
+
+def draw(arrays, path):
+    """The last frequency over depth; then for each model all frequencies, from the first point to the last."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7), layout="constrained",
+                                sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
+    for (name, array), style, colour in zip(arrays.items(), ("o-", "s--", "^:", "D-.", "v-", "x--"), report.COLOURS):
+        axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
+    last = next(iter(arrays.values()))[1, 0, -1]
+    axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"at {last:.2f} π")
+    axes[0].legend(fontsize=8)
+    for panel, (name, array) in zip(axes[1:], arrays.items()):
+        for point, (values, frequencies) in enumerate(zip(*array)):
+            panel.plot(frequencies, values, color=plt.get_cmap("viridis")(0.9 * point / (array.shape[1] - 1)),
+                       linewidth=1)
+        panel.set(title=name, xlabel="frequency (π)")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1 / 0.9), "viridis")
+    bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
+    bar.set_ticklabels(["first", "last"])
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args):
+    """Measures, writes and draws; returns {model: (2, points, half diagonal)}, values and their frequencies / pi."""
+    if not args.from_numbers:
+        done = study.analyse(args, ROWS, "fig3", partial(amplitudes, first=args.first, sub_blocks=args.sub_blocks))
+        if done is None:
+            return {}
+        arrays, about = done
+        text = (f"fig3, preset {args.preset}: delta log amplitude at the last frequency of the diagonal; "
+                f"point 0 is after patch embedding, {args.first.replace('-', ' ')}\n\n")
+        about.update(first=args.first, sub_blocks=args.sub_blocks)
+        study.write_numbers(args, "fig3", arrays, about, text + table(arrays))
+    return study.draw_from_numbers(args, "fig3", draw)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=study.parse)

@@ -1,0 +1,106 @@
+"""Figure 5: how far does each head look, and how widely? Attention distance and entropy of every head and layer.
+
+    python sec4_analysis/fig5_attention.py                                                # demo: the preset's own runs
+    python sec4_analysis/fig5_attention.py --data-path IMAGENET --models DeiT-Tiny=deit.pt MAE-Tiny=mae.pt Init=random
+    python sec4_analysis/fig5_attention.py --from-numbers outputs/fig5/fig5.npz
+
+The paper's claims (Section 4.2): MAE-Tiny's high layers are local and concentrated, MoCov3-Tiny is global with little
+diversity between heads in low layers. Whether fine-tuning keeps MAE's locality its two versions answer differently.
+Distances are in pixels of each model's input; the dashed line is uniform attention. Definitions: attention.py beside
+this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md and draws fig5.png from the first.
+"""
+from functools import partial
+
+import numpy as np
+import torch
+
+from common import options, report
+from sec4_analysis import attention, study
+from sec4_analysis.features import geometry, intermediates
+
+ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRAINED)
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    group = parser.add_argument_group("measures")
+    group.add_argument("--distance-unit", choices=("pixels", "authors"), default="pixels",
+                       help="authors: 14 per patch, whatever the patch size, as in their code")
+    group.add_argument("--keep-prefix", action="store_true", help="softmax with the class token, whose share then "
+                       "counts as distance 0; default: without it, as the authors")
+    options.add_execution(parser)
+    return parser
+
+
+def distance_and_entropy(model, images, unit, keep_prefix):
+    """Means over images and query patches: (2, layers, heads + 1), float64. The last column is uniform attention."""
+    prefix, grid, patch_size = geometry(model)
+    patch_size = attention.AUTHORS_UNIT if unit == "authors" else patch_size
+    wanted = [f"blocks.{i}.logits" for i in range(len(model.blocks))]
+    total, count, distances = 0.0, 0, None
+    for batch in images:
+        if distances is None:
+            distances = attention.patch_distances(grid, patch_size).to(batch.device)
+        layers = []
+        for _, logits in intermediates(model, batch, wanted):
+            weights = attention.attention_weights(logits, prefix, keep_prefix)
+            layers.append(torch.stack([attention.attention_distance(weights, distances).double().sum(dim=0),
+                                       attention.attention_entropy(weights).double().sum(dim=0)]))
+        total, count = total + torch.stack(layers, dim=1), count + len(batch)
+    keys = len(distances) + (prefix if keep_prefix else 0)
+    uniform = torch.tensor([distances.double().sum() / len(distances) / keys, np.log(keys)])
+    uniform = uniform.view(2, 1, 1).expand(2, len(wanted), 1)
+    return torch.cat([(total / count).cpu(), uniform], dim=2).numpy()
+
+
+def table(arrays):
+    """Mean over heads, and spread between them, as Markdown: distance and entropy for each layer."""
+    layers = max(array.shape[1] for array in arrays.values())
+    return "\n\n".join(f"{title}, mean ± standard deviation over heads\n\n" + report.markdown(
+        ["block", *range(1, layers + 1)],
+        [[name, *(f"{heads.mean():.{digits}f} ± {heads.std():.{digits}f}" for heads in array[which, :, :-1])]
+         for name, array in arrays.items()])
+        for which, (title, digits) in enumerate((("distance", 1), ("entropy (nats)", 2))))
+
+
+def draw(arrays, path):
+    """A column a model: box plots over heads for each layer, distance above, entropy below; dashed: uniform."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4), layout="constrained",
+                                sharex="col", sharey="row", squeeze=False)
+    for column, (name, array) in enumerate(arrays.items()):
+        for row, label in enumerate(("distance (px)", "entropy (nats)")):
+            panel, layers = axes[row, column], array.shape[1]
+            panel.boxplot(list(array[row, :, :-1]), widths=0.65, patch_artist=True, medianprops={"color": "black"},
+                          boxprops={"facecolor": report.COLOURS[5], "linewidth": 0.7},
+                          flierprops={"marker": ".", "markersize": 4}, whiskerprops={"linewidth": 0.7})
+            panel.axhline(array[row, 0, -1], color=report.COLOURS[1], linestyle="--", linewidth=1)
+            panel.set_xticks(range(3, layers + 1, 3), range(3, layers + 1, 3))
+            panel.set_ylim(0, 1.15 * max(values[row, 0, -1] for values in arrays.values()))
+            if column == 0:
+                panel.set_ylabel(f"attention {label}")
+        axes[0, column].set_title(name)
+        axes[1, column].set_xlabel("block")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args):
+    """Measures, writes and draws; returns {model: (distance and entropy, layers, heads + 1)}."""
+    if not args.from_numbers:
+        measure = partial(distance_and_entropy, unit=args.distance_unit, keep_prefix=args.keep_prefix)
+        done = study.analyse(args, ROWS, "fig5", measure)
+        if done is None:
+            return {}
+        arrays, about = done
+        about.update(distance_unit=args.distance_unit, keep_prefix=args.keep_prefix)
+        text = f"fig5, preset {args.preset}, distances in {args.distance_unit} (uniform attention: " + ", ".join(
+            f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats" for name, array in arrays.items()) + ")\n\n"
+        study.write_numbers(args, "fig5", arrays, about, text + table(arrays))
+    return study.draw_from_numbers(args, "fig5", draw)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=study.parse)

@@ -1,0 +1,118 @@
+"""Figures 2 and 4 share this: how many of the leading pre-trained blocks does a model need?
+
+The first k blocks are kept, with patch embedding, class token and positions; everything after them starts anew, and
+the whole is trained. k = 0 keeps nothing, so it is training from scratch and the same for every method. No source that
+we read has the authors' code or numbers for these figures, so none stand beside ours.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import report, tables
+from common.distributed import is_main, print0
+from common.errors import UserError
+from common.tables import PREVIOUS, Row
+from sec4_analysis.study import MOCO, PRETRAIN, is_built, named
+
+PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
+METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
+OWN = ("models", "blocks", "seeds", "from_numbers", "datasets", "dataset_path")
+
+
+def add_arguments(parser):
+    group = parser.add_argument_group("leading blocks")
+    group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT",
+                       help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed")
+    group.add_argument("--blocks", type=int, nargs="+", default=[0, 3, 6, 9, 12], metavar="K", help="how many to keep")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each point is run once per seed")
+    group.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
+    tables.add_rows(parser)
+
+
+def parse(parser, argv=None):
+    args = tables.parse(parser, argv, presets=PRESETS, own=OWN)
+    args.rows = ["all"]
+    return args
+
+
+def starts(args):
+    """{name: (stages that make the weights, the weights)}: given files, or the preset's pre-trainings."""
+    if args.models:
+        return {name: ((), checkpoint) for name, checkpoint in named(args.models, "--models").items()}
+    return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()
+            if is_built(Row(name, name, None, ((stage, {}),)))}
+
+
+def point_row(stage, settings, title, name, k, before, weights):
+    """The row of one point. k = 0 is the same row for every method."""
+    key, where = (f"-{title}", f", {title}") if title else ("", "")
+    if k == 0:
+        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, settings),))
+    settings = {**settings, "init": weights, "keep_blocks": k}
+    return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
+
+
+def run_points(args, stage, panels, script):
+    """Runs everything; panels {title: settings of the stage}. Returns points {"panel", "method", "k", "top1", "run"},
+    lists over seeds, or None after a dry run.
+    """
+    methods = starts(args)
+    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name])
+            for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
+    results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
+    if args.dry_run:
+        return None
+    last = {key: [stages[-1] for stages in seeds] for key, seeds in results.items()}
+    return [{"panel": title, "method": name, "k": k, "top1": [result["top1"] for result in last[row.key]],
+             "run": [Path(result["run"]).name for result in last[row.key]]} for (title, name, k), row in rows.items()]
+
+
+def table(points):
+    """Top-1, mean and spread over seeds, as Markdown: a row for each panel and method, a column for each k."""
+    ks = sorted({point["k"] for point in points})
+    cells = {(p["panel"], p["method"], p["k"]): report.spread(p["top1"]) for p in points}
+    curves = dict.fromkeys((p["panel"], p["method"]) for p in points)
+    return report.markdown(["data", "method", *(f"k = {k}" for k in ks)],
+                           [[panel, method, *(cells[panel, method, k] for k in ks)] for panel, method in curves])
+
+
+def draw(points, path):
+    """Top-1 over k, a panel for each data set, a curve for each method; bars: standard deviation over seeds."""
+    plt, panels = report.pyplot(), list(dict.fromkeys(point["panel"] for point in points))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels) + 0.6, 2.7), layout="constrained",
+                                squeeze=False)
+    methods = dict.fromkeys(point["method"] for point in points)
+    for panel, title in zip(axes[0], panels):
+        for method, style, colour in zip(methods, ("o-", "s--", "^:", "D-."), report.COLOURS):
+            curve = [p for p in points if (p["panel"], p["method"]) == (title, method)]
+            spread = [np.std(p["top1"], ddof=1) if len(p["top1"]) > 1 else 0 for p in curve]
+            panel.errorbar([p["k"] for p in curve], [np.mean(p["top1"]) for p in curve], spread, fmt=style,
+                           color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
+        panel.set(title=title, xlabel="leading blocks kept, k", xticks=sorted({p["k"] for p in points}))
+    axes[0, 0].set_ylabel("top-1 (%)")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def figure(args, item, stage, panels):
+    """Runs, writes <item>.json and .md, draws <item>.png from the first; returns the points. `panels` is a function of
+    args: {title: settings of the stage}.
+    """
+    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json")
+    if not args.from_numbers:
+        points = run_points(args, stage, panels(args), item)
+        if points is None:
+            return []
+        text = f"{item}, preset {args.preset}: top-1 (%) over the number k of leading blocks kept"
+        text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
+        report.write_text(path.parent, item, {"item": item, "preset": args.preset, "seeds": args.seeds,
+                                              "points": points}, text)
+    if path.suffix != ".json":
+        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
+    points = json.loads(path.read_text())["points"]
+    if is_main():
+        draw(points, path.with_suffix(".png"))
+    print0(f"drawn: {path.with_suffix('.png')}")
+    return points

@@ -1,0 +1,69 @@
+"""How alike are the layers of several models (Figures 1 and 6, Appendices A.6 and B.1)? CKA against the first model."""
+import numpy as np
+import torch
+
+from common import report
+from sec4_analysis import cka, study
+from sec4_analysis.features import final_norm, geometry, intermediates
+
+
+def figure(args, rows, item):
+    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}, {} where it leaves."""
+    if not args.from_numbers:
+        done = similarities(args, rows, item)
+        if done is None:
+            return {}
+        arrays, about = done
+        text = f"{item}, preset {args.preset}: CKA of equal layers with {next(iter(arrays))}\n\n"
+        study.write_numbers(args, item, arrays, about, text + diagonal_table(arrays))
+    return study.draw_from_numbers(args, item, draw_similarities)
+
+
+def layer_grams(model, images, authors_norm=False):
+    """Centred Gram matrices of the patch tokens of all layers, per batch (layers, n, n): what each norm1 gives, then
+    the last block's output through the final norm. Index 0 is called patch embedding; positions are in it.
+    """
+    prefix, *_ = geometry(model)
+    wanted = [*(f"blocks.{i}.norm1" for i in range(len(model.blocks))), "norm"]
+    norm = final_norm(model, authors_norm)
+    return [torch.stack([cka.centred_gram(tokens[:, prefix:])
+                         for _, tokens in intermediates(model, batch, wanted, norm)]) for batch in images]
+
+
+def similarities(args, rows, item):
+    """{name: CKA (layers of the model, layers of the first model)} and what to know about it, or None (`analyse`)."""
+    done = study.analyse(args, rows, item,
+                         lambda model, images: layer_grams(model, images, args.final_norm == "authors"))
+    if done is None:
+        return None
+    grams, about = done
+    reference = next(iter(grams.values()))
+    arrays = {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}
+    return arrays, {**about, "final_norm": args.final_norm, "batch_size": args.batch_size}
+
+
+def diagonal_table(arrays):
+    """Similarity of equal layers as Markdown, one row a model."""
+    depth = max(len(array) for array in arrays.values())
+    return report.markdown(["layer", *range(depth)],
+                           [[name, *(f"{value:.2f}" for value in np.diagonal(a))] for name, a in arrays.items()])
+
+
+def draw_similarities(arrays, path):
+    """A heat map for each model (x: layers of the first), then the diagonals."""
+    plt, (reference, *others) = report.pyplot(), arrays
+    figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.4 * len(arrays) + 3.2, 2.6), layout="constrained",
+                                gridspec_kw={"width_ratios": [1] * len(arrays) + [1.25]})
+    for panel, (name, array) in zip(axes, arrays.items()):
+        image = panel.imshow(array, origin="lower", cmap="magma", vmin=0, vmax=1)
+        panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
+                  xticks=range(0, array.shape[1], 3), yticks=range(0, array.shape[0], 3))
+    figure.colorbar(image, ax=axes[len(arrays) - 1], label="CKA")
+    for name, style, colour in zip(others, ("o-", "s--", "^:", "D-.", "v-", "x--"), report.COLOURS):
+        axes[-1].plot(np.diagonal(arrays[name]), style, color=colour, markersize=3.5, linewidth=1.2, label=name)
+    axes[-1].set(title=f"equal layers, against {reference}", xlabel="layer", ylabel="CKA", ylim=(0, 1),
+                 xticks=range(0, len(arrays[reference]), 3))
+    if others:
+        axes[-1].legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,208 @@
+"""What the analyses of Section 4 share: which models, which images, numbers before pictures.
+
+A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOINT`), or the preset's own runs, which are
+trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
+rank analyses; under torchrun the others only help to train.
+"""
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from common import distributed, report, tables
+from common.augment import eval_transform
+from common.checkpoint import write_atomically
+from common.data import load_sets, statistics
+from common.distributed import print0
+from common.errors import UserError
+from common.formats import load_model
+from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
+from common.mae import MAE
+from common.options import add_data, add_execution, defaults, make_parser
+from common.tables import PREVIOUS, Row
+from common.vit import eval_mode, init_vit
+from common.weights import fingerprint
+from sec4_analysis.features import check_plain, geometry
+
+PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "small": {"data": "folder"}}
+PRETRAIN, MOCO, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
+# The preset's own models; the paper calls them DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
+SUPERVISED = Row("supervised", "supervised", None, ((FINETUNE, {}),))
+MAE_ROW = Row("mae", "MAE", None, ((PRETRAIN, {}),))
+MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, ((PRETRAIN, {}), (FINETUNE, {"init": PREVIOUS})))
+MOCOV3 = Row("mocov3", "MoCo-v3", None, ((MOCO, {}),))
+UNTRAINED = Row("random", "random", None)
+RANDOM = "random"  # as a checkpoint: the first model with initial values
+
+
+# Command line
+
+def add_arguments(parser):
+    """Models, images and figure, after the groups that every script has."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
+                       "random; the first is the reference. Default: the preset's own runs")
+    group.add_argument("--num-heads-of", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say and "
+                       "have other than 12; DeiT-Tiny's own has 3")
+    group.add_argument("--final-norm", choices=("own", "authors"), default="own",
+                       help="authors: an untrained one for MAE, as in their script")
+    group = parser.add_argument_group("images")
+    group.add_argument("--num-images", type=int, default=1024, help="exactly so many validation images")
+    group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
+                       "classes alike; authors: whole batches in class order until there are more than --num-images")
+    group.add_argument("--batch-size", type=int, default=128, help="images at once, and per mini-batch of CKA")
+    group.add_argument("--seed", type=int, default=0, help="draws the images; also that of the preset's own runs")
+    tables.add_rows(parser)
+    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .npz and leave")
+
+
+def parse(parser, argv=None):
+    """The arguments; `args.given` are those for the stages: data and execution."""
+    shared = make_parser("")
+    add_data(shared)
+    add_execution(shared)
+    own = set(defaults(parser)) - set(defaults(shared))
+    return tables.parse(parser, argv, presets=PRESETS, own=own)
+
+
+def named(texts, flag):
+    """["NAME=VALUE", ...] -> {NAME: VALUE}."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    wrong = [text for text, (name, value) in zip(texts, pairs) if not (name and value)]
+    if wrong or len({name for name, _ in pairs}) < len(pairs):
+        raise UserError(f"{flag} {' '.join(wrong or texts)}: write NAME=VALUE, each name once")
+    return dict(pairs)
+
+
+# Models
+
+def is_built(row):
+    missing = [module for module, _ in row.stages if importlib.util.find_spec(module) is None]
+    if missing:
+        print0(f"{row.name} is left out: {', '.join(missing)} is not built yet")
+    return not missing
+
+
+def sources(args, rows, script):
+    """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
+    if args.models:
+        return named(args.models, "--models")
+    args.rows, args.seeds, rows = ["all"], [args.seed], [row for row in rows if is_built(row)]
+    results = tables.run_rows(rows, args, (), script)
+    return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
+
+
+def load(name, checkpoint, first, args, device):
+    """A model ready to be measured; `first` is the checkpoint of the first one, whose twin a random model is."""
+    heads = named(args.num_heads_of, "--num-heads-of")
+    source = first if checkpoint == RANDOM else checkpoint
+    num_heads = int(heads[name]) if name in heads else None
+    model = load_model(source, num_heads=num_heads, img_size=args.given.get("img_size"))
+    check_plain(model, source)
+    return eval_mode(untrained(model, args.seed) if checkpoint == RANDOM else model, device)
+
+
+def untrained(model, seed):
+    """The same model with initial values."""
+    seed_everything("weights", seed)
+    if isinstance(model, MAE):
+        return MAE(**model.config)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return init_vit(model)
+
+
+# Images
+
+def draw_images(labels, args):
+    """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
+    if args.order == "authors":
+        count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
+        chosen = np.argsort(labels, kind="stable")[:count]
+    else:
+        rng, count = np.random.default_rng(args.seed), args.num_images
+        order = rng.permutation(len(labels))
+        turn = np.empty(len(labels), int)  # the how-manieth of its class an image is in this order
+        for label in np.unique(labels):
+            mine = order[labels[order] == label]
+            turn[mine] = np.arange(len(mine))
+        chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
+    if len(chosen) < count or count < 1:
+        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}")
+    return chosen
+
+
+def preprocessing(model, args):
+    """Image size, crop, mean and std (0..255) of a model: timm's own models say theirs, unless --mean is given."""
+    _, grid, patch = geometry(model)
+    size = [n * p for n, p in zip(grid, patch)]
+    theirs = getattr(model, "pretrained_cfg", None)
+    if args.mean or not theirs:
+        return size, 0.875, *statistics(args)
+    return size, theirs["crop_pct"], *(torch.tensor(theirs[key]) * 255 for key in ("mean", "std"))
+
+
+def batches(model, images, chosen, args, device):
+    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most."""
+    size, crop, mean, std = preprocessing(model, args)
+    parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
+    loader = DataLoader(Views(images, eval_transform(size, crop), seed=0), worker_init_fn=outlive_signals,
+                        batch_sampler=[[(0, int(index)) for index in part] for part in parts],
+                        num_workers=default_workers(args.workers, device))
+    for batch in loader:
+        yield to_device(batch, device, mean.to(device), std.to(device))["image"]
+
+
+# Measuring, writing, drawing
+
+def analyse(args, rows, script, measure):
+    """{name: measure(model, batches)} for every model, and what a reader should know about it. None on ranks that are
+    not needed any more, and after a dry run.
+    """
+    device = distributed.start(args.device)
+    checkpoints = sources(args, rows, script)
+    if args.dry_run:
+        return None
+    first_name, first = next(iter(checkpoints.items()))
+    model = load(first_name, first, first, args, device)
+    args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
+    images, = load_sets(args, splits=("val",))
+    if not distributed.is_main():
+        return None
+    chosen = draw_images(images.labels, args)
+    values, about = {}, {}
+    for name, checkpoint in checkpoints.items():
+        model = load(name, checkpoint, first, args, device)
+        if (channels := model.patch_embed.proj.in_channels) != args.in_chans:
+            raise UserError(f"{name} reads {channels} channels and {first_name} {args.in_chans}: analyse them apart")
+        print0(f"{name}: {checkpoint}, {len(chosen)} images")
+        with torch.inference_mode():
+            values[name] = measure(model, batches(model, images, chosen, args, device))
+        about[name] = {"checkpoint": "/".join(Path(checkpoint).parts[-2:]),
+                       "fingerprint": fingerprint(model.state_dict())}
+    return values, {"preset": args.preset, "data": args.data, "images": len(chosen), "order": args.order,
+                    "seed": args.seed, "data_fingerprint": images.fingerprint(), "models": about}
+
+
+def write_numbers(args, item, arrays, content, text):
+    """<item>.npz, .json and .md: arrays {name: array}, what they are, and the same to read."""
+    folder = Path(args.output) / item
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
+    report.write_text(folder, item, {"item": item, **content}, text)
+
+
+def draw_from_numbers(args, item, draw):
+    """The picture `draw(arrays, path)` beside the numbers that it is drawn from; returns the arrays."""
+    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz")
+    if path.suffix != ".npz":
+        raise UserError(f"--from-numbers {path}: give the .npz that this script wrote")
+    with np.load(path) as file:
+        arrays = dict(file)
+    draw(arrays, path.with_suffix(".png"))
+    print0(f"drawn: {path.with_suffix('.png')}")
+    return arrays

@@ -1,0 +1,251 @@
+"""The figure scripts of Section 4 from the command line to the picture, on tiny models and a folder of images."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import save_torch
+from common.mae import MAE
+from common.vit import build_vit
+from sec4_analysis import (
+    attention_maps,
+    fig1_layer_similarity,
+    fig2_leading_blocks,
+    fig3_fourier,
+    fig5_attention,
+    leading_blocks,
+    study,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """30 images of 3 classes, unevenly spread, two models of different patch sizes and one of the first one's."""
+    folder, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
+    for split, counts in (("train", (8, 8, 8)), ("val", (5, 10, 15))):
+        for label, count in enumerate(counts):
+            (folder / "data" / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "data" / split / f"class{label}" / f"{i}.png")
+    torch.manual_seed(0)
+    for name, model in (("vit", build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3)),
+                        ("mae", MAE("vit_demo", img_size=24, patch_size=6)),
+                        ("mae8", MAE("vit_demo", img_size=32, patch_size=8))):
+        save_torch(folder / f"{name}.pt", {"model": model.state_dict(), "config": model.config})
+    return folder
+
+
+def run(module, folder, output, *words, models=True):
+    """A figure from its command line."""
+    named = ["--models", f"A={folder / 'vit.pt'}", f"B={folder / 'mae.pt'}"] if models else []
+    parse = leading_blocks.parse if module is fig2_leading_blocks else study.parse
+    return module.main(parse(module.build_parser(), [
+        "--preset", "small", "--data-path", str(folder / "data"), "--device", "cpu", "--workers", "0",
+        "--output", str(output), *named, *words]))
+
+
+# Which images
+
+def draw(labels, **settings):
+    given = dict(num_images=10, order="drawn", batch_size=4, seed=0)
+    return study.draw_images(np.asarray(labels), SimpleNamespace(**{**given, **settings}))
+
+
+def test_every_class_is_drawn_alike_and_the_number_is_exact():
+    labels = np.repeat([0, 1, 2, 3], [2, 20, 20, 20])
+    chosen = draw(labels, num_images=23)
+    assert len(set(chosen)) == 23 and np.bincount(labels[chosen]).tolist()[0] == 2
+    assert sorted(np.bincount(labels[chosen])[1:]) == [7, 7, 7]
+    assert (np.diff(labels[chosen]) < 0).any()  # mixed
+    assert np.array_equal(chosen, draw(labels, num_images=23)) and not np.array_equal(chosen, draw(labels, seed=1,
+                                                                                                    num_images=23))
+
+
+def test_the_authors_order_is_class_by_class_in_whole_batches_until_there_are_more():
+    labels = np.arange(2000) % 10  # in no class order on disk
+    chosen = draw(labels, order="authors", num_images=1024, batch_size=128)
+    assert len(chosen) == 1152 and (np.diff(labels[chosen]) >= 0).all()
+    assert len(draw(labels, order="authors", num_images=1024, batch_size=64)) == 1088  # that of the MAE-Base pair
+
+
+def test_more_images_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="--num-images 11 needs 11 images, the validation set has 10"):
+        draw(np.arange(10), num_images=11)
+
+
+@torch.inference_mode()
+def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
+    model = build_vit("vit_demo", img_size=(16, 32), patch_size=8)
+    args = study.parse(fig1_layer_similarity.build_parser(), [
+        "--preset", "small", "--data-path", str(place / "data"), "--batch-size", "8", "--workers", "0"])
+    images, = study.load_sets(args, splits=("val",))
+    parts = list(study.batches(model, images, np.arange(17), args, torch.device("cpu")))
+    assert [tuple(part.shape) for part in parts] == [(6, 3, 16, 32), (6, 3, 16, 32), (5, 3, 16, 32)]
+
+
+def test_timms_own_models_say_how_their_images_are_normalised():
+    args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small"])
+    model = build_vit("vit_demo", img_size=32, patch_size=8)
+    assert study.preprocessing(model, args)[2].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
+    size, crop, mean, _ = study.preprocessing(model, args)
+    assert (size, crop, mean.tolist()) == ([32, 32], 0.9, [127.5] * 3)
+
+
+# Figures 1, 3, 5 and the maps
+
+FIGURES = {  # module -> what it gives: {name: shape}
+    fig1_layer_similarity: ("fig1", {"A": (13, 13), "B": (13, 13)}),
+    fig3_fourier: ("fig3", {"A": (2, 13, 2), "B": (2, 13, 2)}),
+    fig5_attention: ("fig5", {"A": (2, 12, 13), "B": (2, 12, 13)}),
+    attention_maps: ("attention_maps", {
+        f"{model}/{what}": shape for model, image in (("A", (32, 32, 3)), ("B", (24, 24, 3)))
+        for what, shape in (("image", image), *((f"block {layer} head {head}", (4, 4))
+                                                for layer in (1, 6, 12) for head in (1, 2)))}),
+}
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=lambda module: module.__name__.split(".")[-1])
+def test_a_figure_from_checkpoints_to_picture(module, place, tmp_path):
+    item, shapes = FIGURES[module]
+    arrays = run(module, place, tmp_path, "--num-images", "11", "--batch-size", "6")
+    folder = tmp_path / item
+    assert {name: array.shape for name, array in arrays.items()} == shapes
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    about = json.loads((folder / f"{item}.json").read_text())
+    assert about["images"] == 11 and about["models"]["B"]["checkpoint"].endswith("mae.pt") and about["environment"]
+    assert (folder / f"{item}.md").stat().st_size and (folder / f"{item}.png").read_bytes().startswith(b"\x89PNG")
+
+    (folder / f"{item}.png").unlink()  # drawn anew from the numbers alone
+    again = module.main(study.parse(module.build_parser(), ["--from-numbers", str(folder / f"{item}.npz")]))
+    assert (folder / f"{item}.png").exists() and all(np.array_equal(again[name], arrays[name]) for name in arrays)
+
+
+def test_the_first_model_is_the_reference_and_a_random_one_is_its_twin(place, tmp_path):
+    arrays = run(fig1_layer_similarity, place, tmp_path, "--models", f"vit={place / 'vit.pt'}", "twin=random",
+                 "--num-images", "12", models=False)
+    assert np.diagonal(arrays["vit"]) == pytest.approx(np.ones(13)) and np.allclose(arrays["vit"], arrays["vit"].T)
+    assert arrays["twin"].max() < 1
+    about = json.loads((tmp_path / "fig1" / "fig1.json").read_text())["models"]
+    assert about["vit"]["fingerprint"] != about["twin"]["fingerprint"]
+
+
+def test_the_authors_final_norm_changes_the_last_row_of_an_mae_alone(place, tmp_path):
+    weights = torch.load(place / "mae.pt", weights_only=True)
+    weights["model"]["norm.weight"] = torch.linspace(0.1, 3, 96)
+    save_torch(tmp_path / "trained.pt", weights)
+    own, authors = (run(fig1_layer_similarity, place, tmp_path, "--models", f"vit={place / 'vit.pt'}",
+                        f"mae={tmp_path / 'trained.pt'}", "--num-images", "12", "--final-norm", norm, models=False)
+                    for norm in ("own", "authors"))
+    assert np.array_equal(own["vit"], authors["vit"]) and np.array_equal(own["mae"][:12], authors["mae"][:12])
+    assert np.abs(own["mae"][12] - authors["mae"][12]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--models", "mae.pt"), "--models mae.pt: write NAME=VALUE, each name once"),
+    (("--models", "a=x.pt", "a=y.pt"), "--models a=x.pt a=y.pt: write NAME=VALUE, each name once"),
+    (("--models", "a=no/where.pt"), "no weights at no/where.pt"),
+    (("--from-numbers", "fig1.json"), "--from-numbers fig1.json: give the .npz that this script wrote"),
+    (("--num-images", "31"), "--num-images 31 needs 31 images, the validation set has 30"),
+    (("--num-images", "3"), "at least 4 images at once, not 3: choose a larger --batch-size"),
+    (("--num-heads-of", "A=3"), "has num_heads = 12, not 3"),
+])
+def test_mistakes_are_named(place, tmp_path, words, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(fig1_layer_similarity, place, tmp_path, *words, models="--models" not in words)
+
+
+def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
+    for words, message in ((("--image", "9"), "--image 9: 6 images are drawn"), (("--heads", "13"), "the model has 12"),
+                           (("--layers", "13"), "no blocks.12.logits"), (("--query", "4", "0"), "has 4 rows")):
+        with pytest.raises(ValueError, match=message):
+            run(attention_maps, place, tmp_path, "--num-images", "6", *words)
+
+
+def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
+    """Without --models: what would be trained, and what of the command line reaches it."""
+    assert run(fig5_attention, place, tmp_path, "--dry-run", "--num-images", "7", "--set", "finetune.epochs=30",
+               models=False) == {}
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line.startswith("python ")]
+    assert sum("pretrain_mae.py" in line for line in commands) == 1  # shared by MAE and MAE fine-tuned
+    assert all("--preset small" in line and "--num-images" not in line for line in commands)
+    assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
+
+
+def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_path):
+    weights = torch.load(place / "mae.pt", weights_only=True)["model"]
+    save_torch(tmp_path / "lite.pth.tar", {"model": {f"model.{name}": value for name, value in weights.items()}})
+    arrays = run(fig5_attention, place, tmp_path, "--models", f"ours={place / 'mae.pt'}",
+                 f"lite={tmp_path / 'lite.pth.tar'}", "--num-images", "6", models=False)
+    assert np.array_equal(arrays["ours"], arrays["lite"])
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_rank_analyses(place, tmp_path):
+    words = ["--preset", "small", "--data-path", str(place / "data"), "--device", "cpu", "--workers", "0", "--output",
+             str(tmp_path), "--models", f"A={place / 'vit.pt'}", f"B={place / 'mae.pt'}", "--num-images", "11"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*launch, str(ROOT / "sec4_analysis/fig1_layer_similarity.py"), *words], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("A: ") == 1 and done.stdout.count("drawn: ") == 1
+    with np.load(tmp_path / "fig1" / "fig1.npz") as two:
+        one = run(fig1_layer_similarity, place, tmp_path / "one", "--num-images", "11")
+        assert all(np.array_equal(two[name], one[name]) for name in one)
+
+
+# Figures 2 and 4
+
+TINY = ["--set", "finetune.model=vit_demo", "finetune.img_size=[16]", "finetune.epochs=1", "finetune.batch_size=12",
+        "finetune.warmup_epochs=0", "finetune.mixup=0", "finetune.randaugment=none"]
+
+
+def test_leading_blocks_from_checkpoints_to_picture(place, tmp_path):
+    """k = 0 is one run for both methods; every other point starts from its own file and keeps its own k."""
+    points = run(fig2_leading_blocks, place, tmp_path, "--models", f"A={place / 'vit.pt'}", f"B={place / 'mae8.pt'}",
+                 "--blocks", "12", "0", "--seeds", "0", "1", *TINY, models=False)
+    assert [(p["method"], p["k"], len(p["top1"])) for p in points] == [
+        ("A", 0, 2), ("A", 12, 2), ("B", 0, 2), ("B", 12, 2)]
+    assert points[0]["run"] == points[2]["run"] and len({name for p in points for name in p["run"]}) == 6
+    settings = [json.loads(path.read_text()) for path in (tmp_path / "finetune").glob("*/settings.json")]
+    assert sorted((Path(s["init"]).name, s["keep_blocks"]) for s in settings if s["init"]) == [
+        ("mae8.pt", 12), ("mae8.pt", 12), ("vit.pt", 12), ("vit.pt", 12)]
+    assert "scratch" in points[0]["run"][0] and all(0 <= top1 <= 100 for p in points for top1 in p["top1"])
+    picture = tmp_path / "fig2" / "fig2.png"
+    picture.unlink()
+    words = ["--from-numbers", str(picture.with_suffix(".json"))]
+    again = fig2_leading_blocks.main(leading_blocks.parse(fig2_leading_blocks.build_parser(), words))
+    assert again == points and picture.exists()
+
+
+def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed(tmp_path, capsys):
+    parser = fig2_leading_blocks.build_parser()
+    assert fig2_leading_blocks.main(leading_blocks.parse(parser, ["--data-path", "X", "--dry-run", "--seeds", "0", "1",
+                                                                 "--output", str(tmp_path)])) == []
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    tuned = [line for line in commands if "finetune.py" in line]
+    assert all("--epochs 100" in line and "--preset paper" in line for line in tuned)
+    assert sum("pretrain_mae.py" in line for line in commands) == 2
+    assert sum("--init" not in line for line in tuned) == 2  # k = 0
+
+
+def test_figure_4_transfers_to_every_set(tmp_path, capsys):
+    pytest.importorskip("sec3_benchmark.downstream")
+    from sec4_analysis import fig4_leading_blocks_small_data as fig4
+    args = leading_blocks.parse(fig4.build_parser(), ["--dry-run", "--models", "A=a.pt", "--blocks", "0", "5",
+                                                      "--output", str(tmp_path)])
+    assert fig4.main(args) == []
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert [("--dataset fractals-small" in line, "--keep-blocks 5" in line) for line in commands] == [
+        (True, False), (True, True), (False, False), (False, True)]
