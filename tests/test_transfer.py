@@ -369,13 +369,14 @@ def small(tmp_path, monkeypatch):
 
 
 def checkpoint_of(kind, path):
-    """Weights as pre-training leaves them: MAE with its decoder; MoCo-v3 as a plain encoder with its final norm."""
+    """Weights as pre-training leaves them: MAE with its decoder; MoCo-v3 in its public layout."""
     shape = dict(img_size=16, patch_size=8, num_heads=3)
     torch.manual_seed(3)
     model = MAE("vit_demo", decoder_heads=2, **shape) if kind == "mae" else \
         build_vit("vit_demo", num_classes=0, global_pool="token", **shape)
-    content = {"model": model.state_dict(), "config": model.config} if kind == "mae" else {"model": model.state_dict()}
-    torch.save(content, path)
+    moco = {f"module.base_encoder.{name}": value for name, value in model.state_dict().items()}
+    moco |= {"module.base_encoder.head.0.weight": torch.ones(4, 12), "module.predictor.0.weight": torch.ones(4, 4)}
+    torch.save({"model": model.state_dict(), "config": model.config} if kind == "mae" else {"state_dict": moco}, path)
     return str(path), model.state_dict()
 
 
