@@ -190,7 +190,7 @@ def test_half_precision_is_autocasts_without_the_casting():
     assert_same(logits, expected)
     assert teacher.blocks[0].mlp.fc1.weight.dtype == teacher.proj.weight.dtype == logits[0].dtype == torch.bfloat16
     assert teacher.blocks[0].norm1.weight.dtype == teacher.pos_embed.dtype == torch.float32
-    assert_close(Teacher(larger(), (2, 5))(*seen)[0][0], logits[0], 0.03)
+    assert_close(Teacher(larger(), (2, 5))(*seen)[0][0], logits[0], 0.05)
 
 
 @pytest.mark.parametrize(("encoder", "message"), [
