@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from common.augment import pretrain_transform
 from common.errors import UserError
 from common.vit import check_heads, pair, patch_grid, size_of
 
@@ -111,18 +110,16 @@ class MAE(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images, noise):
-        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches."""
-        return self.loss_and_states(images, noise)[0]
-
-    def loss_and_states(self, images, noise):
-        """The loss, and what entered each block and the final norm on the way: depth + 1 times (B, 1 + K, D)."""
+    def forward(self, images, noise, states=None):
+        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches. A list
+        `states` gets what enters each block and the norm, depth + 1 times (B, 1 + K, D): distillation reads it.
+        """
         patches = self.patchify(images)
         ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the others are masked
         ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
-        states = self.encoder_states(take(patches, ids_visible), ids_visible)
-        pred = self.forward_decoder(self.norm(states[-1]), ids_shuffle, skip=self.num_visible)
-        return self.loss(pred, take(patches, ids_masked)), states
+        latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states)
+        pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
+        return self.loss(pred, take(patches, ids_masked))
 
     @torch.no_grad()
     def reconstruct(self, images, noise):
@@ -151,18 +148,16 @@ class MAE(nn.Module):
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
         return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
 
-    def encoder_states(self, visible, ids_visible):
-        """Visible patches (B, K, p*p*C) -> the input of each block and of the norm. Class token joins after masking."""
+    def forward_encoder(self, visible, ids_visible, states=None):
+        """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D). The class token joins after masking."""
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        states = [torch.cat([cls_token, tokens], dim=1)]
+        x, states = torch.cat([cls_token, tokens], dim=1), [] if states is None else states
         for block in self.blocks:
-            states.append(block(states[-1]))
-        return states
-
-    def forward_encoder(self, visible, ids_visible):
-        """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D)."""
-        return self.norm(self.encoder_states(visible, ids_visible)[-1])
+            states.append(x)
+            x = block(x)
+        states.append(x)
+        return self.norm(x)
 
     def forward_decoder(self, latent, ids_shuffle, skip=0):
         """Latent (B, 1 + K, D) -> predicted patches in shuffled order, but the first `skip`: (B, L - skip, p*p*C)."""
@@ -182,20 +177,3 @@ class MAE(nn.Module):
         if self.norm_pix:
             target = normalise_patches(target)
         return F.mse_loss(pred.float(), target)
-
-
-def build_mae(args):
-    """The MAE of a command line."""
-    return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-               num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
-               decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
-
-
-class MAEViews:
-    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
-
-    def __init__(self, args, num_patches):
-        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
-
-    def __call__(self, image):
-        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}

@@ -153,8 +153,8 @@ class DMAE(nn.Module):
         """The loss of a batch and its parts before they are weighted: images (B, C, H, W), noise (B, L) as for MAE; the
         last two from Teacher.forward for the same patches.
         """
-        student = self.model
-        loss, states = student.loss_and_states(images, noise)
+        student, states = self.model, []
+        loss = student(images, noise, states)
         parts = {"mae": loss}
         if self.blocks:
             parts["attention"] = sum(

@@ -132,7 +132,9 @@ def test_hidden_states_are_the_norms_outputs():
     dmae = DMAE(student(), teacher := Teacher(large := larger(), (), (4, 5)), (), (1, 3), hidden_weight=0.5)
     images, noise = batch()
     visible, ids = visible_patches(dmae.model, images, noise)
-    ours, theirs = dmae.model.encoder_states(visible, ids), large.encoder_states(visible, ids)
+    ours, theirs = [], []
+    dmae.model.forward_encoder(visible, ids, ours)
+    large.forward_encoder(visible, ids, theirs)
     expected = 0
     for layer, (a, b) in {"1": (dmae.model.blocks[1].norm1(ours[1]), large.blocks[4].norm1(theirs[4])),
                           "3": (dmae.model.norm(ours[3]), large.norm(theirs[5]))}.items():
@@ -387,4 +389,8 @@ def test_visible_patches_are_those_that_the_mae_encodes():
     visible, ids = visible_patches(mae, images, noise)
     assert torch.equal(ids, noise.sort(dim=1).indices[:, :4])
     assert torch.equal(visible, take(mae.patchify(images), ids))
-    assert_same([*mae.encoder_states(visible, ids)], mae.loss_and_states(images, noise)[1])
+    states, again = [], []
+    latent = mae.forward_encoder(visible, ids, states)
+    mae(images, noise, again)
+    assert_same(states, again)
+    assert len(states) == 4 and torch.equal(mae.norm(states[-1]), latent)
