@@ -70,7 +70,7 @@ def summary(row, cells):
         return {name: [stages[-1][key] for stages in seeds] for name, seeds in cells.items()}
     return {"key": row.key, "name": row.name if row.stages else f"{row.name} (not built yet)",
             "published": row.published, "note": row.note, "measured": values("top1"),
-            "best_epoch": values("best_top1"), "run": values("run"), "seeds": max(map(len, cells.values()), default=0)}
+            "best_epoch": values("best_top1"), "run": values("run"), "seeds": max(map(len, cells.values()))}
 
 
 def columns(names):
@@ -91,7 +91,7 @@ def main(args):
     cells = run(args, names)
     if args.dry_run:
         return []
-    rows = [summary(row, cells.get(row.key, {})) for row in ROWS]
+    rows = [summary(row, cells.get(row.key, {name: [] for name in names})) for row in ROWS]
     report.write_table(Path(args.output) / "table5", "table5", args, columns(names), rows, notes=[
         "Each cell: published / measured, top-1 in % after the last epoch.", NOTES[args.preset]])
     return rows
