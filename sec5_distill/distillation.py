@@ -18,7 +18,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.mae import MAE, take
-from common.vit import attention_logits, choose_attention
+from common.vit import choose_attention
 
 
 def attention_loss(student, teacher, head_map):
@@ -35,8 +35,14 @@ def hidden_loss(student, teacher, width_map):
 
 
 def block_logits(block, x):
-    """A of a block, from the block's input x (B, N, D): (B, heads, N, N)."""
-    return attention_logits(block.attn, block.norm1(x))
+    """A of a block, from the block's input x (B, N, D): (B, heads, N, N). As common.vit.attention_logits, but without
+    computing the values, whose weights are the last third.
+    """
+    attention, (B, N, _) = block.attn, x.shape
+    rows, bias = 2 * len(attention.qkv.weight) // 3, attention.qkv.bias
+    qk = F.linear(block.norm1(x), attention.qkv.weight[:rows], None if bias is None else bias[:rows])
+    q, k = qk.view(B, N, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head dim)
+    return (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
 
 
 def final_norm(encoder):

@@ -14,13 +14,14 @@ from test_resume import assert_nearly_the_same, said, start_two_ranks
 from test_training import assert_same
 from timm.models import VisionTransformer
 
+from appendix.convert_checkpoint import export_timm
 from common import mae as mae_module
 from common import options
 from common.checkpoint import load_newest
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.mae import MAE, take
-from common.vit import SIZES, build_vit, choose_attention
+from common.vit import SIZES, attention_logits, build_vit, choose_attention
 from common.weights import Weights
 from sec3_benchmark import pretrain_mae
 from sec5_distill import pretrain_dmae
@@ -84,7 +85,9 @@ def test_reference_logits_of_a_block(monkeypatch):
     tokens = torch.from_numpy(values["tokens"])
     monkeypatch.setitem(SIZES, "golden", {"embed_dim": tokens.shape[-1], "depth": 1})
     vit = build_vit("golden", num_heads=int(values["heads"]), **VIEW)
-    assert_close(block_logits(fill_by_name(vit.blocks[0]), tokens), values["attention_logits"], 1e-5)
+    block = fill_by_name(vit.blocks[0])
+    assert_close(block_logits(block, tokens), values["attention_logits"], 1e-5)
+    assert_close(block_logits(block, tokens), attention_logits(block.attn, block.norm1(tokens)), 1e-5)
 
 
 def test_losses_are_in_float32_under_autocast():
@@ -170,11 +173,11 @@ def test_a_timm_vit_as_teacher_sees_what_it_would_see(settings):
 
 
 def test_it_runs_no_further_than_asked():
-    """Blocks 1 to 3 whole, of block 4 the first norm and the logits, of block 5 nothing."""
+    """Blocks 1 to 3 whole, of block 4 the first norm, queries and keys, of block 5 nothing."""
     teacher = Teacher(encoder := larger(), (4, 2))
     ran = []
     for i, block in enumerate(encoder.blocks, start=1):
-        for part in (block.attn.proj, block.mlp):
+        for part in (block.attn.qkv, block.mlp):  # logits alone read a part of qkv's weights, not qkv
             part.register_forward_hook(lambda *_, i=i: ran.append(i))
     logits, hidden = teacher(torch.randn(2, 4, 192), torch.arange(4).expand(2, -1))
     assert ran == [1, 1, 2, 2, 3, 3] and len(teacher.blocks) == 4 and hidden == []
@@ -334,6 +337,13 @@ def test_heads_of_a_foreign_teacher_are_asked_for(distil, tmp_path, capsys):
     assert_same(weights(result), weights(distil()))
     with pytest.raises(UserError, match="a width of 40 cannot be shared by 12 heads"):
         distil(teacher=str(tmp_path / "mae_pretrain_vit.pth"))
+
+
+def test_the_same_teacher_as_a_timm_folder(distil, tmp_path):
+    """timm's own ViT with the same weights; its heads stand in the folder."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    export_timm(larger(), tmp_path / "vit", mean, std)
+    assert_same(weights(distil(teacher=str(tmp_path / "vit"))), weights(distil()))
 
 
 def test_other_normalisation_than_the_timm_teachers_is_refused():
