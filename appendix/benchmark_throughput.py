@@ -53,13 +53,12 @@ def build_parser():
     return parser
 
 
-def straightforward_mae(args):
-    """The reference of the test suite, which is no package: loaded from its file."""
-    path = options.ROOT / "tests" / "straightforward_mae.py"
-    spec = importlib.util.spec_from_file_location("straightforward_mae", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.StraightforwardMAE(img_size=args.img_size, patch_size=args.patch_size)
+def from_tests(name):
+    """A module of the test suite, which is no package: loaded from its file."""
+    spec = importlib.util.spec_from_file_location(name, options.ROOT / "tests" / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)  # where one reference finds another
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def make_step(version, precision, args, device, compiled=False):
@@ -70,7 +69,8 @@ def make_step(version, precision, args, device, compiled=False):
         choose_attention(model, device, DTYPES[precision])
         optimizer = adamw(parameter_groups(model, 0.05), (0.9, 0.95))
     else:
-        model = straightforward_mae(args).to(device)
+        reference = from_tests("straightforward_mae").StraightforwardMAE
+        model = reference(img_size=args.img_size, patch_size=args.patch_size).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
     forward = torch.compile(model) if compiled else model
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -122,16 +122,22 @@ def step_flops(args, device):
     return counter.get_total_flops()
 
 
-def peak_memory(version, precision, args, device):
-    """GiB at the peak of one step: of a fresh process on a CPU, of the allocator on a GPU."""
+def peak_memory(version, precision, args, device, script=__file__, make_step=make_step):
+    """GiB at the peak of one step: of a fresh process of `script` on a CPU, of the allocator on a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         make_step(version, precision, args, device)()
         return torch.cuda.max_memory_allocated() / 2**30
-    command = [sys.executable, __file__, "--memory-of", version, precision, "--device", "cpu",
+    command = [sys.executable, script, "--memory-of", version, precision, "--device", "cpu",
                "--batch-size", str(args.batch_size), "--img-size", str(args.img_size),
                "--patch-size", str(args.patch_size)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def own_peak():
+    """GiB that this process had at its peak; getrusage would count its parent's too."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**20
 
 
 def measure_steps(args, device):
@@ -218,8 +224,7 @@ def main(args):
     device = distributed.start(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        print(int(peak.split()[1]) / 2**20)  # KiB; getrusage would count the parent's peak too
+        print(own_peak())
         return
     steps = measure_steps(args, device) if "step" in args.parts else []
     loader = measure_loader(args, device) if "loader" in args.parts else None

@@ -142,7 +142,7 @@ def require_fit(source, target, state, missing=None, unexpected=None):
 
 
 def load_model(source, **overrides):
-    """The model of a source, loaded strictly: build_vit's or MAE, or timm's own for `timm:NAME` and timm folders.
+    """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
 
     Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, a non-square img_size); of our
     files they may change mask_ratio, norm_pix and drop_path. A FormatError if one contradicts the source.
@@ -150,8 +150,8 @@ def load_model(source, **overrides):
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
         given["img_size"] = list(pair(given["img_size"]))
-    weights = read_weights(source)
-    config = weights.config or {}
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    source, config = weights.source, weights.config or {}
     for name, value in given.items():
         known = (name in config and name not in ("mask_ratio", "norm_pix")) or weights.model is not None
         if known and config.get(name) != value:

@@ -110,12 +110,14 @@ class MAE(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images, noise):
-        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches."""
+    def forward(self, images, noise, states=None):
+        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches. A list
+        `states` gets what enters each block and the norm, depth + 1 times (B, 1 + K, D): distillation reads it.
+        """
         patches = self.patchify(images)
         ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the others are masked
         ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
-        latent = self.forward_encoder(take(patches, ids_visible), ids_visible)
+        latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states)
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
 
@@ -146,13 +148,15 @@ class MAE(nn.Module):
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
         return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
 
-    def forward_encoder(self, visible, ids_visible):
+    def forward_encoder(self, visible, ids_visible, states=None):
         """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D). The class token joins after masking."""
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        x = torch.cat([cls_token, tokens], dim=1)
+        x, states = torch.cat([cls_token, tokens], dim=1), [] if states is None else states
         for block in self.blocks:
+            states.append(x)
             x = block(x)
+        states.append(x)
         return self.norm(x)
 
     def forward_decoder(self, latent, ids_shuffle, skip=0):

@@ -55,7 +55,7 @@ def fingerprint(state):
 
 
 LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left out; the first to explain all names reads
-    ("mae-lite", "model.", ("tch_model.", "attn_adapter.")),  # distillation keeps its teacher and the map between heads
+    ("mae-lite", "model.", ("tch_model.", "attn_adapter.", "hidden_adapter.")),  # the teacher and the maps
     ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector
     ("plain names, as MAE, DeiT and timm", "", ()),
 ]

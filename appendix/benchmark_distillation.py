@@ -1,0 +1,116 @@
+"""What does distillation cost? The D-MAE step against the MAE step and a straightforward D-MAE, in the same run.
+
+    python appendix/benchmark_distillation.py                        # some 5 minutes on 2 CPU cores; run it alone
+    python appendix/benchmark_distillation.py --device cuda --batch-size 512
+
+Student ViT-Tiny/16, teacher ViT-Base (random weights, which cost what trained ones do), 224 px. The straightforward
+version (tests/straightforward_dmae.py) has explicit attention in every block of both networks, runs the teacher to its
+end and casts its weights in every step. The versions take turns; ratios are medians over the turns. `all` distils all
+twelve blocks. Writes benchmark_distillation.json and .md.
+"""
+import statistics
+from pathlib import Path
+
+import torch
+
+from appendix.benchmark_throughput import DTYPES, from_tests, own_peak, peak_memory, seconds
+from common import distributed, options, report
+from common.distributed import print0
+from common.mae import MAE
+from common.optim import adamw, parameter_groups
+from common.vit import choose_attention
+from sec5_distill.distillation import DMAE, Teacher, visible_patches
+
+PRESETS = {}
+VERSIONS = ("D-MAE", "MAE", "straightforward", "all")
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=5, help="measured turns of each version, after one to warm up")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
+    parser.add_argument("--memory-of", nargs=2, metavar=("VERSION", "PRECISION"), help="used by the script itself")
+    return parser
+
+
+def build(version, args, device, dtype):
+    """A model and its loss as a function of images and noise."""
+    view = dict(img_size=args.img_size, patch_size=args.patch_size)
+    if version == "straightforward":
+        from_tests("straightforward_mae")  # which the other is built on
+        base = dict(embed_dim=768, num_heads=12, decoder_embed_dim=512, decoder_num_heads=16)
+        model = from_tests("straightforward_dmae").StraightforwardDMAE(view, {**view, **base}).to(device)
+        return model, model
+    student = MAE(**view)
+    if version == "MAE":
+        model = choose_attention(student.to(device), device, dtype)
+        return model, model
+    blocks = range(1, 13) if version == "all" else (12,)
+    teacher = Teacher(MAE("vit_base", **view), blocks).prepare(device, dtype)
+    model = choose_attention(DMAE(student, teacher, blocks).to(device), device, dtype)
+    return model, lambda images, noise: model(images, noise, *teacher(*visible_patches(student, images, noise)))[0]
+
+
+def make_step(version, precision, args, device):
+    """A function that does one whole training step on fixed data: teacher, forward, backward, AdamW."""
+    torch.manual_seed(0)
+    dtype = DTYPES[precision]
+    model, loss = build(version, args, device, dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05) \
+        if version == "straightforward" else adamw(parameter_groups(model, 0.05), (0.9, 0.95))
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    noise = torch.rand(args.batch_size, (args.img_size // args.patch_size) ** 2, device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            value = loss(images, noise)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return step
+
+
+def measure(precision, args, device):
+    """{version: seconds, time of D-MAE in its own as `ratio`, GiB at the peak}, medians over the turns."""
+    steps = {version: make_step(version, precision, args, device) for version in VERSIONS}
+    for step in steps.values():
+        step()
+    turns = [{version: seconds(step) for version, step in steps.items()} for _ in range(args.turns)]
+    del steps
+    return {version: {"seconds": statistics.median(turn[version] for turn in turns),
+                      "ratio": statistics.median(turn[version] / turn["D-MAE"] for turn in turns),
+                      "peak_gib": peak_memory(version, precision, args, device, __file__, make_step)}
+            for version in VERSIONS}
+
+
+def main(args):
+    """Measures and writes; returns {precision: {version: ...}}."""
+    device = distributed.start(args.device)
+    if args.memory_of:
+        make_step(*args.memory_of, args, device)()
+        print(own_peak())
+        return {}
+    results = {}
+    for precision in args.precisions:
+        results[precision] = measure(precision, args, device)
+        print0(results[precision])
+    rows = [[precision, version, f"{1000 * row['seconds']:.0f}", f"{row['ratio']:.2f}", f"{row['peak_gib']:.2f}"]
+            for precision, versions in results.items() for version, row in versions.items()]
+    text = (f"D-MAE training step, teacher ViT-Base, {device.type}, {torch.get_num_threads()} threads, batch "
+            f"{args.batch_size}, {args.img_size} px, median of {args.turns} turns\n\n")
+    text += report.markdown(["precision", "version", "ms a step", "time / D-MAE's", "peak GiB"], rows)
+    report.write_text(Path(args.output) / "benchmark_distillation", "benchmark_distillation",
+                      {"settings": vars(args), "steps": results}, text)
+    return results
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,50 @@
+"""Figure 6: does distillation make the student's high layers like the supervised ones? CKA with DeiT-Tiny.
+
+    python sec5_distill/fig6_distilled_similarity.py                                          # demo: its own runs
+    python sec5_distill/fig6_distilled_similarity.py --preset small --data-path DIR
+    python sec5_distill/fig6_distilled_similarity.py --data-path IMAGENET --models DeiT-Tiny=deit.pt \\
+        MAE-Base=timm:vit_base_patch16_224.mae MAE-Tiny=mae.pt D-MAE-Tiny=dmae.pt
+    python sec5_distill/fig6_distilled_similarity.py --from-numbers outputs/fig6/fig6.npz
+
+The paper's claim (Section 5): the teacher's layers are alike to the supervised ones all the way up, MAE-Tiny's only in
+the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
+Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
+"""
+from common import options, tables
+from common.tables import Row
+from sec4_analysis import similarity
+from sec5_distill import pretrain_dmae
+
+SHORT = {"epochs": pretrain_dmae.PRESETS["demo"]["epochs"]}  # the demo's MAE is trained no longer than its D-MAE
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    similarity.add_arguments(parser)
+    options.add_execution(parser)
+    return parser
+
+
+def own_models(args):
+    """NAME=CHECKPOINT of the preset's own runs, the teacher is D-MAE's; None after a dry run."""
+    rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),
+            Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", SHORT if args.preset == "demo" else {}),)),
+            Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
+    args.rows, args.seeds = ["all"], [args.seed]
+    found = {key: seeds[0][-1] for key, seeds in tables.run_rows(rows, args, (), "fig6").items()}
+    if args.dry_run:
+        return None
+    return [f"supervised={found['supervised']['checkpoint']}", f"teacher={found['dmae']['teacher']}",
+            f"MAE={found['mae']['checkpoint']}", f"D-MAE={found['dmae']['checkpoint']}"]
+
+
+def main(args):
+    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
+    if not args.models and not args.from_numbers:
+        args.models = own_models(args)
+    return {} if args.dry_run else similarity.figure(args, (), "fig6")
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=similarity.parse)

@@ -1,0 +1,120 @@
+"""Figure 7: which layer's attention should be distilled? Top-1 after fine-tuning, and what each choice costs.
+
+    python sec5_distill/fig7_distilled_layer.py                                               # demo
+    python sec5_distill/fig7_distilled_layer.py --preset small --data-path DIR --seeds 0 1 2
+    python sec5_distill/fig7_distilled_layer.py --data-path IMAGENET --layers none 1 2 3 4 5 6 7 8 9 10 11 12 all
+    python sec5_distill/fig7_distilled_layer.py --data-path IMAGENET --dry-run                # the commands alone
+
+The paper's claim (Section 5): the last layer alone is best, better than a lower one and than all together, which also
+slows the pre-training down. It fine-tunes for 100 epochs; it gives no numbers outside its plot. Writes fig7.json, .md,
+and draws fig7.png from the first.
+"""
+import json
+import statistics
+from pathlib import Path
+
+from common import options, report, tables
+from common.distributed import is_main
+from common.errors import UserError
+from common.tables import PREVIOUS, Row
+from sec5_distill import pretrain_dmae
+
+DEPTH = 12  # of every ViT of the paper
+FINETUNE = {"demo": {"epochs": 2, "eval_every": 0}, "small": {}, "paper": {"epochs": 100}}
+NONE = {"demo": {"epochs": pretrain_dmae.PRESETS["demo"]["epochs"]}}  # the demo's MAE is trained no longer than D-MAE
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    parser.add_argument("--layers", nargs="+", default=["none", "4", "8", "12", "all"], metavar="LAYER",
+                        help=f"1 to {DEPTH}, none (plain MAE) or all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each layer is run once per seed")
+    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
+    tables.add_rows(parser)
+    options.add_execution(parser)
+    return parser
+
+
+def parse(parser, argv=None):
+    args = tables.parse(parser, argv, own=("layers", "from_numbers"))
+    args.rows = ["all"]
+    return args
+
+
+def row_of(layer, preset):
+    """Pre-training with one layer distilled, then fine-tuning."""
+    if layer not in ("none", "all", *map(str, range(1, DEPTH + 1))):
+        raise UserError(f"--layers {layer}: a layer is 1 to {DEPTH}, none or all")
+    blocks = list(range(1, DEPTH + 1)) if layer == "all" else [layer]
+    pretrain = ("sec3_benchmark.pretrain_mae", NONE.get(preset, {})) if layer == "none" else \
+        ("sec5_distill.pretrain_dmae", {"distill_blocks": [int(block) for block in blocks]})
+    return Row(layer, layer if layer in ("none", "all") else f"layer {layer}", None,
+               (pretrain, ("sec3_benchmark.finetune", {**FINETUNE[preset], "init": PREVIOUS})))
+
+
+def summary(row, results):
+    """A row of the table from its stages' results, one list of stages per seed."""
+    return {"name": row.name, "published": None, "measured": [tuned["top1"] for _, tuned in results],
+            "seconds_per_step": [seconds_per_step(pretrained) for pretrained, _ in results], "seeds": len(results),
+            "run": [Path(tuned["run"]).name for _, tuned in results]}
+
+
+def seconds_per_step(result):
+    """Of a pre-training, loading included, as it ran then and there."""
+    settings = json.loads((Path(result["run"]) / "settings.json").read_text())
+    return settings["batch_size"] / result["images_per_second"]
+
+
+COLUMNS = {
+    "distilled": lambda row: row["name"],
+    "top-1 after fine-tuning": lambda row: report.spread(row["measured"]),
+    "seeds": lambda row: row["seeds"],
+    "s per step of pre-training": lambda row: f"{statistics.mean(row['seconds_per_step']):.3f}",
+}
+
+
+def draw(rows, path):
+    """Bars of top-1 and of the time of a step, a dot for each seed. The axis of top-1 is cut: differences are small."""
+    plt, names = report.pyplot(), [row["name"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(2.4 + 0.75 * len(rows), 2.8), layout="constrained")
+    for axis, key, digits in ((axes[0], "measured", 1), (axes[1], "seconds_per_step", 2)):
+        for x, row in enumerate(rows):
+            mean = statistics.mean(row[key])
+            axis.bar(x, mean, 0.7, color=report.COLOURS[5 if row["name"] == "none" else 0])
+            axis.annotate(f"{mean:.{digits}f}", (x, max(row[key])), (0, 3), textcoords="offset points", ha="center",
+                          fontsize=8)
+            if len(row[key]) > 1:
+                axis.plot([x] * len(row[key]), row[key], "o", color=report.COLOURS[6], markersize=3)
+        axis.set_xticks(range(len(rows)), [name.removeprefix("layer ") for name in names])
+        axis.set_xlabel("distilled layer")
+    values = [value for row in rows for value in row["measured"]]
+    margin = 0.3 * (max(values) - min(values)) + 0.2
+    axes[0].set(ylabel="top-1 (%), axis cut", ylim=(max(0, min(values) - margin), max(values) + margin))
+    axes[1].set(ylabel="s per step of pre-training", ylim=(0, 1.15 * axes[1].get_ylim()[1]))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args):
+    """Runs, writes fig7.json and .md, draws fig7.png from the json; returns the rows."""
+    path = Path(args.from_numbers or Path(args.output) / "fig7" / "fig7.json")
+    if path.suffix != ".json":
+        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
+    if not args.from_numbers:
+        rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
+        results = tables.run_rows(rows, args, (), "fig7")
+        if args.dry_run:
+            return []
+        report.write_table(path.parent, "fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
+                           notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
+    if not is_main():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    draw(rows, path.with_suffix(".png"))
+    print(f"drawn: {path.with_suffix('.png')}")
+    return rows
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=parse)

@@ -1,0 +1,164 @@
+"""D-MAE-Tiny: MAE pre-training while the attention is distilled from a larger MAE (Section 5; the recipe is A.2's).
+
+    python sec5_distill/pretrain_dmae.py                                              # demo, its own teacher first
+    python sec5_distill/pretrain_dmae.py --preset small --data-path DIR               # likewise on any folder, 64 px
+    python sec5_distill/pretrain_dmae.py --preset small --data-path DIR --teacher outputs/pretrain_mae/RUN/weights.pt
+    torchrun --nproc-per-node=8 sec5_distill/pretrain_dmae.py --data-path IMAGENET    # the paper: teacher MAE-Base
+
+The teacher may be any MAE or ViT on the same patches, of other width, depth and heads: our weights, facebook's MAE,
+mae-lite's, `timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pretrain_mae.py first, or finds it done.
+weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. The authors' code page
+gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
+"""
+import torch
+
+from common import distributed, options
+from common.augment import pretrain_transform
+from common.data import load_sets, statistics
+from common.errors import UserError
+from common.formats import load_model, read_weights
+from common.loader import seed_everything
+from common.mae import MAE
+from common.optim import adamw, parameter_groups, warmup_cosine
+from common.runs import open_run
+from common.training import Method, train
+from sec5_distill.distillation import DMAE, Teacher, check_same_patches, visible_patches
+
+PRESETS = {
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=5, batch_size=128,
+                 base_lr=4e-3, warmup_epochs=1, teacher="own", teacher_model="vit_tiny"),
+    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
+                  warmup_epochs=20, teacher="own", teacher_model="vit_small"),
+}
+DISTILLATION = ("teacher", "teacher_model", "teacher_epochs", "teacher_heads", "distill_blocks", "teacher_blocks",
+                "attention_weight", "hidden_layers", "teacher_hidden_layers", "hidden_weight")
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    options.add_model(parser)
+    group = parser.add_argument_group("distillation (Section 5)")
+    group.add_argument("--teacher", metavar="CHECKPOINT", default="timm:vit_base_patch16_224.mae",
+                       help="an MAE or ViT; own: pre-train --teacher-model first, on the same data")
+    group.add_argument("--teacher-model", default="vit_base", help="of --teacher own")
+    group.add_argument("--teacher-epochs", type=int, help="of --teacher own; default: as many as the student's")
+    group.add_argument("--teacher-heads", type=int, help="where the teacher's file does not say (12 is assumed)")
+    group.add_argument("--distill-blocks", type=int, nargs="*", default=[12], metavar="B",
+                       help="the student's blocks, from 1, whose attention is distilled")
+    group.add_argument("--teacher-blocks", type=int, nargs="*", metavar="B",
+                       help="the teacher's blocks that go with them; default: the same numbers")
+    group.add_argument("--attention-weight", type=float, default=1.0, help="of the sum over the chosen blocks")
+    group.add_argument("--hidden-layers", type=int, nargs="*", metavar="L",
+                       help="hidden states to distil, 0 to depth; the paper: none")
+    group.add_argument("--teacher-hidden-layers", type=int, nargs="*", metavar="L", help="default: the same numbers")
+    group.add_argument("--hidden-weight", type=float, default=1.0, help="likewise")
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
+    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
+    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
+    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
+    group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
+    group = parser.add_argument_group("recipe (Appendix A.2)")
+    group.add_argument("--epochs", type=int, default=400)
+    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases; on M too")
+    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+class MaskedViews:
+    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
+
+    def __init__(self, args, num_patches):
+        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
+
+    def __call__(self, image):
+        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}
+
+
+class DMAEMethod(Method):
+    """The teacher stands beside the model: it is in no checkpoint, and no optimizer knows it."""
+
+    def __init__(self, model, teacher):
+        super().__init__(model)
+        self.teacher = teacher
+
+    def prepare(self, device, dtype, compiled):
+        super().prepare(device, dtype, compiled)
+        self.teacher.prepare(device, dtype)
+        if compiled:
+            self.teacher.compile()
+
+    def loss(self, batch, step):
+        images, noise = batch["image"], batch["noise"]
+        return self.forward(images, noise, *self.teacher(*visible_patches(self.model.model, images, noise)))
+
+
+def pretrain_teacher(args):
+    """The weights file of the teacher that `--teacher own` asks for: seed 0 whatever the student's seed, so that all
+    students share it; reused by --fresh runs too.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in DISTILLATION}
+    settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
+                    decoder_heads=None, epochs=args.teacher_epochs or args.epochs, seed=0, fresh=False, save_to=None)
+    return options.stage("sec3_benchmark.pretrain_mae", explicit=settings)["checkpoint"]
+
+
+def check_normalisation(weights, args):
+    """A teacher from timm says which mean and deviation its images had; the student's images are the same images."""
+    expected = getattr(weights.model, "pretrained_cfg", {})
+    mean, std = (values / 255 for values in statistics(args))
+    for name, ours in (("mean", mean), ("std", std)):
+        theirs = list(expected.get(name, ours))
+        if len(theirs) == len(ours) and max(abs(a - float(b)) for a, b in zip(theirs, ours)) > 1e-3:
+            raise UserError(f"{weights.source} was trained on images with {name} {theirs}, these have {ours.tolist()}: "
+                            f"pass --mean {' '.join(map(str, expected['mean']))} "
+                            f"--std {' '.join(map(str, expected['std']))}")
+
+
+def build(args, weights):
+    """The student with its maps, and the teacher. The student is drawn first and M from a generator of its own, so that
+    the student starts as an MAE of the same seed does.
+    """
+    seed_everything("weights", args.seed)
+    student = MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                  num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
+                  decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
+    encoder = load_model(weights, num_heads=args.teacher_heads)
+    check_same_patches(student, encoder)
+    teacher = Teacher(encoder, *(ours if theirs is None else theirs for ours, theirs in (
+        (args.distill_blocks, args.teacher_blocks), (args.hidden_layers or (), args.teacher_hidden_layers))))
+    seed_everything("adapters", args.seed)
+    return DMAE(student, teacher, args.distill_blocks, args.hidden_layers or (), args.attention_weight,
+                args.hidden_weight), teacher
+
+
+def main(args):
+    """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
+    device = distributed.start(args.device)
+    if args.teacher == "own":
+        args.teacher = pretrain_teacher(args)
+    args.teacher_model = args.teacher_epochs = None  # from here on only the teacher's content counts
+    images, _ = load_sets(args, labelled=False)
+    weights = read_weights(args.teacher)
+    check_normalisation(weights, args)
+    name = f"{args.data}-{args.model}-{args.epochs}ep"
+    with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": weights.fingerprint}) as run:
+        if run.result:
+            return {**run.result, "teacher": args.teacher}
+        model, teacher = build(args, weights)
+        optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
+        result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,
+                       MaskedViews(args, model.model.num_patches), device)
+        return run.finish({**result, "teacher": args.teacher}, model)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,146 @@
+"""Figures 6 and 7, Table 5 and D-MAE's rows of Table 1: which runs they ask for and what they make of the results. The
+stages are stand-ins that remember what they were asked; tests/test_distill.py runs the real one.
+"""
+import json
+import shlex
+
+import pytest
+
+from common import options, tables
+from common.errors import UserError
+from sec3_benchmark import table1_pretraining_methods, table4_transfer
+from sec4_analysis import similarity
+from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """[(stage, its settings)] in order; each stage's weights are named after its number, its top-1 is that number."""
+    asked = []
+
+    def stage(name, explicit=None, row=None):
+        settings = vars(options.stage_settings(name, explicit, row)[-1])
+        asked.append((name.split(".")[-1], settings))
+        folder = tmp_path / f"run{len(asked)}"
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(settings))
+        number = float(len(asked))
+        return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
+                "best_top1": number, "seconds": 60.0, "images_per_second": 2.0 * number, "train_images": 7}
+    monkeypatch.setattr(options, "stage", stage)
+    return asked
+
+
+def run(script, tmp_path, *words, parse=tables.parse):
+    return script.main(parse(script.build_parser(), [*words, "--output", str(tmp_path), "--device", "cpu"]))
+
+
+def commands(script, capsys, *words, parse=tables.parse):
+    """The stages of a dry run: {script: [its words]}."""
+    script.main(parse(script.build_parser(), [*words, "--dry-run", "--output", "out"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+# Figure 6
+
+def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
+    """Supervised first, the teacher is the one that D-MAE was distilled from, MAE is trained as long as D-MAE."""
+    seen = []
+    monkeypatch.setattr(similarity, "figure", lambda args, rows, item: seen.append((args.models, rows, item)))
+    run(fig6_distilled_similarity, tmp_path, "--seed", "4", parse=similarity.parse)
+    assert [name for name, _ in asked] == ["finetune", "pretrain_mae", "pretrain_dmae"]
+    assert {settings["seed"] for _, settings in asked} == {4}
+    assert asked[1][1]["epochs"] == asked[2][1]["epochs"] == pretrain_dmae.PRESETS["demo"]["epochs"]
+    assert seen == [([f"supervised={tmp_path}/run1/weights.pt", "teacher=teacher.pt",
+                      f"MAE={tmp_path}/run2/weights.pt", f"D-MAE={tmp_path}/run3/weights.pt"], (), "fig6")]
+
+
+def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(similarity, "figure", lambda *_: None)
+    monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
+    run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=similarity.parse)
+    assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]
+    assert asked[2][1]["teacher"] == "timm:vit_base_patch16_224.mae" and asked[2][1]["distill_blocks"] == [12]
+
+
+# Figure 7
+
+def test_figure_7_distils_each_layer_and_fine_tunes_alike(asked, tmp_path):
+    rows = run(fig7_distilled_layer, tmp_path, "--layers", "none", "4", "all", "--seeds", "0", "1",
+               parse=fig7_distilled_layer.parse)
+    pretrained, tuned = asked[::2], asked[1::2]
+    assert [name for name, _ in pretrained] == ["pretrain_mae"] * 2 + ["pretrain_dmae"] * 4
+    assert [settings.get("distill_blocks") for _, settings in pretrained] == [None, None, [4], [4],
+                                                                              *[list(range(1, 13))] * 2]
+    assert {settings["epochs"] for _, settings in pretrained} == {pretrain_dmae.PRESETS["demo"]["epochs"]}
+    assert {settings["epochs"] for _, settings in tuned} == {2}
+    assert [settings["init"] for _, settings in tuned] == [f"{tmp_path}/run{n}/weights.pt" for n in range(1, 12, 2)]
+    assert [row["name"] for row in rows] == ["none", "layer 4", "all"]
+    assert rows[1]["measured"] == [6.0, 8.0] and rows[1]["seconds_per_step"] == [128 / 10, 128 / 14]
+    assert (tmp_path / "fig7" / "fig7.png").stat().st_size > 10_000
+    assert "| layer 4   | 7.0 ± 1.4" in (tmp_path / "fig7" / "fig7.md").read_text()
+
+
+def test_figure_7_is_drawn_from_its_numbers_alone(asked, tmp_path):
+    run(fig7_distilled_layer, tmp_path, "--layers", "none", "12", parse=fig7_distilled_layer.parse)
+    before = (tmp_path / "fig7" / "fig7.png").read_bytes()
+    (tmp_path / "fig7" / "fig7.png").unlink()
+    count = len(asked)
+    run(fig7_distilled_layer, tmp_path, "--from-numbers", str(tmp_path / "fig7" / "fig7.json"),
+        parse=fig7_distilled_layer.parse)
+    assert (tmp_path / "fig7" / "fig7.png").read_bytes() == before and len(asked) == count
+
+
+@pytest.mark.parametrize("layer", ["0", "13", "last"])
+def test_a_layer_that_is_not_there_is_refused(layer, tmp_path):
+    with pytest.raises(UserError, match=f"--layers {layer}: a layer is 1 to 12, none or all"):
+        run(fig7_distilled_layer, tmp_path, "--layers", layer, parse=fig7_distilled_layer.parse)
+
+
+def test_figure_7_fine_tunes_for_100_epochs_in_the_paper():
+    assert dict(fig7_distilled_layer.row_of("12", "paper").stages[1][1])["epochs"] == 100
+
+
+# Table 5
+
+def test_table_5_shows_what_was_run_what_was_not_and_what_is_not_built(asked, tmp_path):
+    run(table5_distillation, tmp_path, "--rows", "supervised", "dmae", "--imagenet")
+    transfers = [settings for name, settings in asked if name == "transfer"]
+    assert [settings["dataset"] for settings in transfers] == ["fractals-small", "fractals-large"] * 2
+    table = json.loads((tmp_path / "table5" / "table5.json").read_text())
+    rows = {row["key"]: row for row in table["rows"]}
+    assert list(rows) == ["supervised", "mocov3", "mae", "dino", "simmim", "dmae"]
+    assert rows["dmae"]["published"]["aircraft"] == 79.2 and rows["dmae"]["published"]["imagenet"] == 78.4
+    assert set(rows["dmae"]["measured"]) == {"fractals-small", "fractals-large", "imagenet"}
+    lines = {line.split("|")[1].strip(): line for line in (tmp_path / "table5" / "table5.md").read_text().splitlines()
+             if line.startswith("| ")}
+    assert "42.3 / detect.py, not run" in lines["D-MAE"] and "37.4 / detect.py, not run" in lines["D-MAE"]
+    assert "77.2 / not run" in lines["DINO (not built yet)"] and "77.9 / not run" in lines["SimMIM (not built yet)"]
+    assert "76.8 / not run" in lines["MoCo-v3"]
+
+
+def test_table_5s_imagenet_column_is_table_1s(asked, tmp_path):
+    """The supervised row is the classifier itself; D-MAE is fine-tuned."""
+    run(table5_distillation, tmp_path, "--rows", "supervised", "dmae", "--imagenet")
+    rows = {row["key"]: row for row in json.loads((tmp_path / "table5" / "table5.json").read_text())["rows"]}
+    (name, supervised), (_, pretrained), (last, tuned) = asked[-3:]
+    assert name == last == "finetune" and supervised["init"] is None and tuned["init"].endswith("run8/weights.pt")
+    assert rows["supervised"]["measured"]["imagenet"] == [7.0] and rows["dmae"]["measured"]["imagenet"] == [9.0]
+    run(table5_distillation, tmp_path, "--rows", "dmae")  # in the demo, only if asked for
+    assert [name for name, _ in asked[9:]] == ["pretrain_dmae", "transfer", "transfer"]
+
+
+@pytest.mark.parametrize("row", ["supervised", "mae"])
+def test_table_5_asks_for_table_4s_runs(row, capsys):
+    ours = commands(table5_distillation, capsys, "--rows", row)
+    theirs = commands(table4_transfer, capsys, "--rows", row)
+    assert [[word.replace("table5", "table4") for word in words] for words in ours] == theirs
+
+
+def test_table_1_has_distilled_rows(asked, tmp_path):
+    rows = run(table1_pretraining_methods, tmp_path, "--rows", "dmae", "dmae-ori")
+    assert [name for name, _ in asked] == ["pretrain_dmae", "finetune", "finetune"]
+    assert [settings["recipe"] for _, settings in asked[1:]] == ["ori", "impr"]
+    measured = {row["name"]: (row["published"], row["measured"]) for row in rows if row["measured"]}
+    assert measured == {"D-MAE, ori. recipe": (76.5, [2.0]), "D-MAE, impr. recipe": (78.4, [3.0])}
