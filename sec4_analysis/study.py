@@ -40,15 +40,16 @@ RANDOM = "random"  # as a checkpoint: the first model with initial values
 
 # Command line
 
-def add_arguments(parser):
-    """Models, images and figure, after the groups that every script has."""
+def add_arguments(parser, norm=True):
+    """Models, images and figure. `norm`: offer a choice of the final norm, to those that look behind it."""
     group = parser.add_argument_group("models")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
                        "random; the first is the reference. Default: the preset's own runs")
     group.add_argument("--num-heads-of", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say and "
                        "have other than 12; DeiT-Tiny's own has 3")
-    group.add_argument("--final-norm", choices=("own", "authors"), default="own",
-                       help="authors: an untrained one for MAE, as in their script")
+    if norm:
+        group.add_argument("--final-norm", choices=("own", "authors"), default="own",
+                           help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
     group.add_argument("--num-images", type=int, default=1024, help="exactly so many validation images")
     group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
@@ -95,14 +96,22 @@ def sources(args, rows, script):
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
 
-def load(name, checkpoint, first, args, device):
-    """A model ready to be measured; `first` is the checkpoint of the first one, whose twin a random model is."""
+def heads_of(args, checkpoints):
+    """{name: number of heads} of --num-heads-of."""
     heads = named(args.num_heads_of, "--num-heads-of")
-    source = first if checkpoint == RANDOM else checkpoint
-    num_heads = int(heads[name]) if name in heads else None
-    model = load_model(source, num_heads=num_heads, img_size=args.given.get("img_size"))
+    for name, number in heads.items():
+        if name not in checkpoints or not number.isdigit():
+            raise UserError(f"--num-heads-of {name}={number}: a number for one of {', '.join(checkpoints)}")
+    return {name: int(number) for name, number in heads.items()}
+
+
+def load(name, checkpoints, args, device):
+    """One of the models {name: checkpoint}, ready to be measured. A random one is the twin of the first."""
+    random = checkpoints[name] == RANDOM
+    source = next(iter(checkpoints.values())) if random else checkpoints[name]
+    model = load_model(source, num_heads=heads_of(args, checkpoints).get(name), img_size=args.given.get("img_size"))
     check_plain(model, source)
-    return eval_mode(untrained(model, args.seed) if checkpoint == RANDOM else model, device)
+    return eval_mode(untrained(model, args.seed) if random else model, device)
 
 
 def untrained(model, seed):
@@ -167,8 +176,8 @@ def analyse(args, rows, script, measure):
     checkpoints = sources(args, rows, script)
     if args.dry_run:
         return None
-    first_name, first = next(iter(checkpoints.items()))
-    model = load(first_name, first, first, args, device)
+    first = next(iter(checkpoints))
+    model = load(first, checkpoints, args, device)
     args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
     images, = load_sets(args, splits=("val",))
     if not distributed.is_main():
@@ -176,9 +185,9 @@ def analyse(args, rows, script, measure):
     chosen = draw_images(images.labels, args)
     values, about = {}, {}
     for name, checkpoint in checkpoints.items():
-        model = load(name, checkpoint, first, args, device)
+        model = load(name, checkpoints, args, device)
         if (channels := model.patch_embed.proj.in_channels) != args.in_chans:
-            raise UserError(f"{name} reads {channels} channels and {first_name} {args.in_chans}: analyse them apart")
+            raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
         print0(f"{name}: {checkpoint}, {len(chosen)} images")
         with torch.inference_mode():
             values[name] = measure(model, batches(model, images, chosen, args, device))

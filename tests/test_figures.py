@@ -159,6 +159,8 @@ def test_the_authors_final_norm_changes_the_last_row_of_an_mae_alone(place, tmp_
     (("--num-images", "31"), "--num-images 31 needs 31 images, the validation set has 30"),
     (("--num-images", "3"), "at least 4 images at once, not 3: choose a larger --batch-size"),
     (("--num-heads-of", "A=3"), "has num_heads = 12, not 3"),
+    (("--num-heads-of", "A=three"), "--num-heads-of A=three: a number for one of A, B"),
+    (("--num-heads-of", "C=3"), "--num-heads-of C=3: a number for one of A, B"),
 ])
 def test_mistakes_are_named(place, tmp_path, words, message):
     with pytest.raises((ValueError, OSError), match=message):
