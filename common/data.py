@@ -147,7 +147,7 @@ def load_sets(args, labelled=True, splits=("train", "val")):
         raise DataError(f"--data-path {args.data_path} is not read with --data fractals: leave it out "
                         f"(--preset demo), or pass --data folder")
     if args.data == "fractals":
-        sets = fractals(args, splits)
+        sets = fractals(args, {split: FRACTAL_TRAIN if split == "train" else FRACTAL_VAL for split in splits})
     elif args.data in ("folder", "imagenet") and not labelled:
         sets = image_tree(args.data_path, args.in_chans), None
     elif args.data in ("folder", "imagenet"):
@@ -166,11 +166,10 @@ def load_sets(args, labelled=True, splits=("train", "val")):
 
 
 def fractals(args, splits):
-    """The embedded data, drawn so large that the evaluation's resize (crop 0.875) finds its own size."""
+    """{split: images per class} of the embedded data, so large that the evaluation's resize (0.875) finds its size."""
     size = tuple(int(side / 0.875) for side in pair(args.img_size))
     sets = []
-    for split in splits:
-        per_class = FRACTAL_TRAIN if split == "train" else FRACTAL_VAL
+    for split, per_class in splits.items():
         with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
             if mine:
                 fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)

@@ -26,13 +26,13 @@ def steps_per_epoch(images, batch_size):
     return len(images) // batch_size
 
 
-def warmup_cosine(args, images, min_lr=0.0):
+def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0):
     """The schedule of a recipe as a function of the step: peak = base lr * batch / 256. Prints the arithmetic."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
     print0(f"{len(images)} images, {per_epoch} steps per epoch; "
            f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
-                                      warmup_steps=args.warmup_epochs * per_epoch, min_lr=min_lr)
+                                      warmup_steps=args.warmup_epochs * per_epoch, warmup_lr=warmup_lr, min_lr=min_lr)
 
 
 def layer_of(name, depth):

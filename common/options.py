@@ -30,9 +30,13 @@ def make_parser(description):
 
 def add_data(parser, img_size=224):
     group = parser.add_argument_group("data")
-    group.add_argument("--preset", choices=PRESET_NAMES, help="demo without --data-path, paper with it")
     group.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
     group.add_argument("--data-path", metavar="DIR", help="where the data set lies")
+    add_images(group, img_size)
+
+
+def add_images(group, img_size=224):
+    group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX",
                        help="side, or height and width")
@@ -94,10 +98,10 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
     given.update(explicit_arguments(parser, words(given, flags)))
-    preset = given.get("preset") or ("paper" if given.get("data_path") else "demo")
-    recipe = given.get("recipe", settings.get("recipe"))
+    preset = given.get("preset") or ("paper" if given.get("data_path") or given.get("dataset_path") else "demo")
     settings.update((presets or {}).get(preset, {}))
-    settings.update((recipes or {}).get(recipe, {}))
+    named = {**settings, **given}
+    settings.update((recipes or {}).get(named.get("recipe", named.get("dataset")), {}))  # transfer's go by data set
     settings.update(given)
     settings["preset"] = preset
     check_ranges(settings)

@@ -28,7 +28,7 @@ from common.options import EXECUTION, ROOT
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: {"model", "config"}
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
-BY_CONTENT = ("data_path", "init", "teacher", "download", "preset")
+BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset")
 # An argument that was added later, with the value at which a run is what it was before: it then stays out of the hash.
 ADDED_LATER = {}
 

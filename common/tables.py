@@ -4,12 +4,13 @@ A row's settings name only what makes it that row; preset, device and the rest c
 `--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
 """
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import distributed, options, report
 from common.data import load_sets
 from common.distributed import print0
+from common.weights import HubError
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
 NOTES = {
@@ -25,11 +26,12 @@ PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that sta
 class Row:
     key: str  # what --rows takes
     name: str  # what the table prints
-    published: float | None  # None: in no source read
+    published: float | dict | None  # None: in no source read; a dict in a table of several columns
     stages: tuple = ()  # (module, settings) in order; none: not built yet
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
+    forced: dict = field(default_factory=dict)  # {module: settings} that the table works out; they always win
 
 
 def make_parser(description, rows, demo):
@@ -41,29 +43,29 @@ def make_parser(description, rows, demo):
     return parser
 
 
-def add_rows(parser, rows=(), demo=()):
-    """--rows, --seeds, --set, --dry-run; without rows the last two alone."""
+def add_rows(parser, rows, demo):
+    """--rows, --seeds, --set, --dry-run."""
     group = parser.add_argument_group("table")
-    if rows:
-        group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
-                           help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
-                                f"default: {' '.join(demo)} in the demo preset, all otherwise")
-        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
+    group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
+                       help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
+                            f"default: {' '.join(demo)} in the demo preset, all otherwise")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
     group.add_argument("--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", dest="stage_settings",
                        help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
 
 
 def parse(parser, argv=None, presets=PRESETS, own=()):
-    """A table's arguments. `args.given` holds those for the stages, which override their rows: all but `own`."""
+    """A table's arguments. `args.given` holds those that stages may know, and then they override the rows'; not what is
+    the table's `own` although a stage has an argument of that name.
+    """
     options.check_clone()
     given = options.explicit_arguments(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, presets, explicit=given)
-    own = {"rows", "seeds", "stage_settings", "dry_run", *own}
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
-    args.per_stage = {}
+    args.per_stage, args.needs_weights = {}, {}
     for text in args.stage_settings:
         stage, dot, rest = text.partition(".")
         key, equals, value = rest.partition("=")
@@ -90,10 +92,10 @@ def chosen(rows, args, demo):
     return [row for row in runnable if row.key in wanted]
 
 
-def run_rows(rows, args, demo, script):
-    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}.
-
-    All that can be known to be wrong is found before the first stage starts: settings of later stages, unlabelled data.
+def run_rows(rows, args, demo, script, columns=None):
+    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or with
+    columns, which are {name: settings added to the rows' last stage}, {key: {name: the same}}. All that can be known to
+    be wrong is found before the first stage starts: settings of later stages, unlabelled data.
     """
     distributed.start("cpu" if args.dry_run else args.device)
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
@@ -101,29 +103,42 @@ def run_rows(rows, args, demo, script):
     if unknown:
         raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
-    results, done, rows = {}, {}, chosen(rows, args, demo)
-    for row in rows:
+    results, done = {}, {}
+    cells = [(column, replace(row, name=f"{row.name} {column}".strip(),
+                              stages=(*row.stages[:-1], (row.stages[-1][0], row.stages[-1][1] | added))))
+             for row in chosen(rows, args, demo) for column, added in (columns or {"": {}}).items()]
+    for _, row in cells:
         for module, settings in row.stages:
-            options.stage_settings(module, explicit_settings(module, args, args.seeds[0]), settings)
+            explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
+            options.stage_settings(module, explicit, settings)
     if args.data_path and not args.dry_run:
         load_sets(args)
-    for number, row in enumerate(rows, 1):
+    for number, (column, row) in enumerate(cells, 1):
         for seed in args.seeds:
-            print0(f"\n# row {number} of {len(rows)}: {row.name}, seed {seed}")
-            results.setdefault(row.key, []).append(run_row(row, seed, args, script, done))
-    return results
+            print0(f"\n# row {number} of {len(cells)}: {row.name}, seed {seed}")
+            try:
+                results.setdefault(row.key, {}).setdefault(column, []).append(run_row(row, seed, args, script, done))
+            except HubError as error:  # the other rows can go on
+                module, settings = row.stages[-1]
+                command = options.command_line(module, {**settings, **explicit_settings(module, args, seed)})
+                args.needs_weights[row.key] = f"needs weights: {error}, in place of its name: `{command}`"
+                print0(args.needs_weights[row.key])
+                break
+    return results if columns else {key: found[""] for key, found in results.items()}
 
 
 def explicit_settings(module, args, seed):
-    """What was given on the table's command line for a stage, --set included."""
-    return {**args.given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
+    """What was given on the table's command line for a stage, as far as it knows it, and --set."""
+    known = vars(options.stage_settings(module)[-1])
+    given = {name: value for name, value in args.given.items() if name in known}
+    return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
 
 
 def run_row(row, seed, args, script, done):
     """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
     finished = []
     for number, (module, settings) in enumerate(row.stages):
-        explicit = explicit_settings(module, args, seed)
+        explicit = explicit_settings(module, args, seed) | row.forced.get(module, {})
         previous = finished[-1]["checkpoint"] if finished else None
         settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
         key = json.dumps([module, settings, explicit], sort_keys=True, default=str)
@@ -147,19 +162,19 @@ def accuracy_table(item, rows, demo, args, notes=()):
     results = run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(row, results.get(row.key, [])) for row in rows]
+    summaries = [summary(row, results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
                        notes=[about, *notes, NOTES[args.preset]])
     return summaries
 
 
-def summary(row, results):
+def summary(row, results, problem=None):
     """A row of an accuracy table from its stages' results, one list of stages per seed."""
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra,
-            "status": "run" if results else "not chosen" if row.stages else "not built yet",
+            "status": "run" if results else problem or "not chosen" if row.stages else "not built yet",
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
 

@@ -29,6 +29,10 @@ class FormatError(UserError):
     """A source that cannot be read, is not understood or does not fit: says which, and what to do."""
 
 
+class HubError(FormatError):
+    """timm's hub did not give the weights: a table can go on without that row."""
+
+
 @dataclass
 class Weights:
     state: dict  # name -> tensor, public names
@@ -50,24 +54,15 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def is_mae_lite(tensors):
-    return f"model.{STEM}" in tensors and {n.split(".")[0] for n in tensors} <= {"model", "tch_model", "attn_adapter"}
-
-
-def strip_mae_lite(tensors):
-    """The network is `model`; distillation keeps its teacher, and the map between the heads, beside it."""
-    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    return state, [name for name in tensors if not name.startswith("model.")]
-
-
-LAYOUTS = [  # name, recognise(tensors), strip(tensors) -> (state, names left out); the first to recognise reads
-    ("mae-lite", is_mae_lite, strip_mae_lite),
-    ("plain names, as MAE, DeiT and timm", lambda tensors: STEM in tensors, lambda tensors: (tensors, [])),
+LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left out; the first to explain all names reads
+    ("mae-lite", "model.", ("tch_model.", "attn_adapter.")),  # distillation keeps its teacher and the map between heads
+    ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector
+    ("plain names, as MAE, DeiT and timm", "", ()),
 ]
 
 
 def read_weights(source):
-    """A file (ours, mae-lite, MAE, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
+    """A file (ours, mae-lite, MAE, MoCo-v3, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
 
     FileNotFoundError if nothing is there, FormatError if what is there cannot be read or understood.
     """
@@ -75,9 +70,11 @@ def read_weights(source):
         return read_timm(str(source))
     content = read_file(Path(source))
     config, tensors = own_config(content), unwrap(content)
-    for layout, recognise, strip in LAYOUTS:
-        if recognise(tensors):
-            state, left_out = strip(tensors)
+    for layout, prefix, beside in LAYOUTS:
+        left_out = [name for name in tensors if name.startswith(beside)]
+        state = {name.removeprefix(prefix): value for name, value in tensors.items()
+                 if name.startswith(prefix) and not name.startswith(beside)}
+        if STEM in state and len(state) + len(left_out) == len(tensors):
             if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
                 raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
             return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out)
@@ -138,7 +135,8 @@ def read_timm(source):
     except Exception as error:  # timm, the hub and the network share no class of errors
         remedy = (f"Without the hub, fetch config.json and model.safetensors of huggingface.co/timm/{name} (the name "
                   f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
-        raise FormatError(f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}") from error
+        problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
+        raise (HubError if hub else FormatError)(problem) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
     return Weights(state, model.config, source, "timm", fingerprint(state), [], model)
 

@@ -108,13 +108,13 @@ class Supervised(Method):
         return F.cross_entropy(self.forward(images).float(), target), {}
 
 
-def build_classifier(args, num_classes, weights):
+def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0):
     """The ViT of the command line with what `--init` and `--keep-blocks` put into it."""
     vit = build_vit(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                     num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool,
-                    drop_path=args.drop_path)
+                    drop_path=drop_path)
     if weights is not None:
-        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head="keep" if args.eval_only else "drop"))
+        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head=head))
     return vit
 
 
@@ -124,7 +124,7 @@ def evaluate_only(args, device):
     if weights.config:
         vars(args).update({name: value for name, value in weights.config.items() if name in vars(args)})
     [val_set] = load_sets(args, splits=("val",))
-    vit = build_classifier(args, len(val_set.classes), weights).to(device)
+    vit = build_classifier(args, len(val_set.classes), weights, head="keep").to(device)
     result = evaluator(vit, val_set, args, device)()
     print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
     return result
@@ -148,7 +148,7 @@ def main(args):
         if run.result:
             return run.result
         seed_everything("weights", args.seed)
-        vit = build_classifier(args, num_classes, weights).to(device)
+        vit = build_classifier(args, num_classes, weights, drop_path=args.drop_path).to(device)
         optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
                                            layer_decay=args.layer_decay, depth=len(vit.blocks)), betas=(0.9, 0.999))
         schedule = warmup_cosine(args, train_set, args.min_lr)

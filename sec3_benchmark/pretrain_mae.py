@@ -11,12 +11,12 @@ import torch
 
 from common import distributed, options
 from common.augment import pretrain_transform
-from common.data import load_sets
 from common.loader import seed_everything
 from common.mae import MAE
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
+from sec3_benchmark import subsets
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=10, batch_size=128,
@@ -30,6 +30,7 @@ PRESETS = {
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
+    subsets.add_argument(parser)
     options.add_model(parser)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
@@ -75,7 +76,7 @@ def build_mae(args):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
-    images, _ = load_sets(args, labelled=False)
+    images = subsets.pretraining_images(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}) as run:
         if run.result:

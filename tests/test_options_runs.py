@@ -19,10 +19,11 @@ from common import distributed, loader, options, runs
 from common.errors import UserError
 from common.options import command_line, explicit_arguments, resolve
 from common.runs import open_run, settings_hash
-from sec3_benchmark import finetune, pretrain_mae
+from sec3_benchmark import finetune, pretrain_mae, pretrain_mocov3
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.finetune": finetune}
+SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.pretrain_mocov3": pretrain_mocov3,
+           "sec3_benchmark.finetune": finetune}
 
 
 # Precedence
@@ -88,10 +89,13 @@ def test_the_preset_follows_from_the_data_path(module):
 @pytest.mark.parametrize(("module", "paper"), [
     (pretrain_mae, dict(epochs=400, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05, beta2=0.95,
                         mask_ratio=0.75, crop_min=0.08, clip_grad=0)),
+    (pretrain_mocov3, dict(epochs=400, batch_size=1024, base_lr=1.5e-4, warmup_epochs=40, warmup_lr=1e-6,
+                           weight_decay=0.1, temperature=0.2, momentum=0.99, mlp_dim=4096, out_dim=256,
+                           stop_grad_conv1=False, crop_min=0.08, blur_sigma=2.0, clip_grad=0)),
     (finetune, dict(epochs=300, batch_size=1024, base_lr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05,
                     layer_decay=0.85, clip_grad=0, global_pool="avg", eval_every=10))])
 def test_the_paper_preset_is_the_papers_recipe(module, paper):
-    """Appendix A.2 and A.1."""
+    """Appendix A.2, A.3 and A.1."""
     settings = vars(resolve(module.build_parser(), module.PRESETS, explicit={"preset": "paper"}))
     expected = {**paper, "model": "vit_tiny", "num_heads": 12, "patch_size": 16, "img_size": [224], "in_chans": 3}
     assert {name: settings[name] for name in expected} == expected
@@ -195,7 +199,8 @@ STORED = [  # settings, fingerprints, the hash they had when this was written
     ({"recipe": "ori", "epochs": 300, "mixup": 0.8, "keep_blocks": 0, "mean": [0.5, 0.25], "init": "/b/weights.pt",
       "output": "outputs", "compile": True}, {"train": "a", "val": "b", "init": "c"}, "3687f68644"),
 ]
-STORED_DEFAULTS = {"sec3_benchmark.pretrain_mae": "8d3c8589da", "sec3_benchmark.finetune": "7226bda089"}
+STORED_DEFAULTS = {"sec3_benchmark.pretrain_mae": "8d3c8589da", "sec3_benchmark.finetune": "7226bda089",
+                   "sec3_benchmark.pretrain_mocov3": "858cee44e0"}
 
 
 @pytest.mark.parametrize(("settings", "fingerprints", "stored"), STORED)
@@ -226,7 +231,7 @@ def test_what_changes_the_result_enters_and_nothing_else(module):
     options.add_execution(parser)
     execution = {action.dest for action in parser._actions} - {"help"}
     assert execution == set(options.EXECUTION)
-    assert outside == execution | {"data_path", "download", "preset"} | ({"init"} if "init" in settings else set())
+    assert outside == execution | {"data_path", "download", "preset"} | ({"init", "subset"} & set(settings))
     assert settings_hash(settings, {"data": "x"}) != settings_hash(settings, {"data": "y"})
 
 
@@ -364,7 +369,8 @@ def processes(tmp_path_factory):
             Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / "data" / place / f"{i}.png")
     clones = [folder / "first clone", folder / "second clone"]
     for clone in clones:
-        for part in ("common", "sec3_benchmark/__init__.py", "sec3_benchmark/pretrain_mae.py"):
+        for part in ("common", "sec3_benchmark/__init__.py", "sec3_benchmark/pretrain_mae.py",
+                     "sec3_benchmark/subsets.py"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:

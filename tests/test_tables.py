@@ -8,6 +8,7 @@ import pytest
 from common import options, report, tables
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
+from common.weights import HubError
 
 
 @pytest.fixture
@@ -95,6 +96,22 @@ def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message)
     with pytest.raises(error, match=message):
         run(*argv)
     assert ran == []
+
+
+def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ran, monkeypatch, tmp_path, capsys):
+    def main(args):
+        if args.init:
+            raise HubError("timm cannot load timm:x. Give the folder")
+        return {"checkpoint": "a.pt", "run": "a", "top1": 50.0, "best_top1": 51.0, "seconds": 1}
+    monkeypatch.setattr(sys.modules["toys.after"], "main", main)
+    rows = [Row("hub", "from the hub", 5.0, (("toys.after", {"init": "timm:x", "rate": 0.25}),)), ROWS[0]]
+    args = tables.parse(tables.make_parser("a table", rows, ()), ["--rows", "all", "--output", str(tmp_path),
+                                                                   "--seeds", "0", "1"])
+    hub, plain = tables.accuracy_table("table8", rows, (), args)
+    assert hub["measured"] == [] and plain["measured"] == [50.0, 50.0]
+    text = (tmp_path / "table8" / "table8.md").read_text()
+    assert "from the hub (5.0: needs weights: timm cannot load timm:x. Give the folder, in place of its name: " in text
+    assert "`python toys/after.py --init timm:x --rate 0.25 " in text
 
 
 def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):

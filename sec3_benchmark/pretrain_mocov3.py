@@ -1,0 +1,165 @@
+"""MoCo-v3 pre-training of ViT-Tiny (Section 3.1, recipe of Appendix A.3).
+
+    python sec3_benchmark/pretrain_mocov3.py                                            # demo: a minute or two
+    python sec3_benchmark/pretrain_mocov3.py --preset small --data-path DIR             # any folder of images, 64 px
+    torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mocov3.py --data-path IMAGENET  # the paper: 400 epochs
+
+Both encoders, their heads and the predictor end up in outputs/pretrain_mocov3/<run>/weights.pt, under the official
+names; finetune.py --init takes the base encoder from it. The loss starts near 4 T ln(batch), where no key is found.
+"""
+from functools import partial
+
+import torch
+from torch import nn
+
+from common import distributed, options
+from common.errors import UserError
+from common.loader import seed_everything
+from common.optim import adamw, steps_per_epoch, warmup_cosine
+from common.runs import open_run
+from common.training import Method, train
+from common.vit import choose_attention
+from sec3_benchmark import subsets
+from sec3_benchmark.moco import MoCo, class_tokens, momentum_at, symmetric_loss, view_transform
+
+PRESETS = {
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=2, batch_size=128,
+                 base_lr=2e-3, warmup_epochs=1, mlp_dim=256, out_dim=64, blur_sigma=0.5),
+    # the batch is a quarter of the paper's, so is the number of keys; the blur shrinks with the image
+    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=5e-4,
+                  warmup_epochs=20, blur_sigma=0.6),
+}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    subsets.add_argument(parser)
+    options.add_model(parser)
+    group = parser.add_argument_group("momentum contrast")
+    group.add_argument("--temperature", type=float, default=0.2, help="T of the contrastive loss")
+    group.add_argument("--momentum", type=float, default=0.99, help="of the key encoder, a half cosine from here to 1")
+    group.add_argument("--mlp-dim", type=int, default=4096, help="hidden width of projector and predictor")
+    group.add_argument("--out-dim", type=int, default=256, help="width of queries and keys")
+    group.add_argument("--stop-grad-conv1", action="store_true", help="freeze the patch embedding, as the official "
+                       "MoCo-v3 does for ViTs and the paper's code does not")
+    group = parser.add_argument_group("recipe (Appendix A.3)")
+    group.add_argument("--epochs", type=int, default=400)
+    group.add_argument("--batch-size", type=int, default=1024, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from --warmup-lr")
+    group.add_argument("--warmup-lr", type=float, default=1e-6, help="of the first step")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="on every parameter")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop")
+    group.add_argument("--blur-sigma", type=float, default=2.0, help="strongest blur, pixels")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+class MoCoViews:
+    """An image -> its two views: the first always blurred, the second seldom, but sometimes solarised."""
+
+    def __init__(self, args):
+        if args.in_chans not in (1, 3):
+            raise UserError(f"--in-chans {args.in_chans}: MoCo-v3's colour jitter and blur need 1 or 3")
+        view = partial(view_transform, args.img_size, (args.crop_min, 1.0), sigma=args.blur_sigma)
+        self.view1, self.view2 = view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
+
+    def __call__(self, image):
+        return {"view1": self.view1(image), "view2": self.view2(image)}
+
+
+class MoCoMethod(Method):
+    """The loss couples all images of a step, by batch norm and by the keys: it is no sum over micro-batches."""
+
+    def __init__(self, model, args, total_steps):
+        super().__init__(model)
+        self.temperature = args.temperature
+        self.momentum = partial(momentum_at, total_steps=total_steps, start=args.momentum)
+
+    def prepare(self, device, dtype, compiled):
+        """No DistributedDataParallel: it averages in the backward pass, and here there are several in a step."""
+        choose_attention(self.model, device, dtype)
+        if device.type == "cuda" and distributed.world_size() > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, the parameters stay the same objects
+        self.encode = torch.compile(class_tokens) if compiled else class_tokens
+
+    def accumulate(self, step, engine):
+        """The gradients of this rank's whole batch at once, whatever the number of micro-batches.
+
+        With several, no activations of the encoder are kept: its class tokens are computed without gradient, heads and
+        loss give each token its gradient, and each micro-batch is encoded again to pass it on.
+        """
+        self.model.update_momentum_encoder(self.momentum(step))  # before the keys
+        batches = (engine.batch(step, micro) for micro in range(engine.accumulation))
+        images = [torch.cat([batch["view1"], batch["view2"]]) for batch in batches]
+        base, again = self.model.base_encoder, engine.accumulation > 1
+        with engine.autocast(), torch.no_grad():
+            key_tokens = [self.encode(self.model.momentum_encoder, views) for views in images]
+        # Autocast remembers weights that it cast, without their gradient if there was none: one context for each pass.
+        with engine.autocast(), torch.set_grad_enabled(not again):
+            tokens = [self.encode(base, views) for views in images]
+        tokens = [token.requires_grad_() for token in tokens] if again else tokens
+        with engine.autocast():
+            queries = [self.model.queries(view) for view in by_view(tokens)]
+            keys = [self.model.keys(view) for view in by_view(key_tokens)]
+        loss = symmetric_loss(*queries, *keys, self.temperature)
+        engine.backward(loss)
+        for views, token in zip(images, tokens) if again else ():
+            with engine.autocast():
+                encoded = self.encode(base, views)
+            encoded.backward(token.grad)
+        average_gradients(self.model)
+        engine.meter.add(loss=loss)
+        return loss.detach()
+
+
+def by_view(tokens):
+    """Of each micro-batch (2b, D), the first view's rows first, to all rows of each view: two of (N, D)."""
+    return torch.cat([token.unflatten(0, (2, -1)) for token in tokens], dim=1).unbind()
+
+
+def average_gradients(model):
+    """Mean over ranks, in one message, before the scaler looks for overflow: all ranks then decide alike."""
+    if distributed.world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    mean = distributed.all_sum(torch.cat([gradient.flatten() for gradient in gradients])) / distributed.world_size()
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def build_moco(args):
+    return MoCo(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                num_heads=args.num_heads, mlp_dim=args.mlp_dim, out_dim=args.out_dim,
+                stop_grad_conv1=args.stop_grad_conv1)
+
+
+def decay_everything(model, weight_decay):
+    """One group of all trainable parameters: the paper's code exempts none, vectors and biases included."""
+    names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    return [{"params": list(parameters), "names": list(names), "lr_scale": 1.0, "weight_decay": weight_decay}]
+
+
+def main(args):
+    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    device = distributed.start(args.device)
+    images = subsets.pretraining_images(args)
+    views = MoCoViews(args)
+    name = f"{args.data}-{args.model}-{args.epochs}ep"
+    with open_run("pretrain_mocov3", name, args, {"data": images.fingerprint()}) as run:
+        if run.result:
+            return run.result
+        seed_everything("weights", args.seed)
+        model = build_moco(args).to(device)
+        method = MoCoMethod(model, args, args.epochs * steps_per_epoch(images, args.batch_size))
+        optimizer = adamw(decay_everything(model, args.weight_decay), betas=(0.9, 0.999))
+        schedule = warmup_cosine(args, images, warmup_lr=args.warmup_lr)
+        result = train(run, args, method, optimizer, schedule, images, views, device)
+        return run.finish(result, model)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,139 @@
+"""Which images to pre-train on (Table 3): a part of a labelled data set, drawn or listed in a file.
+
+    --subset 1%      balanced: floor(1 % of the images), every class alike but for one image; 1% lies inside 10%
+    --subset lt      long-tailed: ImageNet-LT's profile, laid over the classes at random
+    --subset FILE    the images that FILE names, one a line, in either of the two official forms:
+                     n01440764_10043.JPEG (SimCLR, MSN, suncet) or train/n01440764/n01440764_190.JPEG 0 (ImageNet-LT)
+
+suncet names its files by the fraction WITHOUT labels: its 99percent.txt lists 1 % of ImageNet. A drawn subset is a
+function of the labels and SEED alone, not of a run's seed, as an official list would be.
+"""
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common.data import DataError, load_sets
+from common.distributed import print0
+
+SEED = 0
+# ImageNet-LT's 1,000 counts (115,846 images) are a draw from 5 + 554 x Pareto of power 6, at most 1,280, in a data set
+# whose largest class has 1,300 images. Our fit; mean, median and quantiles are held against the counts in the tests.
+TAIL_POWER, TAIL_LEAST, TAIL_SCALE, TAIL_MOST, TAIL_LARGEST_CLASS = 6, 5, 554, 1280, 1300
+LINE = re.compile(r"(?:.*/)?(?P<folder>[^/]+)/(?P<file>[^/\s]+)(?:\s+\d+)?|(?P<prefix>[^/\s]+)_[^/_\s]+\.\w+")
+
+
+def add_argument(parser):
+    group = parser.add_argument_group("part of the data (Table 3)")
+    group.add_argument("--subset", metavar="PART", help="1%%, 10%%, lt or a list of files; default: all. Needs labels")
+
+
+def pretraining_images(args):
+    """The images of --data and --subset. The subset enters a run's identity by its images, not by its name."""
+    if args.subset is None:
+        return load_sets(args, labelled=False)[0]
+    images = take(load_sets(args, splits=("train",))[0], args.subset)
+    print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
+           f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")
+    return images
+
+
+def take(images, subset, seed=SEED):
+    """The ImageSet's part `subset` ("1%", "lt" or a list file), in the order of the whole."""
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", subset)
+    if percent:
+        chosen = draw(images.labels, balanced(class_sizes(images), float(percent[1]) / 100, seed, images), seed)
+    elif subset == "lt":
+        chosen = draw(images.labels, long_tailed(class_sizes(images), seed), seed)
+    elif Path(subset).is_file():
+        chosen = listed(images, subset)
+    else:
+        raise DataError(f"--subset {subset} is no percentage such as 1%, not lt, and no file: a list of images, one a "
+                        f"line")
+    picked = [images.images[i] for i in chosen] if isinstance(images.images, list) else images.images[chosen]
+    return replace(images, name=f"{images.name} {Path(subset).name}", images=picked, labels=images.labels[chosen])
+
+
+def describe(images):
+    """What a table says of a set: how many images, in how many classes, smallest, median and largest class."""
+    if images.labels is None:
+        return {"images": len(images)}
+    sizes = class_sizes(images)
+    return {"images": len(images), "classes": int((sizes > 0).sum()),
+            "images_per_class": [int(sizes.min()), float(np.median(sizes)), int(sizes.max())]}
+
+
+def class_sizes(images):
+    return np.bincount(images.labels, minlength=len(images.classes))
+
+
+# Drawn subsets
+
+def balanced(sizes, fraction, seed, images):
+    """Images to take of each class (C,): floor(fraction * all) in total, spread evenly, the remainder one each over
+    classes in random order. On ImageNet 811 x 13 + 189 x 12 and 116 x 129 + 884 x 128, as in the official lists.
+    """
+    # a hair above, since 0.29 * 100 is 28.999999999999996
+    each, remainder = divmod(int(fraction * sizes.sum() + 1e-6), len(sizes))
+    counts = np.full(len(sizes), each)
+    counts[np.random.default_rng(seed).permutation(len(sizes))[:remainder]] += 1
+    short = np.flatnonzero(counts > sizes)
+    if counts.sum() == 0 or len(short):
+        why = f"class {images.classes[short[0]]} has {sizes[short[0]]} images of the {counts[short[0]]} needed, " \
+              f"{len(short)} classes are too small" if len(short) else "that is less than one image"
+        raise DataError(f"{images.name}: no class-balanced {100 * fraction:g}% of {sizes.sum()} images in {len(sizes)} "
+                        f"classes: {why}. Choose another percentage")
+    return counts
+
+
+def long_tailed(sizes, seed):
+    """Images to take of each class (C,): quantiles of ImageNet-LT's law, scaled by the largest class, in random order
+    of the classes; at least one, at most what the class has.
+    """
+    share = (np.arange(len(sizes)) + 0.5) / len(sizes)  # of the classes that are larger than this one
+    profile = np.minimum(TAIL_MOST, TAIL_LEAST + TAIL_SCALE * (share ** (-1 / TAIL_POWER) - 1))
+    counts = np.empty(len(sizes), int)
+    counts[np.random.default_rng(seed).permutation(len(sizes))] = np.round(
+        profile * sizes.max() / TAIL_LARGEST_CLASS)
+    return np.minimum(np.maximum(counts, 1), sizes)
+
+
+def draw(labels, counts, seed):
+    """Indices, ascending: of class c the first counts[c] in an order that depends on the seed and c alone. Hence a
+    draw with smaller counts lies inside one with larger counts.
+    """
+    orders = (np.random.default_rng((seed, c)).permutation(np.flatnonzero(labels == c))[:n]
+              for c, n in enumerate(counts))
+    return np.sort(np.concatenate(list(orders)))
+
+
+# Official lists
+
+def read_list(path):
+    """Entries `<class>/<file>` of a list in either official form."""
+    names = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        match = LINE.fullmatch(line.strip())
+        if line.strip() and not match:
+            raise DataError(f"{path}, line {number}: {line.strip()[:80]!r} is neither n01440764_10043.JPEG nor "
+                            f"train/n01440764/n01440764_190.JPEG 0")
+        if match:
+            names.append(f"{match['folder']}/{match['file']}" if match["file"] else f"{match['prefix']}/{match[0]}")
+    if len(set(names)) != len(names) or not names:
+        raise DataError(f"{path} names {len(names)} images, {len(names) - len(set(names))} of them twice: no such list "
+                        f"is official, fetch it again")
+    return names
+
+
+def listed(images, path):
+    """Indices, ascending, of the images that a list names; all of them must be there."""
+    if not isinstance(images.images, list):
+        raise DataError(f"--subset {path}: a list needs image files in class folders, and {images.name} has none; "
+                        f"choose a percentage or lt")
+    place = {"/".join(Path(file).parts[-2:]): index for index, file in enumerate(images.images)}
+    names = read_list(path)
+    if missing := [name for name in names if name not in place]:
+        raise DataError(f"{path} names {len(names)} images, {len(missing)} of them are not among the {len(images)} of "
+                        f"{images.name} (first: {missing[0]}): give the data set that the list was made for")
+    return np.sort([place[name] for name in names])
