@@ -17,7 +17,6 @@ from sec4_analysis.study import MOCO, PRETRAIN, is_built, named
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
-OWN = ("models", "blocks", "seeds", "from_numbers", "datasets", "dataset_path")
 
 
 def add_arguments(parser):
@@ -31,7 +30,7 @@ def add_arguments(parser):
 
 
 def parse(parser, argv=None):
-    args = tables.parse(parser, argv, presets=PRESETS, own=OWN)
+    args = tables.parse(parser, argv, presets=PRESETS)
     args.rows = ["all"]
     return args
 

@@ -21,7 +21,6 @@ from common.errors import UserError
 from common.formats import load_model
 from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
 from common.mae import MAE
-from common.options import add_data, add_execution, defaults, make_parser
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
 from common.weights import fingerprint
@@ -61,12 +60,8 @@ def add_arguments(parser, norm=True):
 
 
 def parse(parser, argv=None):
-    """The arguments; `args.given` are those for the stages: data and execution."""
-    shared = make_parser("")
-    add_data(shared)
-    add_execution(shared)
-    own = set(defaults(parser)) - set(defaults(shared))
-    return tables.parse(parser, argv, presets=PRESETS, own=own)
+    """The arguments; a stage's --batch-size is another than an analysis's."""
+    return tables.parse(parser, argv, presets=PRESETS, own=("batch_size",))
 
 
 def named(texts, flag):
