@@ -23,7 +23,9 @@ def test_rows_resolve_in_every_preset_they_name(name):
     for row in table.ROWS:
         for preset in row.presets:
             for module, settings in row.stages:
-                given = {"preset": preset, **({} if preset == "demo" else {"data_path": "DIR"})}
+                places = {} if preset == "demo" else {"data_path": "DIR", "dataset_path": "DIR"}
+                known = vars(stage_settings(module)[-1])
+                given = {"preset": preset, **{name: value for name, value in places.items() if name in known}}
                 stage_settings(module, given, settings)
 
 

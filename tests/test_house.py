@@ -158,4 +158,4 @@ def test_common_stays_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in sorted((ROOT / "common").rglob("*.py"))}
     assert len(lines) > 15
     assert {file: count for file, count in lines.items() if count >= 300} == {}
-    assert sum(lines.values()) < 2800
+    assert sum(lines.values()) < 3100
