@@ -43,13 +43,14 @@ def make_parser(description, rows, demo):
     return parser
 
 
-def add_rows(parser, rows, demo):
-    """--rows, --seeds, --set, --dry-run."""
+def add_rows(parser, rows=(), demo=()):
+    """--rows, --seeds, --set, --dry-run; without rows the last two alone."""
     group = parser.add_argument_group("table")
-    group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
-                       help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
-                            f"default: {' '.join(demo)} in the demo preset, all otherwise")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
+    if rows:
+        group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
+                           help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
+                                f"default: {' '.join(demo)} in the demo preset, all otherwise")
+        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
     group.add_argument("--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", dest="stage_settings",
                        help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")

@@ -4,7 +4,6 @@ A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOIN
 trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
 """
-import importlib.util
 import math
 from pathlib import Path
 
@@ -75,18 +74,11 @@ def named(texts, flag):
 
 # Models
 
-def is_built(row):
-    missing = [module for module, _ in row.stages if importlib.util.find_spec(module) is None]
-    if missing:
-        print0(f"{row.name} is left out: {', '.join(missing)} is not built yet")
-    return not missing
-
-
 def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
     if args.models:
         return named(args.models, "--models")
-    args.rows, args.seeds, rows = ["all"], [args.seed], [row for row in rows if is_built(row)]
+    args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
