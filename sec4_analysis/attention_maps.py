@@ -22,7 +22,7 @@ from sec4_analysis.fig5_attention import ROWS
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
-    study.add_arguments(parser)
+    study.add_arguments(parser, norm=False)
     group = parser.add_argument_group("maps")
     group.add_argument("--image", type=int, default=0, metavar="I", help="which of the drawn images, from 0")
     group.add_argument("--layers", type=int, nargs="+", default=[1, 6, 12], help="blocks, from 1")

@@ -17,7 +17,7 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
-    study.add_arguments(parser)
+    similarity.add_arguments(parser)
     options.add_execution(parser)
     return parser
 
@@ -28,4 +28,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    options.start(main, build_parser(), parse=similarity.parse)

@@ -25,7 +25,7 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
-    study.add_arguments(parser)
+    study.add_arguments(parser, norm=False)
     group = parser.add_argument_group("points")
     group.add_argument("--first", choices=("with-positions", "without-positions"), default="without-positions",
                        help="what the first point, after patch embedding, has in it")

@@ -24,7 +24,7 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRA
 def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
-    study.add_arguments(parser)
+    study.add_arguments(parser, norm=False)
     group = parser.add_argument_group("measures")
     group.add_argument("--distance-unit", choices=("pixels", "authors"), default="pixels",
                        help="authors: 14 per patch, whatever the patch size, as in their code")

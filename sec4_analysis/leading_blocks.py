@@ -13,11 +13,10 @@ from common import report, tables
 from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
-from sec4_analysis.study import MOCO, PRETRAIN, is_built, named
+from sec4_analysis.study import MOCO, PRETRAIN, named
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
-OWN = ("models", "blocks", "seeds", "from_numbers", "datasets", "dataset_path")
 
 
 def add_arguments(parser):
@@ -31,7 +30,7 @@ def add_arguments(parser):
 
 
 def parse(parser, argv=None):
-    args = tables.parse(parser, argv, presets=PRESETS, own=OWN)
+    args = tables.parse(parser, argv, presets=PRESETS)
     args.rows = ["all"]
     return args
 
@@ -40,8 +39,7 @@ def starts(args):
     """{name: (stages that make the weights, the weights)}: given files, or the preset's pre-trainings."""
     if args.models:
         return {name: ((), checkpoint) for name, checkpoint in named(args.models, "--models").items()}
-    return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()
-            if is_built(Row(name, name, None, ((stage, {}),)))}
+    return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()}
 
 
 def point_row(stage, settings, title, name, k, before, weights):

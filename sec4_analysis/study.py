@@ -4,7 +4,6 @@ A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOIN
 trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
 """
-import importlib.util
 import math
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from common.errors import UserError
 from common.formats import load_model
 from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
 from common.mae import MAE
-from common.options import add_data, add_execution, defaults, make_parser
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
 from common.weights import fingerprint
@@ -40,15 +38,16 @@ RANDOM = "random"  # as a checkpoint: the first model with initial values
 
 # Command line
 
-def add_arguments(parser):
-    """Models, images and figure, after the groups that every script has."""
+def add_arguments(parser, norm=True):
+    """Models, images and figure. `norm`: offer a choice of the final norm, to those that look behind it."""
     group = parser.add_argument_group("models")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
                        "random; the first is the reference. Default: the preset's own runs")
     group.add_argument("--num-heads-of", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say and "
                        "have other than 12; DeiT-Tiny's own has 3")
-    group.add_argument("--final-norm", choices=("own", "authors"), default="own",
-                       help="authors: an untrained one for MAE, as in their script")
+    if norm:
+        group.add_argument("--final-norm", choices=("own", "authors"), default="own",
+                           help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
     group.add_argument("--num-images", type=int, default=1024, help="exactly so many validation images")
     group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
@@ -60,12 +59,8 @@ def add_arguments(parser):
 
 
 def parse(parser, argv=None):
-    """The arguments; `args.given` are those for the stages: data and execution."""
-    shared = make_parser("")
-    add_data(shared)
-    add_execution(shared)
-    own = set(defaults(parser)) - set(defaults(shared))
-    return tables.parse(parser, argv, presets=PRESETS, own=own)
+    """The arguments; a stage's --batch-size is another than an analysis's."""
+    return tables.parse(parser, argv, presets=PRESETS, own=("batch_size",))
 
 
 def named(texts, flag):
@@ -79,30 +74,31 @@ def named(texts, flag):
 
 # Models
 
-def is_built(row):
-    missing = [module for module, _ in row.stages if importlib.util.find_spec(module) is None]
-    if missing:
-        print0(f"{row.name} is left out: {', '.join(missing)} is not built yet")
-    return not missing
-
-
 def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
     if args.models:
         return named(args.models, "--models")
-    args.rows, args.seeds, rows = ["all"], [args.seed], [row for row in rows if is_built(row)]
+    args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
 
-def load(name, checkpoint, first, args, device):
-    """A model ready to be measured; `first` is the checkpoint of the first one, whose twin a random model is."""
+def heads_of(args, checkpoints):
+    """{name: number of heads} of --num-heads-of."""
     heads = named(args.num_heads_of, "--num-heads-of")
-    source = first if checkpoint == RANDOM else checkpoint
-    num_heads = int(heads[name]) if name in heads else None
-    model = load_model(source, num_heads=num_heads, img_size=args.given.get("img_size"))
+    for name, number in heads.items():
+        if name not in checkpoints or not number.isdigit():
+            raise UserError(f"--num-heads-of {name}={number}: a number for one of {', '.join(checkpoints)}")
+    return {name: int(number) for name, number in heads.items()}
+
+
+def load(name, checkpoints, args, device):
+    """One of the models {name: checkpoint}, ready to be measured. A random one is the twin of the first."""
+    random = checkpoints[name] == RANDOM
+    source = next(iter(checkpoints.values())) if random else checkpoints[name]
+    model = load_model(source, num_heads=heads_of(args, checkpoints).get(name), img_size=args.given.get("img_size"))
     check_plain(model, source)
-    return eval_mode(untrained(model, args.seed) if checkpoint == RANDOM else model, device)
+    return eval_mode(untrained(model, args.seed) if random else model, device)
 
 
 def untrained(model, seed):
@@ -167,8 +163,8 @@ def analyse(args, rows, script, measure):
     checkpoints = sources(args, rows, script)
     if args.dry_run:
         return None
-    first_name, first = next(iter(checkpoints.items()))
-    model = load(first_name, first, first, args, device)
+    first = next(iter(checkpoints))
+    model = load(first, checkpoints, args, device)
     args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
     images, = load_sets(args, splits=("val",))
     if not distributed.is_main():
@@ -176,9 +172,9 @@ def analyse(args, rows, script, measure):
     chosen = draw_images(images.labels, args)
     values, about = {}, {}
     for name, checkpoint in checkpoints.items():
-        model = load(name, checkpoint, first, args, device)
+        model = load(name, checkpoints, args, device)
         if (channels := model.patch_embed.proj.in_channels) != args.in_chans:
-            raise UserError(f"{name} reads {channels} channels and {first_name} {args.in_chans}: analyse them apart")
+            raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
         print0(f"{name}: {checkpoint}, {len(chosen)} images")
         with torch.inference_mode():
             values[name] = measure(model, batches(model, images, chosen, args, device))

@@ -19,6 +19,7 @@ from sec4_analysis import (
     fig1_layer_similarity,
     fig2_leading_blocks,
     fig3_fourier,
+    fig4_leading_blocks_small_data,
     fig5_attention,
     leading_blocks,
     study,
@@ -159,6 +160,8 @@ def test_the_authors_final_norm_changes_the_last_row_of_an_mae_alone(place, tmp_
     (("--num-images", "31"), "--num-images 31 needs 31 images, the validation set has 30"),
     (("--num-images", "3"), "at least 4 images at once, not 3: choose a larger --batch-size"),
     (("--num-heads-of", "A=3"), "has num_heads = 12, not 3"),
+    (("--num-heads-of", "A=three"), "--num-heads-of A=three: a number for one of A, B"),
+    (("--num-heads-of", "C=3"), "--num-heads-of C=3: a number for one of A, B"),
 ])
 def test_mistakes_are_named(place, tmp_path, words, message):
     with pytest.raises((ValueError, OSError), match=message):
@@ -174,12 +177,13 @@ def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
 
 def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
     """Without --models: what would be trained, and what of the command line reaches it."""
-    assert run(fig5_attention, place, tmp_path, "--dry-run", "--num-images", "7", "--set", "finetune.epochs=30",
-               models=False) == {}
+    assert run(fig5_attention, place, tmp_path, "--dry-run", "--num-images", "7", "--batch-size", "4",
+               "--set", "finetune.epochs=30", models=False) == {}
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("python ")]
     assert sum("pretrain_mae.py" in line for line in commands) == 1  # shared by MAE and MAE fine-tuned
-    assert all("--preset small" in line and "--num-images" not in line for line in commands)
+    assert all("--preset small" in line for line in commands)
+    assert not any("--num-images" in line or "--batch-size" in line for line in commands)
     assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
 
 
@@ -241,11 +245,9 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
 
 
 def test_figure_4_transfers_to_every_set(tmp_path, capsys):
-    pytest.importorskip("sec3_benchmark.downstream")
-    from sec4_analysis import fig4_leading_blocks_small_data as fig4
-    args = leading_blocks.parse(fig4.build_parser(), ["--dry-run", "--models", "A=a.pt", "--blocks", "0", "5",
-                                                      "--output", str(tmp_path)])
-    assert fig4.main(args) == []
+    words = ["--dry-run", "--models", "A=a.pt", "--blocks", "0", "5", "--output", str(tmp_path)]
+    args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), words)
+    assert fig4_leading_blocks_small_data.main(args) == []
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
     assert [("--dataset fractals-small" in line, "--keep-blocks 5" in line) for line in commands] == [
         (True, False), (True, True), (False, False), (False, True)]
