@@ -20,21 +20,23 @@ def figure(args, rows, item):
     return study.draw_from_numbers(args, item, draw_similarities)
 
 
-def layer_grams(model, images, authors_norm=False):
+def layer_grams(model, images, authors_norm=False, view=None):
     """Centred Gram matrices of the patch tokens of all layers, per batch (layers, n, n): what each norm1 gives, then
     the last block's output through the final norm. Index 0 is called patch embedding; positions are in it.
+    `view(tokens, grid)` is what to look at of the patch tokens (B, L, D), by default all.
     """
-    prefix, *_ = geometry(model)
+    prefix, grid, _ = geometry(model)
+    view = view or (lambda tokens, grid: tokens)
     wanted = [*(f"blocks.{i}.norm1" for i in range(len(model.blocks))), "norm"]
     norm = final_norm(model, authors_norm)
-    return [torch.stack([cka.centred_gram(tokens[:, prefix:])
+    return [torch.stack([cka.centred_gram(view(tokens[:, prefix:], grid))
                          for _, tokens in intermediates(model, batch, wanted, norm)]) for batch in images]
 
 
-def similarities(args, rows, item):
+def similarities(args, rows, item, view=None):
     """{name: CKA (layers of the model, layers of the first model)} and what to know about it, or None (`analyse`)."""
     done = study.analyse(args, rows, item,
-                         lambda model, images: layer_grams(model, images, args.final_norm == "authors"))
+                         lambda model, images: layer_grams(model, images, args.final_norm == "authors", view))
     if done is None:
         return None
     grams, about = done

@@ -1,0 +1,128 @@
+"""Appendix A.6: what does CKA depend on? Batch size, number and order of the images, and which spatial frequencies.
+
+    python appendix/a6_cka_settings.py                                                      # demo: its own runs
+    python appendix/a6_cka_settings.py --data-path IMAGENET --models DeiT-Tiny=deit.pt MAE-Tiny=mae.pt
+    python appendix/a6_cka_settings.py --from-numbers outputs/a6/a6.npz
+
+Figure 1's similarities again, a setting changed at a time. The paper's claim: low frequencies dominate, that is, CKA of
+low-passed features is that of all of them. Its numbers are in no source that we read, nor its cut-off: ours is half of
+the highest frequency (--cut-off). Writes a6.npz, .json, .md and a6.png.
+"""
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+
+from common import distributed, options, report
+from common.distributed import print0
+from sec4_analysis import similarity, study
+
+ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
+VARIANTS = {  # name -> what differs from Figure 1's setting
+    "as in Figure 1": {},
+    "mini-batches of 32": {"batch_size": 32},
+    "mini-batches of 512": {"batch_size": 512},
+    "a quarter of the images": {"num_images": 0.25},  # of --num-images
+    "other images": {"seed": 1},  # that many later than --seed
+    "authors' order": {"order": "authors"},
+    "low-passed": {"band": "low"},
+    "high-passed": {"band": "high"},
+}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    parser.add_argument("--cut-off", type=float, default=0.5, help="between low and high, of the highest frequency")
+    options.add_execution(parser)
+    return parser
+
+
+def band_pass(tokens, grid, band, cut_off):
+    """The part of patch tokens (B, L, C) on `grid` whose spatial frequencies are, on both axes, below the cut-off (1:
+    an alternating pattern), or for "high" the rest: both parts add up to the tokens.
+    """
+    B, L, C = tokens.shape
+    frequencies = [torch.fft.fftfreq(n, device=tokens.device).abs() * 2 for n in grid]
+    low = (frequencies[0].unsqueeze(1) < cut_off) & (frequencies[1] < cut_off)  # (rows, columns)
+    spectrum = torch.fft.fft2(tokens.float().transpose(1, 2).reshape(B, C, *grid)) * (low if band == "low" else ~low)
+    return torch.fft.ifft2(spectrum).real.reshape(B, C, L).transpose(1, 2)
+
+
+def variant(args, models, change):
+    """The arguments of one variant, measured on checkpoints that are there already."""
+    change = {name: value for name, value in change.items() if name != "band"}
+    if "num_images" in change:
+        change["num_images"] = int(change["num_images"] * args.num_images)
+    if "seed" in change:
+        change["seed"] += args.seed
+    return argparse.Namespace(**{**vars(args), "models": models, **change})
+
+
+def measure(args):
+    """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or None where it leaves."""
+    distributed.start(args.device)
+    models = [f"{name}={checkpoint}" for name, checkpoint in study.sources(args, ROWS, "a6").items()]
+    arrays, about = {}, {}
+    for name, change in VARIANTS.items():
+        band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
+        print0(f"\n# {name}")
+        done = not args.dry_run and similarity.similarities(variant(args, models, change), (), "a6", band)
+        if not done:
+            return None
+        arrays |= {f"{model}: {name}": array for model, array in done[0].items()}
+        about[name] = done[1]
+    return arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about}
+
+
+def by_model(arrays):
+    """{model: {variant: array}} without the reference, which is first."""
+    split = {}
+    for key, array in arrays.items():
+        model, name = key.rsplit(": ", 1)
+        split.setdefault(model, {})[name] = array
+    return dict(list(split.items())[1:])
+
+
+def table(arrays):
+    """For each model and variant: mean of the diagonal, and the largest change of any pair of layers."""
+    rows = []
+    for model, variants in by_model(arrays).items():
+        usual = next(iter(variants.values()))
+        rows += [[model, name, f"{np.diagonal(array).mean():.3f}", f"{np.abs(array - usual).max():.3f}"]
+                 for name, array in variants.items()]
+    return report.markdown(["model", "setting", "mean of the diagonal", "largest change of a pair"], rows)
+
+
+def draw(arrays, path):
+    """A panel a model: its diagonal for every variant."""
+    plt, models = report.pyplot(), by_model(arrays)
+    figure, axes = plt.subplots(1, len(models), figsize=(3.2 * len(models) + 2, 2.8), layout="constrained",
+                                sharey=True, squeeze=False)
+    styles = ("-", "--", ":", "-.")
+    for panel, (model, variants) in zip(axes[0], models.items()):
+        for number, (name, array) in enumerate(variants.items()):
+            panel.plot(np.diagonal(array), linestyle=styles[number % 4], color=report.COLOURS[number % 7],
+                       linewidth=2 if number == 0 else 1.2, label=name)
+        panel.set(title=model, xlabel="layer", ylim=(0, 1), xticks=range(0, 13, 3))
+    axes[0, 0].set_ylabel("CKA with the first model")
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args):
+    """Measures every variant, writes and draws; returns {"model: variant": CKA}, {} where this rank leaves."""
+    if not args.from_numbers:
+        done = measure(args)
+        if done is None:
+            return {}
+        text = f"a6, preset {args.preset}: CKA of equal layers with the first model\n\n{table(done[0])}"
+        study.write_numbers(args, "a6", *done, text)
+    return study.draw_from_numbers(args, "a6", draw)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=study.parse)

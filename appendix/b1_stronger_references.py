@@ -1,0 +1,34 @@
+"""Appendix B.1: Figure 1 with a stronger supervised reference than DeiT-Tiny. Is the picture the same?
+
+    python appendix/b1_stronger_references.py                                               # demo: a wider reference
+    python appendix/b1_stronger_references.py --preset small --data-path DIR                # ViT-Small, trained here
+    python appendix/b1_stronger_references.py --data-path IMAGENET --models \\
+        DeiT-Small=timm:deit_small_patch16_224.fb_in1k MAE-Tiny=mae.pt MoCov3-Tiny=moco.pt --num-heads-of DeiT-Small=6
+
+The first model is the reference; layers are compared with layers, whatever their widths. Which references the paper
+took is in no source that we read; it says that the structure stays the same. Writes b1.npz, .json, .md and b1.png.
+"""
+from common import options
+from common.tables import Row
+from sec4_analysis import similarity, study
+
+WIDER = {"demo": "vit_tiny", "small": "vit_small", "paper": "vit_small"}  # than the preset's student
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    study.add_arguments(parser)
+    options.add_execution(parser)
+    return parser
+
+
+def main(args):
+    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
+    model = WIDER[args.preset]
+    reference = Row("stronger", f"supervised {model}", None, ((study.FINETUNE, {"model": model}),))
+    return similarity.figure(args, (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3), "b1")
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=study.parse)
