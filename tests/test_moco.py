@@ -30,7 +30,7 @@ from common.optim import learning_rate
 from common.training import Engine
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, read_weights
-from sec3_benchmark import finetune, pretrain_mocov3, table1_pretraining_methods, subsets
+from sec3_benchmark import finetune, pretrain_mocov3, subsets, table1_pretraining_methods
 from sec3_benchmark.moco import (
     GlobalBatchNorm,
     MoCo,
