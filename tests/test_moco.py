@@ -30,7 +30,7 @@ from common.optim import learning_rate
 from common.training import Engine
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, read_weights
-from sec3_benchmark import finetune, pretrain_mocov3, table1_pretraining_methods
+from sec3_benchmark import finetune, pretrain_mocov3, subsets, table1_pretraining_methods
 from sec3_benchmark.moco import (
     GlobalBatchNorm,
     MoCo,
@@ -316,7 +316,7 @@ def toy_images():
 def train_here(output, **explicit):
     """pretrain_mocov3.main on 35 images of noise, two steps an epoch; returns its result."""
     SIZES["vit_demo"] = TINY
-    pretrain_mocov3.load_sets = lambda args, labelled: (toy_images(), None)
+    subsets.pretraining_images = lambda args: toy_images()
     row = {**MODEL, "preset": "demo", "img_size": [8], "batch_size": BATCH, "epochs": EPOCHS, "warmup_epochs": 1,
            "base_lr": 0.016, "momentum": 0.9, "device": "cpu", "precision": "fp32", "workers": 0, "log_every": 1,
            "output": str(output)}
@@ -326,7 +326,7 @@ def train_here(output, **explicit):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_mocov3, "load_sets", pretrain_mocov3.load_sets)  # put back at the end
+    monkeypatch.setattr(subsets, "pretraining_images", subsets.pretraining_images)  # put back at the end
     return lambda name="whole", **explicit: train_here(tmp_path / name, **explicit)
 
 

@@ -407,7 +407,7 @@ def small_mae(tmp_path, monkeypatch):
     """pretrain_mae.main with a model of one narrow block, on the images of this file: settings -> result."""
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 8, "depth": 1})
     monkeypatch.setitem(DECODERS, "vit_demo", (8, 1, 2))
-    monkeypatch.setattr(pretrain_mae, "load_sets", lambda args, labelled: (toy_images(), None))
+    monkeypatch.setattr(pretrain_mae.subsets, "pretraining_images", lambda args: toy_images())
     row = dict(preset="demo", img_size=[4], patch_size=2, num_heads=2, batch_size=BATCH, epochs=2, warmup_epochs=1,
                device="cpu", workers=0, output=str(tmp_path))
 
