@@ -6,6 +6,7 @@ understood is a FormatError that names the file and a remedy. common/formats.py 
 import argparse
 import hashlib
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,8 @@ from torch import nn
 from common.errors import UserError
 from common.vit import SIZES
 
-
-class ConfigNode(dict):
-    """Stands in for the yacs settings in SimMIM's files, which are not looked at."""
-
-
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
-SAFE_GLOBALS = [argparse.Namespace, (ConfigNode, "yacs.config.CfgNode"),
+SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, without yacs
                 (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
                 *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
 STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
