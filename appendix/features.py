@@ -46,7 +46,7 @@ def build_encoder(args, device):
                       num_heads=args.num_heads, num_classes=0, global_pool="token")
     print0(load_encoder(vit, weights, explained=unshared(vit, weights)))
     if not 0 <= args.layer <= len(vit.blocks):
-        raise UserError(f"--layer {args.layer}: the model has {len(vit.blocks)} blocks, so 1 to {len(vit.blocks)}, or 0")
+        raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
     return eval_mode(vit, device), weights.fingerprint
 
 
@@ -74,8 +74,8 @@ def extract(vit, images, transform, args, device, view=0):
 
 def cached_features(encoder, fingerprint, images, args, device, transform=None, view=0):
     """`extract`, or its file. `transform` None is the evaluation's crop; `view` numbers the draws of another one."""
-    settings = {name: getattr(args, name) for name in ("img_size", "patch_size", "num_heads", "layer", "pooling", "mean",
-                                                       "std")}
+    names = ("model", "img_size", "patch_size", "num_heads", "layer", "pooling", "mean", "std")
+    settings = {name: getattr(args, name) for name in names}
     if transform is not None:
         settings["view"] = view
     key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)

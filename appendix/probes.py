@@ -36,7 +36,7 @@ def write_result(script, args, fingerprint, result):
     """
     folder = Path(args.output) / script
     name = f"{args.data}-{args.model}-{fingerprint[:8]}-{settings_hash(vars(args), {'init': fingerprint})}"
-    result = {**result, "run": str(folder / f"{name}.json"), "checkpoint": args.init, "seconds": 0.0}
+    result = {**result, "run": str(folder / f"{name}.json"), "checkpoint": args.init}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / f"{name}.json", {**result, "settings": vars(args), "environment": environment()})

@@ -138,7 +138,7 @@ def start(main, parser, *presets_and_recipes, parse=parse):
         args = parse(parser, *presets_and_recipes)
         announce(parser, args)
         result = main(args)
-        if isinstance(result, dict) and "checkpoint" in result:
+        if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         line = str(error).rstrip().splitlines()[-1]  # of a loading process: the last line of its traceback

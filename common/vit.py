@@ -52,7 +52,7 @@ def check_heads(dim, num_heads):
 
 
 def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
-              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0):
+              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0, architecture=VisionTransformer):
     """A classifier: `global_pool` "avg" is mean of the patch tokens -> fc_norm -> head, "token" is norm -> class token
     -> head. The default is the paper's ViT-Tiny of 5,717,416 parameters. The module carries its settings as `config`.
     """
@@ -61,9 +61,9 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
                   reg_tokens=reg_tokens)
     patch_grid(img_size, patch_size)
     check_heads(size_of(model)["embed_dim"], num_heads)
-    vit = VisionTransformer(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-                            num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
-                            class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
+    vit = architecture(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                       num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
+                       class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
     vit.config = config
     return init_vit(vit)
 
