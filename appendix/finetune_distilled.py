@@ -67,7 +67,8 @@ class Distilled(finetune.Supervised):
         super().__init__(model, args, num_classes)
         self.teacher, self.alpha = teacher, args.alpha
         if teacher.num_classes != num_classes:
-            raise UserError(f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}")
+            raise UserError(f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data "
+                            f"{num_classes}: give another teacher")
 
     def loss(self, batch, step):
         images, target = self.mixed(batch)
