@@ -62,7 +62,7 @@ def main(args):
              "knn": [stages[1]["top1"] for stages in results.get(row.key, [])],
              "linear": [stages[2]["top1"] for stages in results.get(row.key, [])]} for row in ROWS]
     report.write_table(Path(args.output) / "b5", "b5", args, COLUMNS, rows, notes=[
-        "Probes read the class token after the last norm; of SimMIM, whose loss leaves that token idle, the mean of the "
+        "Probes read the class token after the last norm; of SimMIM, whose loss leaves it idle, the mean of the "
         "patches. MoCo-v3 is fine-tuned with layer decay 0.75, as the authors did.", tables.NOTES[args.preset]])
     return rows
 
