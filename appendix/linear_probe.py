@@ -10,7 +10,7 @@ flips at random in every epoch; here features are computed once, of the centre c
 turn, so that 90 of them are the official protocol. `--recipe quick` is AdamW for 20 epochs, ours. Seconds after the
 features. Writes outputs/linear_probe/<weights>.json.
 """
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,10 @@ def build_probe(dim, num_classes):
     return probe
 
 
-def fit_probe(probe, views, labels, args):
-    """Trains on features: `views` holds one or more (N, D), labels (N,). Every rank does the same on its own device."""
+def fit_probe(probe, view_of, labels, args):
+    """Trains on features: `view_of(epoch)` are those of an epoch, (N, D); labels (N,). Every rank does the same on its
+    own device.
+    """
     make = LARS if args.recipe == "official" else partial(torch.optim.AdamW, weight_decay=0.0)
     optimizer = make([{"params": list(probe.parameters()), "lr_scale": 1.0}], lr=0.0)
     N, steps = len(labels), len(labels) // args.batch_size
@@ -67,11 +69,12 @@ def fit_probe(probe, views, labels, args):
         epoch, first = step // steps, step % steps * args.batch_size
         if first == 0:
             order = torch.from_numpy(epoch_order(N, args.seed, epoch)).to(labels.device)
+            view = view_of(epoch).to(labels.device)
         chosen = order[first:first + args.batch_size]
         set_learning_rate(optimizer, learning_rate(step, peak=args.base_lr * args.batch_size / 256,
                                                    total_steps=args.epochs * steps,
                                                    warmup_steps=args.warmup_epochs * steps))
-        loss = F.cross_entropy(probe(views[epoch % len(views)][chosen]), labels[chosen])
+        loss = F.cross_entropy(probe(view[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,11 +95,15 @@ def main(args):
     train_set, val_set = load_sets(args)
     compute = partial(cached_features, encoder, fingerprint, args=args, device=device)
     crop = pretrain_transform(args.img_size, interpolation="bicubic")
-    views = [compute(train_set, transform=crop, view=view) for view in range(args.views)] or [compute(train_set)]
+
+    @lru_cache(maxsize=1)  # of 90 views, one in memory
+    def view(number):
+        return compute(train_set, transform=crop, view=number) if args.views else compute(train_set)
+
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     seed_everything("weights", args.seed)
     probe = build_probe(encoder.embed_dim, len(train_set.classes)).to(device)
-    loss = fit_probe(probe, [view.to(device) for view in views], labels, args)
+    loss = fit_probe(probe, lambda epoch: view(epoch % max(1, args.views)), labels, args)
     result = {**probe_accuracy(probe, compute(val_set).to(device), targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")
     return write_result("linear_probe", args, fingerprint, result)

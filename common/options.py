@@ -47,7 +47,8 @@ def add_images(group, img_size=224):
 
 def add_model(parser, models=tuple(SIZES)):
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=models, default="vit_tiny", help="the encoder; init: as --init's file says")
+    init = "; init: as the file of --init says" if "init" in models else ""
+    group.add_argument("--model", choices=models, default="vit_tiny", help=f"the encoder{init}")
     group.add_argument("--patch-size", type=int, default=16, help="pixels")
     group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
 
