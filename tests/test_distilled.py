@@ -90,10 +90,10 @@ def test_an_mae_enters_and_a_distilled_model_can_be_evaluated(tmp_path):
     vit = build_distilled(settings(), 3, weights)
     assert torch.equal(vit.blocks[2].attn.qkv.weight, mae.blocks[2].attn.qkv.weight)
     torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "distilled.pt")
-    again = build_distilled(settings(eval_only=True), 3, read_weights(tmp_path / "distilled.pt"))
+    again = build_distilled(settings(), 3, read_weights(tmp_path / "distilled.pt"), head="keep")
     assert torch.equal(again.head_dist.weight, vit.head_dist.weight)
     with pytest.raises(UserError, match="dist_norm"):
-        build_distilled(settings(eval_only=True), 3, plain_classifier(tmp_path))
+        build_distilled(settings(), 3, plain_classifier(tmp_path), head="keep")
     with pytest.raises(UserError, match="leave --global-pool out"):
         build_distilled(settings(global_pool="token"), 3, None)
 
