@@ -94,7 +94,8 @@ def attention_logits(attention, tokens):
     if hasattr(attention, "relative_position_bias_table"):  # common/rpe.py: no bias for k, no norms of q and k
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return (q * attention.scale) @ k.transpose(-2, -1) + attention._get_rel_pos_bias()
+        logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add
+        return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
     qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
     q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
     q, k = attention.q_norm(q), attention.k_norm(k)

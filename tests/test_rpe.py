@@ -16,6 +16,7 @@ from common.optim import parameter_groups
 from common.rpe import build_model, unshared
 from common.vit import SIZES, attention_logits, parameter_count
 from sec3_benchmark import finetune
+from sec4_analysis.features import intermediates
 
 SMALL = dict(img_size=(12, 8), patch_size=4, num_classes=3, num_heads=4)  # 3 x 2 patches
 
@@ -116,6 +117,19 @@ def test_attention_logits_hold_the_bias():
     with torch.no_grad():
         attention.relative_position_bias_table += 1
     torch.testing.assert_close(attention_logits(attention, tokens), before + 1)
+
+
+def test_the_analysis_reads_relative_models():
+    """Its logits of every block, softmaxed, give the attention's own output; one table for all or one each."""
+    images = torch.randn(2, 3, 12, 8)
+    for shared in (False, True):
+        model = noisy(build_model("vit_demo_simmim", shared_table=shared, **SMALL))
+        read = dict(intermediates(model, images, [f"blocks.3.{part}" for part in ("norm1", "logits")] + ["norm"]))
+        attention, tokens = model.blocks[3].attn, read["blocks.3.norm1"]
+        values = (tokens @ attention.qkv.weight[192:].T + attention.v_bias).reshape(2, 7, 4, 24).transpose(1, 2)
+        mixed = attention.proj((read["blocks.3.logits"].softmax(dim=3) @ values).transpose(1, 2).reshape(2, 7, 96))
+        bias = {"shared_rel_pos_bias": model.rel_pos_bias()} if shared else {}
+        torch.testing.assert_close(mixed, attention(tokens, **bias), rtol=1e-4, atol=1e-5)
 
 
 def test_initial_values():
