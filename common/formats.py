@@ -13,8 +13,9 @@ from timm.models import adapt_input_conv
 
 from common.distributed import print0
 from common.mae import DECODERS, MAE
-from common.vit import SIZES, build_vit, leading_blocks, pair, patch_grid
-from common.weights import STEM, FormatError, Weights, listed, read_weights, shape_config
+from common.rpe import build_model
+from common.vit import SIZES, leading_blocks, pair, patch_grid
+from common.weights import STEM, TABLE, FormatError, Weights, listed, read_weights, shape_config
 
 DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
@@ -159,7 +160,7 @@ def load_model(source, **overrides):
     if weights.model is not None:
         return weights.model
     config = {**(config or foreign_config(weights, given)), **given}
-    model = MAE(**config) if "decoder_dim" in config else build_vit(**config)
+    model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     require_fit(source, model.state_dict(), weights.state)
     model.load_state_dict(weights.state)
     return model
@@ -169,6 +170,9 @@ def foreign_config(weights, given):
     """The settings of a file that holds none: from its shapes. Head counts are not among them: given, or assumed and
     printed.
     """
+    if f"blocks.0.attn.{TABLE}" in weights.state:
+        raise FormatError(f"{weights.source} has relative positions: fine-tune from it, by --model vit_tiny_rpe (or "
+                          f"vit_tiny_simmim where there are no absolute positions), and load the result")
     config = shape_config(weights.state)
     if config["model"] is None:
         raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "

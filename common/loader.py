@@ -117,9 +117,9 @@ def train_loader(views, sampler, workers, device):
                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
 
 
-def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1):
+def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):
     """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
-    keys = [(0, index) for index in range(rank, len(images), world)]
+    keys = [(epoch, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
     return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)

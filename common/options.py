@@ -45,9 +45,10 @@ def add_images(group, img_size=224):
     group.add_argument("--std", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
 
 
-def add_model(parser):
+def add_model(parser, models=tuple(SIZES)):
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(SIZES), default="vit_tiny", help="the encoder")
+    init = "; init: as the file of --init says" if "init" in models else ""
+    group.add_argument("--model", choices=models, default="vit_tiny", help=f"the encoder{init}")
     group.add_argument("--patch-size", type=int, default=16, help="pixels")
     group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
 
@@ -138,7 +139,7 @@ def start(main, parser, *presets_and_recipes, parse=parse):
         args = parse(parser, *presets_and_recipes)
         announce(parser, args)
         result = main(args)
-        if isinstance(result, dict) and "checkpoint" in result:
+        if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         line = str(error).rstrip().splitlines()[-1]  # of a loading process: the last line of its traceback

@@ -52,7 +52,7 @@ def check_heads(dim, num_heads):
 
 
 def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
-              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0):
+              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0, architecture=VisionTransformer):
     """A classifier: `global_pool` "avg" is mean of the patch tokens -> fc_norm -> head, "token" is norm -> class token
     -> head. The default is the paper's ViT-Tiny of 5,717,416 parameters. The module carries its settings as `config`.
     """
@@ -61,9 +61,9 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
                   reg_tokens=reg_tokens)
     patch_grid(img_size, patch_size)
     check_heads(size_of(model)["embed_dim"], num_heads)
-    vit = VisionTransformer(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-                            num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
-                            class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
+    vit = architecture(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                       num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
+                       class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
     vit.config = config
     return init_vit(vit)
 
@@ -87,9 +87,15 @@ def init_vit(vit):
 def attention_logits(attention, tokens):
     """A = q k^T / sqrt(head dim), before the softmax (Section 5's A): tokens (B, N, D) -> (B, heads, N, N).
 
-    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output.
+    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output. Relative positions are part
+    of A.
     """
     B, N, _ = tokens.shape
+    if hasattr(attention, "relative_position_bias_table"):  # common/rpe.py: no bias for k, no norms of q and k
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add
+        return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
     qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
     q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
     q, k = attention.q_norm(q), attention.k_norm(k)

@@ -6,6 +6,7 @@ understood is a FormatError that names the file and a remedy. common/formats.py 
 import argparse
 import hashlib
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from common.errors import UserError
 from common.vit import SIZES
 
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
-SAFE_GLOBALS = [argparse.Namespace, (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
-                np.dtype, *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
+SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, without yacs
+                (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+                *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
 STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
+TABLE = "relative_position_bias_table"
 
 
 class FormatError(UserError):
@@ -57,12 +60,16 @@ def fingerprint(state):
 LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left out; the first to explain all names reads
     ("mae-lite", "model.", ("tch_model.", "attn_adapter.", "hidden_adapter.")),  # the teacher and the maps
     ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector
+    ("DINO: the teacher", "backbone.", ("head.",)),
+    ("DINO of ours: the teacher", "teacher.backbone.", ("teacher.head.", "student.")),
+    ("SimMIM", "encoder.", ("encoder.mask_token", "decoder.")),
     ("plain names, as MAE, DeiT and timm", "", ()),
 ]
 
 
 def read_weights(source):
-    """A file (ours, mae-lite, MAE, MoCo-v3, DeiT, timm, .safetensors), a timm folder or `timm:NAME` -> Weights.
+    """A file (ours, mae-lite, MAE, MoCo-v3, DINO, SimMIM, DeiT, timm, .safetensors), a timm folder or `timm:NAME`
+    -> Weights.
 
     FileNotFoundError if nothing is there, FormatError if what is there cannot be read or understood.
     """
@@ -71,15 +78,23 @@ def read_weights(source):
     content = read_file(Path(source))
     config, tensors = own_config(content), unwrap(content)
     for layout, prefix, beside in LAYOUTS:
-        left_out = [name for name in tensors if name.startswith(beside)]
+        left_out = [name for name in tensors if name.startswith(beside) or name.endswith("relative_position_index")]
         state = {name.removeprefix(prefix): value for name, value in tensors.items()
-                 if name.startswith(prefix) and not name.startswith(beside)}
+                 if name.startswith(prefix) and name not in left_out}
         if STEM in state and len(state) + len(left_out) == len(tensors):
+            share_table(state)
             if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
                 raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
             return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out)
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
+
+
+def share_table(state):
+    """One table of relative positions for all blocks, as SimMIM pre-trains it, becomes each block's own, in place."""
+    if (table := state.pop(f"rel_pos_bias.{TABLE}", None)) is not None:
+        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        state.update({f"blocks.{block}.attn.{TABLE}": table for block in sorted(blocks, key=int)})
 
 
 def own_config(content):
@@ -90,8 +105,9 @@ def own_config(content):
 
 
 def unwrap(content):
-    """The dict under "model" or "state_dict", else all; without the prefix of DistributedDataParallel."""
-    tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    """The dict under "model", "state_dict" or "teacher" (DINO's), else all, and without DDP's prefix."""
+    parts = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
+    tensors = parts[0] if parts else content
     prefix = "module." if all(str(name).startswith("module.") for name in tensors) else ""
     return {str(name).removeprefix(prefix): value for name, value in tensors.items()}
 

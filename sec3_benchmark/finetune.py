@@ -4,6 +4,7 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --init outputs/pretrain_mae/RUN/weights.pt
     python sec3_benchmark/finetune.py --data-path IMAGENET --recipe ori --num-heads 3   # DeiT-Tiny as published: 72.2
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --eval-only
+    python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model vit_tiny_rpe --epochs 1000   # 79.0
 
 The paper's run is 300 epochs at batch 1024: 78.0 from MAE-Tiny, 75.8 from scratch. --init reads our weights and those
 of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/formats.py).
@@ -21,9 +22,9 @@ from common.evaluate import evaluator
 from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, warmup_cosine
+from common.rpe import MODELS, build_model, unshared
 from common.runs import open_run
 from common.training import Method, train
-from common.vit import build_vit
 from sec3_benchmark.erasing import erase, erasing_box
 
 PRESETS = {
@@ -38,9 +39,13 @@ RECIPES = {  # what each changes from the defaults below
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
+    return add_arguments(options.make_parser(__doc__))
+
+
+def add_arguments(parser, models=("init", *MODELS)):
+    """The arguments of every supervised training on ImageNet; returns the parser."""
     options.add_data(parser)
-    options.add_model(parser)
+    options.add_model(parser, models)
     group = parser.add_argument_group("start")
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
     group.add_argument("--keep-blocks", type=int, metavar="K", help="keep blocks 1..K of --init (Figure 2); 0: nothing")
@@ -92,39 +97,59 @@ class Supervised(Method):
         super().__init__(model)
         self.smoothing, self.mixup = args.smoothing, None
         if args.mixup or args.cutmix:  # the smoothing is then part of the mixed labels
+            self.smoothing = 0.0
             self.mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing,
                                num_classes=num_classes)
 
-    def loss(self, batch, step):
+    def mixed(self, batch):
+        """Images (B, C, H, W) and labels of a batch, erased and mixed as the recipe says."""
         images, target = batch["image"], batch["label"]
         if "erase_box" in batch:
             erase(images, batch["erase_box"], batch["erase_seed"])
         if self.mixup is None:
-            return F.cross_entropy(self.forward(images).float(), target, label_smoothing=self.smoothing), {}
+            return images, target
         if len(images) % 2:
             raise UserError(f"mixup pairs images, and a micro-batch has {len(images)}: choose an even --micro-batch "
                             f"and --batch-size, or --mixup 0 --cutmix 0")
-        images, target = self.mixup(images, target)
-        return F.cross_entropy(self.forward(images).float(), target), {}
+        return self.mixup(images, target)
+
+    def cross_entropy(self, logits, target):
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+
+    def loss(self, batch, step):
+        images, target = self.mixed(batch)
+        return self.cross_entropy(self.forward(images), target), {}
 
 
-def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0):
-    """The ViT of the command line with what `--init` and `--keep-blocks` put into it."""
-    vit = build_vit(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                    num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool,
-                    drop_path=drop_path)
+def model_name(args, weights):
+    """--model; for "init" the architecture that the file of --init names."""
+    if args.model != "init":
+        return args.model
+    name = weights and weights.config and weights.config["model"]
+    if not name:
+        raise UserError("--model init needs an --init whose file names its architecture, as ours do: name the model")
+    return name
+
+
+def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, build=build_model, fresh=()):
+    """The ViT of the command line with what `--init` and `--keep-blocks` put into it. `fresh`: endings of the names of
+    further parts, which --init need not hold.
+    """
+    vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path)
     if weights is not None:
-        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head=head))
+        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head=head,
+                            explained=(*unshared(vit, weights), *fresh)))
     return vit
 
 
-def evaluate_only(args, device):
+def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says itself what model it holds."""
     weights = read_weights(args.init)
     if weights.config:
         vars(args).update({name: value for name, value in weights.config.items() if name in vars(args)})
     [val_set] = load_sets(args, splits=("val",))
-    vit = build_classifier(args, len(val_set.classes), weights, head="keep").to(device)
+    vit = build(args, len(val_set.classes), weights, head="keep").to(device)
     result = evaluator(vit, val_set, args, device)()
     print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
     return result
@@ -132,27 +157,33 @@ def evaluate_only(args, device):
 
 def main(args):
     """Runs or continues the training; returns {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
+    return train_classifier(args, "finetune", build_classifier, Supervised)
+
+
+def train_classifier(args, script, build, method, fingerprints=None):
+    """The run of a supervised `method(model, args, classes)` on what `build(args, classes, weights)` gives."""
     device = distributed.start(args.device)
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the weights to evaluate")
     if args.eval_only:
-        return evaluate_only(args, device)
+        return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
+    args.model = model_name(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)
     start = "scratch" if weights is None else "init"
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
-                    "init": weights.fingerprint if weights else None}
+                    "init": weights.fingerprint if weights else None, **(fingerprints or {})}
     name = f"{args.data}-{args.model}-{start}-{args.recipe}-{args.epochs}ep"
-    with open_run("finetune", name, args, fingerprints) as run:
+    with open_run(script, name, args, fingerprints) as run:
         if run.result:
             return run.result
         seed_everything("weights", args.seed)
-        vit = build_classifier(args, num_classes, weights, drop_path=args.drop_path).to(device)
+        vit = build(args, num_classes, weights, drop_path=args.drop_path).to(device)
         optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
                                            layer_decay=args.layer_decay, depth=len(vit.blocks)), betas=(0.9, 0.999))
         schedule = warmup_cosine(args, train_set, args.min_lr)
-        result = train(run, args, Supervised(vit, args, num_classes), optimizer, schedule, train_set, TrainViews(args),
+        result = train(run, args, method(vit, args, num_classes), optimizer, schedule, train_set, TrainViews(args),
                        device, evaluate=evaluator(vit, val_set, args, device))
         result.update(top1=result["last"]["top1"], top5=result["last"]["top5"], best_top1=result["best"]["top1"])
         print0(f"top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})")

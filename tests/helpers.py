@@ -4,11 +4,17 @@ The arrays in tests/golden/ came from the public reference implementations, once
 1e-5, gradients and CKA to 1e-4, both relative to the largest reference value of each array (`assert_close`).
 """
 import json
+import os
+import signal
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+from common import options, report, training
+from common.data import ImageSet
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, ordinary parameters in fine-tuning
@@ -51,3 +57,35 @@ def ks_uniform(values, low, high):
     values = (np.sort(values) - low) / (high - low)
     steps = np.arange(len(values) + 1) / len(values)
     return max(np.abs(values - steps[1:]).max(), np.abs(values - steps[:-1]).max())
+
+
+def tiny_run(module, folder, monkeypatch, **explicit):
+    """A pre-training script on eight 8 px images of noise, four to a step, two epochs; returns its result."""
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    monkeypatch.setattr(module, "load_sets", lambda args, labelled=True: (ImageSet("noise", pixels, None, []), None))
+    monkeypatch.setattr(report, "draw_curve", lambda *paths: None)
+    row = dict(preset="demo", data="fractals", img_size=[8], batch_size=4, epochs=2, warmup_epochs=1, base_lr=0.1,
+               device="cpu", workers=0, precision="fp32", save_minutes=60, log_every=1, output=str(folder))
+    return module.main(options.resolve(module.build_parser(), {}, row=row, explicit=explicit))
+
+
+def assert_resumes_exactly(module, folder, monkeypatch, stop=3, **explicit):
+    """A run of four steps, stopped by a signal in its third and continued, ends in the bits of an untouched one."""
+    whole = tiny_run(module, folder / "whole", monkeypatch, **explicit)
+    save, calls = training.Meter.step, []
+
+    def step_and_signal(meter, **values):
+        calls.append(None)
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(meter, **values)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(training.Meter, "step", step_and_signal)
+        tiny_run(module, folder / "parts", monkeypatch, **explicit)
+    assert stopped.value.code == training.STOPPED and len(calls) == stop
+    parts = tiny_run(module, folder / "parts", monkeypatch, **explicit)
+    ours, theirs = (torch.load(run["checkpoint"], weights_only=True)["model"] for run in (parts, whole))
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    return whole

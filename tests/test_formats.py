@@ -168,7 +168,7 @@ def test_another_global_is_refused_by_name_and_nothing_stays_allowed(tmp_path):
     with pytest.raises(FormatError, match="eval"):
         read_weights(saved(tmp_path / "x.pth", {"model": classifier().state_dict(), "args": eval}))
     assert not set(torch.serialization.get_safe_globals()) & set(SAFE_GLOBALS)
-    assert len(SAFE_GLOBALS) == 10
+    assert len(SAFE_GLOBALS) == 11
 
 
 def test_numpy_scalars_under_both_of_numpy_s_module_names(tmp_path):

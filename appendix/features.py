@@ -1,0 +1,89 @@
+"""Frozen features for the probes: any checkpoint, any layer, class token or mean of the patches; computed once, kept.
+
+The file outputs/features/<hash>.pt is named after the weights, the images and the settings, so that linear_probe.py and
+knn_probe.py share it, whatever they are told besides.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from common import distributed, options
+from common.augment import eval_transform
+from common.checkpoint import save_torch
+from common.data import statistics
+from common.distributed import print0
+from common.errors import UserError
+from common.formats import load_encoder, read_weights
+from common.loader import default_workers, eval_loader, to_device
+from common.rpe import MODELS, build_model, unshared
+from common.vit import eval_mode
+
+POOLING = ("token", "avg")
+
+
+def add_arguments(parser):
+    """The arguments of both probes; returns the parser."""
+    options.add_data(parser)
+    options.add_model(parser, MODELS)
+    group = parser.add_argument_group("features")
+    group.add_argument("--init", metavar="CHECKPOINT", help="weights: ours, which say their size and model themselves, "
+                                                            "or another project's (common/formats.py)")
+    group.add_argument("--layer", type=int, default=0, help="block whose output is taken, from 1; 0: the last one, "
+                                                            "followed by the final norm")
+    group.add_argument("--pooling", choices=POOLING, default="token", help="class token, or mean of the patch tokens")
+    return parser
+
+
+def build_encoder(args, device):
+    """The network of --init without its head, and the fingerprint of its weights; `args` learns what our file says."""
+    if not args.init:
+        raise UserError("--init is missing: the weights whose features are probed")
+    weights = read_weights(args.init)
+    vars(args).update({name: value for name, value in (weights.config or {}).items() if name in vars(args)})
+    vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                      num_heads=args.num_heads, num_classes=0, global_pool="token")
+    print0(load_encoder(vit, weights, explained=unshared(vit, weights)))
+    if not 0 <= args.layer <= len(vit.blocks):
+        raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
+    return eval_mode(vit, device), weights.fingerprint
+
+
+def features(vit, images, layer=0, pooling="token"):
+    """Images (B, C, H, W) -> (B, D): block `layer`'s output, the last one's (0) after the final norm."""
+    [(patches, prefix)] = vit.forward_intermediates(images, indices=[layer - 1 if layer else len(vit.blocks) - 1],
+                                                    norm=layer == 0, output_fmt="NLC", return_prefix_tokens=True,
+                                                    stop_early=True, intermediates_only=True)
+    return prefix[:, 0] if pooling == "token" else patches.mean(dim=1)
+
+
+@torch.inference_mode()
+def extract(vit, images, transform, args, device, view=0):
+    """Features (N, D) of all images, float32, on the CPU of every rank; each rank computes its share."""
+    mean, std = (values.to(device) for values in statistics(args))
+    rank, world = distributed.rank(), distributed.world_size()
+    loader = eval_loader(images, transform, min(args.micro_batch, 256), default_workers(args.workers, device), device,
+                         rank, world, epoch=view)
+    own = [features(vit, to_device(batch, device, mean, std)["image"], args.layer, args.pooling).float().cpu()
+           for batch in loader]
+    everything = torch.zeros(len(images), vit.embed_dim)
+    everything[rank::world] = torch.cat(own)
+    return distributed.all_sum(everything)  # of zeros and one rank's values: exact
+
+
+def cached_features(encoder, fingerprint, images, args, device, transform=None, view=0):
+    """`extract`, or its file. `transform` None is the evaluation's crop; `view` numbers the draws of another one."""
+    names = ("model", "img_size", "patch_size", "num_heads", "layer", "pooling", "mean", "std")
+    settings = {name: getattr(args, name) for name in names}
+    if transform is not None:
+        settings["view"] = view
+    key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)
+    path = Path(args.output) / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if distributed.broadcast_object(path.is_file()):
+        return torch.load(path, map_location="cpu", weights_only=True)["features"]
+    values = extract(encoder, images, transform or eval_transform(args.img_size), args, device, view)
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_torch(path, {"features": values})
+    return values

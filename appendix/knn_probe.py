@@ -1,0 +1,74 @@
+"""Accuracy of a weighted nearest-neighbour vote on frozen features (the protocol of DINO).
+
+    python appendix/knn_probe.py --init outputs/pretrain_mae/RUN/weights.pt                  # on generated images
+    python appendix/knn_probe.py --init FILE --preset small --data-path DIR
+    torchrun --nproc-per-node=8 appendix/knn_probe.py --init FILE --data-path IMAGENET
+
+Seconds after the features, which are computed once. Each of the k most similar training images (cosine) votes for its
+class with weight exp(similarity / T). No source gives the paper's models' kNN accuracy. Writes
+outputs/knn_probe/<weights>.json.
+"""
+import torch
+import torch.nn.functional as F
+
+from appendix.features import add_arguments, build_encoder, cached_features
+from appendix.probes import write_result
+from common import distributed, options
+from common.data import load_sets
+from common.errors import UserError
+
+PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
+           "small": dict(data="folder", img_size=[64], patch_size=8)}
+
+
+def build_parser():
+    parser = add_arguments(options.make_parser(__doc__))
+    parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
+    parser.add_argument("--temperature", type=float, default=0.07, help="T; the smaller, the more the nearest count")
+    parser.add_argument("--seed", type=int, default=0, help="nothing is random here; tables pass it to every stage")
+    options.add_execution(parser)
+    return parser
+
+
+def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=65536):
+    """Scores (Q, classes) of queries (Q, D) from training features (N, D) and labels (N,), all rows of length 1. Exact:
+    the training set passes by in chunks, of which the best k so far are kept.
+    """
+    best = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(train), chunk):
+        similarity = queries @ train[first:first + chunk].T
+        places = torch.arange(first, first + similarity.shape[1], device=index.device).expand(len(queries), -1)
+        best, chosen = torch.cat([best, similarity], dim=1).topk(min(k, index.shape[1] + similarity.shape[1]), dim=1)
+        index = torch.cat([index, places], dim=1).gather(1, chosen)
+    votes = torch.zeros(len(queries), num_classes, device=queries.device)
+    return votes.scatter_add_(1, labels[index], (best / temperature).exp())
+
+
+def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature=0.07, batch=1024):
+    """{"top1", "top5"} in percent of queries (Q, D) with targets (Q,); features of any length."""
+    train, queries = F.normalize(train, dim=1), F.normalize(queries, dim=1)
+    correct = torch.zeros(2)
+    for first in range(0, len(queries), batch):
+        scores = vote(train, labels, queries[first:first + batch], num_classes, k, temperature)
+        hits = scores.topk(min(5, num_classes), dim=1).indices == targets[first:first + batch].unsqueeze(1)
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+    return {name: 100 * value / len(queries) for name, value in zip(("top1", "top5"), correct.tolist())}
+
+
+def main(args):
+    """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
+    device = distributed.start(args.device)
+    encoder, fingerprint = build_encoder(args, device)
+    train_set, val_set = load_sets(args)
+    if not 0 < args.k <= len(train_set):
+        raise UserError(f"--k {args.k}: the training set has {len(train_set)} images")
+    train, val = (cached_features(encoder, fingerprint, images, args, device).to(device)
+                  for images in (train_set, val_set))
+    labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
+    result = knn_accuracy(train, labels, val, targets, len(train_set.classes), args.k, args.temperature)
+    return write_result("knn_probe", args, fingerprint, result)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,153 @@
+"""DINO pre-training of ViT-Tiny (Appendix B.5).
+
+    python appendix/pretrain_dino.py                                             # demo: generated images, 2 minutes
+    python appendix/pretrain_dino.py --preset small --data-path DIR              # any folder of images, 64 px
+    torchrun --nproc-per-node=8 appendix/pretrain_dino.py --data-path IMAGENET   # 400 epochs
+    python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE           # published: 77.2
+
+No source gives the recipe of the paper's DINO-Tiny. The defaults are the official ones, except where the help says
+"ours"; ViT-Small is `--model vit_small`. An epoch shows the student ten crops of each image and the teacher two.
+Student and teacher end up in weights.pt, and --init takes the teacher from it.
+"""
+import torch
+
+from appendix.dino import DINO, MultiCrop, clip_each, cosine, dino_loss, teacher_temperature, update_center
+from common import distributed, options
+from common.data import load_sets
+from common.errors import UserError
+from common.loader import seed_everything
+from common.optim import adamw, parameter_groups, steps_per_epoch, warmup_cosine
+from common.runs import open_run
+from common.training import Method, train
+
+PRESETS = {
+    "demo": dict(data="fractals", img_size=[36], local_size=18, model="vit_demo", patch_size=6, epochs=2,
+                 batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=1024, hidden_dim=256,
+                 bottleneck_dim=64, blur_sigma=0.5),
+    # small batches, hence a higher base rate; the blur shrinks with the image
+    "small": dict(data="folder", img_size=[64], local_size=32, patch_size=8, batch_size=256, out_dim=4096,
+                  blur_sigma=0.6),
+}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    options.add_model(parser)
+    group = parser.add_argument_group("crops")
+    group.add_argument("--local-size", type=int, default=96, help="side of the small crops, pixels")
+    group.add_argument("--local-crops", type=int, default=8, help="small crops of an image; 0: only the two large ones")
+    group.add_argument("--global-min", type=float, default=0.4,
+                       help="smallest area of a large crop, largest of a small one")
+    group.add_argument("--local-min", type=float, default=0.05, help="smallest area of a small crop")
+    group.add_argument("--blur-sigma", type=float, default=2.0, help="strongest blur, pixels")
+    group = parser.add_argument_group("self-distillation")
+    group.add_argument("--out-dim", type=int, default=65536, help="K, outputs of the head")
+    group.add_argument("--hidden-dim", type=int, default=2048, help="width of the head")
+    group.add_argument("--bottleneck-dim", type=int, default=256, help="width before the last layer")
+    group.add_argument("--teacher-temp", type=float, default=0.04)
+    group.add_argument("--teacher-temp-start", type=float, default=0.04, help="of the first epoch, if warmed up")
+    group.add_argument("--teacher-temp-epochs", type=int, default=0, help="warm-up; the longer official run: 30, "
+                                                                          "from 0.04 to 0.07")
+    group.add_argument("--momentum", type=float, default=0.996, help="of the teacher, a half cosine from here to 1")
+    group.add_argument("--freeze-last-layer", type=int, default=1, help="epochs in which the last layer stays as it is")
+    group = parser.add_argument_group("recipe (official DINO)")
+    group.add_argument("--epochs", type=int, default=400, help="ours, as MAE's and MoCo-v3's")
+    group.add_argument("--batch-size", type=int, default=1024, help="global; ours, as MoCo-v3's")
+    group.add_argument("--base-lr", type=float, default=5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
+    group.add_argument("--warmup-epochs", type=int, default=10, help="linear from 0")
+    group.add_argument("--weight-decay", type=float, default=0.04, help="at the start; not on vectors and biases")
+    group.add_argument("--weight-decay-end", type=float, default=0.4, help="at the end, by a half cosine")
+    group.add_argument("--drop-path", type=float, default=0.1, help="of the student, at the last block; 0: off")
+    group.add_argument("--clip-each", type=float, default=3.0, help="largest gradient norm of one tensor; 0: off")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm of all together; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+class DINOMethod(Method):
+    """Student and teacher on the crops, loss, gradients clipped one by one, the update; then the teacher follows."""
+
+    def __init__(self, model, args, optimizer, per_epoch):
+        super().__init__(model)
+        self.args, self.optimizer, self.per_epoch = args, optimizer, per_epoch
+        self.total_steps = args.epochs * per_epoch
+        self.center, self.teacher_sum, self.rows = torch.zeros(1, args.out_dim), 0.0, 0
+
+    def prepare(self, device, dtype, compiled):
+        super().prepare(device, dtype, compiled)
+        self.center = self.center.to(device)
+
+    def before_step(self, step):
+        """The decay of the regularised group alone follows the schedule (trap 34)."""
+        decay = cosine(step, self.total_steps, self.args.weight_decay, self.args.weight_decay_end)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = decay if group["regularised"] else 0.0
+
+    def loss(self, batch, step):
+        student, teacher = self.forward(batch["large"], batch.get("small"))
+        self.teacher_sum, self.rows = self.teacher_sum + teacher.float().sum(dim=0), self.rows + len(teacher)
+        temperature = teacher_temperature(step // self.per_epoch, self.args.teacher_temp_start, self.args.teacher_temp,
+                                          self.args.teacher_temp_epochs)
+        return dino_loss(student, teacher, self.center, temperature), {}
+
+    def before_update(self, step):
+        if self.args.clip_each:
+            clip_each(self.model.student.parameters(), self.args.clip_each)
+        if step < self.args.freeze_last_layer * self.per_epoch:  # no gradient, so no weight decay either
+            self.model.student["head"].last_layer.weight_v.grad = None
+
+    def after_step(self, step):
+        """The teacher's average, after the update; the centre, once, from all micro-batches and ranks."""
+        self.model.update_teacher(cosine(step, self.total_steps, self.args.momentum, 1.0))
+        rows = self.rows * distributed.world_size()
+        self.center = update_center(self.center, distributed.all_sum(self.teacher_sum), rows)
+        self.teacher_sum, self.rows = 0.0, 0
+
+    def state_dict(self):
+        return {"center": self.center}
+
+    def load_state_dict(self, state):
+        self.center = state["center"]
+
+
+def crops_of(args):
+    """The transform of the command line."""
+    if args.in_chans not in (1, 3):
+        raise UserError(f"--in-chans {args.in_chans}: DINO's colour jitter and blur need 1 or 3")
+    if not 0 < args.local_min < args.global_min < 1:
+        raise UserError(f"--local-min {args.local_min} and --global-min {args.global_min}: areas of crops, the first "
+                        f"the smaller, between 0 and 1")
+    return MultiCrop(args.img_size, args.local_size, args.local_crops, args.global_min,
+                     (args.local_min, args.global_min), args.blur_sigma)
+
+
+def regularised_groups(model):
+    """Parameter groups that say whether they are decayed; how much, each step decides."""
+    return [{**group, "regularised": group["weight_decay"] > 0} for group in parameter_groups(model, weight_decay=1.0)]
+
+
+def main(args):
+    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    device = distributed.start(args.device)
+    images, _ = load_sets(args, labelled=False)
+    crops = crops_of(args)
+    name = f"{args.data}-{args.model}-{args.epochs}ep"
+    with open_run("pretrain_dino", name, args, {"data": images.fingerprint()}) as run:
+        if run.result:
+            return run.result
+        seed_everything("weights", args.seed)
+        model = DINO(args.model, img_size=args.img_size, local_size=args.local_size, patch_size=args.patch_size,
+                     in_chans=args.in_chans, num_heads=args.num_heads, out_dim=args.out_dim,
+                     hidden_dim=args.hidden_dim, bottleneck_dim=args.bottleneck_dim, drop_path=args.drop_path)
+        model = model.to(device)
+        optimizer = adamw(regularised_groups(model), betas=(0.9, 0.999))
+        method = DINOMethod(model, args, optimizer, steps_per_epoch(images, args.batch_size))
+        result = train(run, args, method, optimizer, warmup_cosine(args, images, args.min_lr), images, crops, device)
+        return run.finish(result, model)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,117 @@
+"""SimMIM pre-training of ViT-Tiny (Appendix B.5).
+
+    python appendix/pretrain_simmim.py                                             # demo: generated images, a minute
+    python appendix/pretrain_simmim.py --preset small --data-path DIR              # any folder of images, 64 px
+    torchrun --nproc-per-node=8 appendix/pretrain_simmim.py --data-path IMAGENET   # 400 epochs
+    python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model init    # published: 77.9
+
+No source gives the recipe of the paper's SimMIM-Tiny. The defaults are the official ones for ViT-B, except where the
+help says "ours". `--model vit_tiny` takes the plain ViT instead of SimMIM's relative positions; ViT-Small is
+`--model vit_small_simmim`. Fine-tune with `--model init`: the file knows which of them it is.
+"""
+from appendix.simmim import SimMIM, random_mask, unit_grid
+from common import distributed, options
+from common.augment import pretrain_transform
+from common.data import load_sets
+from common.distributed import print0
+from common.errors import UserError
+from common.loader import seed_everything
+from common.optim import adamw, parameter_groups, steps_per_epoch
+from common.rpe import MODELS
+from common.runs import open_run
+from common.training import Method, train
+
+PRESETS = {
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=128,
+                 base_lr=2e-3, warmup_epochs=1),
+    "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=256, base_lr=5e-4, warmup_epochs=20),
+}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    options.add_model(parser, tuple(name for name in MODELS if not name.endswith("_rpe")))
+    parser.set_defaults(model="vit_tiny_simmim")
+    group = parser.add_argument_group("masking")
+    group.add_argument("--mask-ratio", type=float, default=0.6, help="share of mask units hidden, rounded up")
+    group.add_argument("--mask-unit", type=int, default=2, help="side in patches; the official 32 px at patch size 16")
+    group = parser.add_argument_group("recipe (official SimMIM for ViT-B)")
+    group.add_argument("--epochs", type=int, default=400, help="ours, as MAE's; official 800")
+    group.add_argument("--batch-size", type=int, default=2048, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=5e-5, help="per 256 images; the official 1e-4 is per 512")
+    group.add_argument("--warmup-epochs", type=int, default=10, help="linear from --warmup-lr")
+    group.add_argument("--warmup-lr", type=float, default=5e-7, help="of the first step")
+    group.add_argument("--drop-at", type=float, default=0.875, help="part of the epochs after which the rate falls to "
+                                                                    "a tenth: official 700 of 800")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")
+    group.add_argument("--drop-path", type=float, default=0.1, help="rate at the last block, linear from 0; 0: off")
+    group.add_argument("--crop-min", type=float, default=0.67, help="smallest area of a crop")
+    group.add_argument("--clip-grad", type=float, default=5.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+class SimMIMViews:
+    """An image -> the cropped image and which of its patches are hidden."""
+
+    def __init__(self, args, grid):
+        self.crop = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0), interpolation="bilinear")
+        self.grid, self.unit, self.ratio = grid, args.mask_unit, args.mask_ratio
+
+    def __call__(self, image):
+        return {"image": self.crop(image), "mask": random_mask(self.grid, self.unit, self.ratio)}
+
+
+class SimMIMMethod(Method):
+    def loss(self, batch, step):
+        return self.forward(batch["image"], batch["mask"]), {}
+
+
+def step_decay(step, *, peak, warmup_lr, warmup_steps, drop_step):
+    """The rate of 0-based step `step`: linear from `warmup_lr`, constant, a tenth of it from `drop_step` on."""
+    if step < warmup_steps:
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    return peak if step < drop_step else 0.1 * peak
+
+
+def schedule_of(args, images):
+    """The schedule as a function of the step; prints the arithmetic."""
+    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
+    drop_step = round(args.drop_at * args.epochs * per_epoch)
+    print0(f"{len(images)} images, {per_epoch} steps per epoch; peak lr {peak:.3g} = {args.base_lr:g} x "
+           f"{args.batch_size} / 256, a tenth of it from step {drop_step}")
+    return lambda step: step_decay(step, peak=peak, warmup_lr=args.warmup_lr, drop_step=drop_step,
+                                   warmup_steps=args.warmup_epochs * per_epoch)
+
+
+def check_masking(args, grid):
+    """Says how much is hidden; an error if that is nothing or everything."""
+    rows, columns = unit_grid(grid, args.mask_unit)
+    hidden = int(random_mask((rows, columns), 1, args.mask_ratio).sum())
+    if not 0 < hidden < rows * columns:
+        raise UserError(f"--mask-ratio {args.mask_ratio} hides {hidden} of {rows * columns} mask units")
+    print0(f"mask units of {args.mask_unit * args.patch_size} px: {hidden} of {rows * columns} hidden")
+
+
+def main(args):
+    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    device = distributed.start(args.device)
+    images, _ = load_sets(args, labelled=False)
+    name = f"{args.data}-{args.model}-{args.epochs}ep"
+    with open_run("pretrain_simmim", name, args, {"data": images.fingerprint()}) as run:
+        if run.result:
+            return run.result
+        seed_everything("weights", args.seed)
+        model = SimMIM(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                       num_heads=args.num_heads, drop_path=args.drop_path).to(device)
+        check_masking(args, model.grid)
+        groups = parameter_groups(model, args.weight_decay, exempt=("encoder.pos_embed", "encoder.cls_token"))
+        result = train(run, args, SimMIMMethod(model), adamw(groups, betas=(0.9, 0.999)), schedule_of(args, images),
+                       images, SimMIMViews(args, model.grid), device)
+        return run.finish(result, model)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,45 @@
+"""What the probes share besides the features: LARS, and the file of a result."""
+from pathlib import Path
+
+import torch
+
+from common import distributed
+from common.checkpoint import save_json
+from common.distributed import print0
+from common.runs import deliver, environment, settings_hash
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum 0.9 whose step of each matrix is scaled to 0.001 of its length (You et al. 2017); biases take
+    plain steps.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                update = p.grad
+                if p.ndim > 1:
+                    ratio = group["trust"] * p.norm() / update.norm()
+                    update = update * torch.where((p.norm() > 0) & (update.norm() > 0), ratio, 1.0)
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * velocity)
+
+
+def write_result(script, args, fingerprint, result):
+    """Writes outputs/<script>/<weights>-<hash>.json and prints the accuracy. Returns the result with `checkpoint`, the
+    weights that were probed: what a row's next stage starts from.
+    """
+    folder = Path(args.output) / script
+    name = f"{args.data}-{args.model}-{fingerprint[:8]}-{settings_hash(vars(args), {'init': fingerprint})}"
+    result = {**result, "run": str(folder / f"{name}.json"), "checkpoint": args.init}
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(folder / f"{name}.json", {**result, "settings": vars(args), "environment": environment()})
+    print0(f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}: {folder / name}.json")
+    deliver(result, args.save_to)
+    return result
