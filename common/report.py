@@ -35,8 +35,9 @@ def draw_curve(log_path, path):
     axes[1].plot([r["epoch"] for r in steps], [r["lr"] for r in steps], linewidth=1)
     axes[1].set(xlabel="epoch", ylabel="learning rate")
     if evals:
-        axes[2].plot([r["epoch"] for r in evals], [r["eval"]["top1"] for r in evals], marker="o", markersize=3)
-        axes[2].set(xlabel="epoch", ylabel="top-1 on val (%)")
+        measure = next(iter(evals[0]["eval"]))
+        axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
+        axes[2].set(xlabel="epoch", ylabel={"top1": "top-1 on val (%)", "box_ap": "box AP on val (%)"}[measure])
     figure.savefig(path)
     plt.close(figure)
 

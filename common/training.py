@@ -178,7 +178,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     end. Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
-    total = per_epoch * args.epochs
+    total = getattr(args, "iterations", None) or per_epoch * args.epochs  # detection counts iterations
     accumulation = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
     dtype = choose_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -208,8 +208,8 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             meter.step(grad_norm=grad_norm)
 
             done, epoch = step + 1, (step + 1) / per_epoch
-            evaluated = evaluate is not None and done % per_epoch == 0 and (
-                done == total or args.eval_every and epoch % args.eval_every == 0)
+            evaluated = evaluate is not None and (
+                done == total or args.eval_every and done % (per_epoch * args.eval_every) == 0)
             stopping, due = distributed.all_max(stop.received, snapshot.due())
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
@@ -268,11 +268,12 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
 
 
 def note_evaluation(run, method, progress, step, epoch, result):
-    """Logs an evaluation; the best weights so far are kept beside the last."""
+    """Logs an evaluation; the best weights so far, by its first number, are kept beside the last."""
     run.log({"step": step, "epoch": epoch, "eval": result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     progress["last"] = {"epoch": epoch, **result}
-    if result["top1"] > progress["best"].get("top1", -1.0):
+    measure = next(iter(result))  # top1, or box_ap
+    if result[measure] > progress["best"].get(measure, -1.0):
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
             best = {"model": method.model.state_dict(), "config": method.model.config}

@@ -1,0 +1,226 @@
+"""COCO's data for detect.py (Appendix A.5): images with their objects, large-scale jitter, average precision.
+
+A data set is a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/; the split is taken from
+the annotation files. Categories, whatever their numbers, become labels 1, 2, ... in order. Objects come as polygons or
+as run lengths; those marked as crowds are no training targets, and pycocotools ignores what is found on them.
+"""
+import contextlib
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import default_collate
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from common import distributed
+from common.augment import to_uint8
+from common.data import DataError, ImageSet, UnreadableImage
+from common.loader import eval_loader, to_device
+from common.options import default_workers
+from common.vit import pair
+from sec3_benchmark.mask_rcnn import paste
+
+RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
+MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # where COCOeval.stats keeps them
+
+
+# Images and objects
+
+def in_memory(dataset):
+    """pycocotools' index of a COCO dictionary, without its prints."""
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+@dataclass
+class CocoSet(ImageSet):
+    """Images with objects: `read` gives the image and its annotations, crowds left out."""
+
+    coco: COCO = None
+    ids: list = field(default_factory=list)  # the image ids, in the order of `images`
+
+    def read(self, index):
+        image, entry = super().read(index), self.coco.imgs[self.ids[index]]
+        if (image.height, image.width) != (entry["height"], entry["width"]):
+            raise UnreadableImage(f"{self.where(index)} is {image.height} x {image.width} px and the annotations say "
+                                  f"{entry['height']} x {entry['width']}: they belong to another file")
+        return image, objects(self.coco, self.ids[index])
+
+    def fingerprint(self):
+        """Of the images and of the annotations."""
+        content = json.dumps([self.coco.imgToAnns[i] for i in self.ids], sort_keys=True, default=str)
+        return hashlib.sha256((super().fingerprint() + content).encode()).hexdigest()[:16]
+
+
+def objects(coco, image_id):
+    """The annotations of an image that are no crowds and have an outline."""
+    return [one for one in coco.imgToAnns[image_id] if not one.get("iscrowd") and has_outline(one)]
+
+
+def has_outline(annotation):
+    outline = annotation.get("segmentation")
+    return bool(outline) and (isinstance(outline, dict) or any(len(polygon) >= 6 for polygon in outline))
+
+
+def object_mask(annotation, height, width):
+    """The pixels of an object, (height, width) bool: polygons, run lengths or compressed run lengths."""
+    outline = annotation["segmentation"]
+    if isinstance(outline, list):
+        polygons = [polygon for polygon in outline if len(polygon) >= 6]
+        outline = run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+    elif isinstance(outline["counts"], list):
+        outline = run_lengths.frPyObjects(outline, height, width)
+    return run_lengths.decode(outline).astype(bool)
+
+
+def load_coco(root):
+    """Train and validation set of a COCO folder. Images without objects are kept for validation alone."""
+    sets = []
+    for split in ("train", "val"):
+        path = Path(root) / "annotations" / f"instances_{split}2017.json"
+        if not path.is_file():
+            raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_{{train,val}}2017.json, "
+                            f"train2017/ and val2017/, or a folder coco/ with them")
+        coco = in_memory(json.loads(path.read_text()))
+        ids = [i for i in sorted(coco.imgs) if split == "val" or objects(coco, i)]
+        files = [str(Path(root) / f"{split}2017" / coco.imgs[i]["file_name"]) for i in ids]
+        categories = [coco.cats[i]["name"] for i in sorted(coco.cats)]
+        if not ids:
+            raise DataError(f"{path} has no image with objects")
+        sets.append(CocoSet(f"coco-{split}", files, None, categories, coco=coco, ids=ids))
+    if sets[0].classes != sets[1].classes:
+        raise DataError(f"{root}: train has {len(sets[0].classes)} categories and val {len(sets[1].classes)}, or other "
+                        f"names: both annotation files must list the same")
+    return sets
+
+
+# Views
+
+class DetectionViews:
+    """(image, annotations) -> the image resized to fit into `scale` times the canvas and padded at the right and bottom.
+
+    With `jitter` (low, high), in training: a flip first, then the scale U(low, high) and, where the image is then
+    larger than the canvas, a random crop; the objects come along, and their boxes are drawn anew around what is left
+    of their masks. A mask follows its image by nearest neighbour.
+    """
+
+    def __init__(self, img_size, labels, jitter=None):
+        self.canvas, self.labels, self.jitter = pair(img_size), labels, jitter
+
+    def __call__(self, read):
+        image, annotations = read
+        original = image.height, image.width
+        flip, scale = False, 1.0
+        if self.jitter:
+            flip, scale = bool(torch.rand(()) < 0.5), float(torch.empty(()).uniform_(*self.jitter))
+        scale *= min(side / length for side, length in zip(self.canvas, original))
+        size = [max(1, round(length * scale)) for length in original]
+        image = TF.resize(TF.horizontal_flip(image) if flip else image, size, InterpolationMode.BILINEAR)
+        first = [int(torch.randint(max(0, length - side) + 1, ())) if self.jitter else 0
+                 for length, side in zip(size, self.canvas)]
+        seen = [min(length, side) for length, side in zip(size, self.canvas)]
+        padding = torch.zeros(3, *self.canvas, dtype=torch.uint8)
+        padding[:, :seen[0], :seen[1]] = to_uint8(TF.crop(image, *first, *seen))
+        view = {"image": padding, "size": torch.tensor(seen), "original": torch.tensor(original)}
+        return {**view, **self.targets(annotations, original, size, first, seen, flip)} if self.jitter else view
+
+    def targets(self, annotations, original, size, first, seen, flip):
+        """Masks (n, H, W) bool on the canvas, their tight boxes (n, 4) and labels (n,); what was cut off is left out."""
+        rows, columns = (((np.arange(start, start + shown) + 0.5) * length / resized).astype(int).clip(max=length - 1)
+                         for start, shown, length, resized in zip(first, seen, original, size))
+        columns = original[1] - 1 - columns if flip else columns
+        masks = torch.zeros(len(annotations), *self.canvas, dtype=torch.bool)
+        for mask, annotation in zip(masks, annotations):
+            mask[:seen[0], :seen[1]] = torch.from_numpy(object_mask(annotation, *original)[np.ix_(rows, columns)])
+        left = masks.flatten(1).any(1)
+        labels = torch.tensor([self.labels[one["category_id"]] for one in annotations], dtype=torch.int64)
+        return {"masks": masks[left], "boxes": tight_boxes(masks[left]), "labels": labels[left],
+                "count": int(left.sum())}
+
+    @staticmethod
+    def collate(samples):
+        """A batch; the objects of all its images follow each other, `count` of each."""
+        batch = default_collate([{k: v for k, v in sample.items() if k not in RAGGED} for sample in samples])
+        return {**batch, **{k: torch.cat([sample[k] for sample in samples]) for k in RAGGED if k in samples[0]}}
+
+
+def tight_boxes(masks):
+    """masks (n, H, W), none empty -> (n, 4): x1, y1 of the first pixels, x2, y2 behind the last ones."""
+    if not len(masks):
+        return torch.zeros(0, 4)
+    return masks_to_boxes(masks).float() + torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+
+def targets_of(batch):
+    """The targets of each image of a training batch, as MaskRCNN takes them."""
+    count = batch["count"].tolist()
+    return [dict(zip(RAGGED, one)) for one in zip(*(batch[name].split(count) for name in RAGGED))]
+
+
+# Average precision
+
+@torch.inference_mode()
+def detect_all(model, images, args, device, mean, std):
+    """COCO detections of this rank's images: boxes and masks back on the original image."""
+    model.eval()
+    views = DetectionViews(args.img_size, None)
+    loader = eval_loader(images, views, args.micro_batch, default_workers(args.workers, device), device,
+                         distributed.rank(), distributed.world_size())
+    categories, found = sorted(images.coco.cats), []
+    for batch in loader:
+        batch = to_device(batch, device, mean, std)
+        sizes = [tuple(size) for size in batch["size"].tolist()]
+        for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
+                                                    batch["original"].tolist()):
+            found += as_coco(detection, images.ids[index], size, original, categories)
+    return found
+
+
+def as_coco(detection, image_id, size, original, categories):
+    """One image's detections as COCO entries; `size` is what the model saw of the image of size `original`."""
+    (height, width), (seen_height, seen_width) = original, size
+    zoom = torch.tensor([width / seen_width, height / seen_height] * 2, device=detection["boxes"].device)
+    boxes = detection["boxes"] * zoom
+    masks = paste(detection["masks"], boxes, height, width).cpu().numpy()
+    entries = []
+    for box, score, label, mask in zip(boxes.tolist(), detection["scores"].tolist(), detection["labels"].tolist(), masks):
+        lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
+        entries.append({"image_id": image_id, "category_id": categories[label - 1], "score": score,
+                        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                        "segmentation": {**lengths, "counts": lengths["counts"].decode()}})
+    return entries
+
+
+def average_precision(coco, ids, found):
+    """{"box_ap", "mask_ap", "box_ap50", ...} in percent, of COCO detections on the images `ids`. A measure with no
+    object to find (no small ones, say) is left out.
+    """
+    result = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        # without their boxes masks are ranked small, medium, large by their own area, as in detectron2
+        entries = [{k: v for k, v in one.items() if kind == "bbox" or k != "bbox"} for one in found]
+        stats = [0.0] * 6
+        if entries:
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation = COCOeval(coco, coco.loadRes(entries), kind)
+                evaluation.params.imgIds = list(ids)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            stats = evaluation.stats
+        for measure, place in MEASURES.items():
+            if stats[place] >= 0:  # COCOeval says -1 for "no such object"
+                result[f"{name}_{measure.lower()}"] = 100 * float(stats[place])
+    return result

@@ -1,0 +1,84 @@
+"""Generated scenes for detection without data: one to four shapes, filled with fractals, before another fractal.
+
+A category is the outline of a shape: its size, turn, colours and filling say nothing about it. A shape may hide part
+of the ones before it; masks are the visible pixels, exactly, and boxes are drawn tightly around them. A scene depends on
+(seed, split, number) and its size alone.
+"""
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as run_lengths
+
+from common.distributed import once_per_node
+from common.fractals import fractal_set
+from common.vit import pair
+from sec3_benchmark.coco import CocoSet, in_memory
+
+SHAPES = {  # u, v: coordinates around the centre, turned, in radii -> inside?
+    "disc": lambda u, v: u**2 + v**2 <= 1,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.8,
+    "triangle": lambda u, v: (v <= 0.6) & (abs(u) <= (v + 1) * 0.62),
+    "cross": lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 0.3),
+}
+SPLITS = {"train": 800, "val": 100}  # scenes
+TEXTURES = 10, 20  # fractal classes, images of each
+OBJECTS = (1, 4)
+RADIUS = (0.11, 0.24)  # in shorter sides of the scene
+VISIBLE = 0.4  # a scene is drawn again if one of its shapes shows less of itself than this
+
+
+def draw_scene(rng, textures, height, width):
+    """Image (height, width, 3) uint8, masks (n, height, width) bool, labels (n,) from 0."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    while True:
+        image = 0.4 * textures[rng.integers(len(textures))]
+        count = rng.integers(OBJECTS[0], OBJECTS[1] + 1)
+        masks, labels = np.zeros((count, height, width), bool), rng.integers(len(SHAPES), size=count)
+        whole = np.zeros(count)
+        for i, label in enumerate(labels):
+            radius = rng.uniform(*RADIUS) * min(height, width)
+            centre = rng.uniform(radius, np.array([height, width]) - radius)
+            turn = rng.uniform(-np.pi / 6, np.pi / 6)
+            down, right = (y - centre[0]) / radius, (x - centre[1]) / radius
+            u, v = np.cos(turn) * right - np.sin(turn) * down, np.sin(turn) * right + np.cos(turn) * down
+            masks[:i] &= ~(shape := list(SHAPES.values())[label](u, v))
+            masks[i], whole[i] = shape, shape.sum()
+            filling = 0.3 * textures[rng.integers(len(textures))] + rng.uniform(60, 178, 3)
+            image = np.where(shape[..., None], filling, image)
+        if (masks.sum((1, 2)) >= VISIBLE * whole).all():
+            return image.astype(np.uint8), masks, labels
+
+
+def annotation(number, image_id, mask, label):
+    """A COCO entry with compressed run lengths."""
+    lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
+    box = run_lengths.toBbox(lengths).tolist()
+    return {"id": number, "image_id": image_id, "category_id": int(label) + 1, "bbox": box, "iscrowd": 0,
+            "area": float(mask.sum()), "segmentation": {**lengths, "counts": lengths["counts"].decode()}}
+
+
+def scene_set(split, textures, size, count, seed=0):
+    """`count` scenes and their annotations, as a CocoSet."""
+    height, width = pair(size)
+    images, annotations = np.empty((count, height, width, 3), np.uint8), []
+    for i in range(count):
+        rng = np.random.default_rng((seed, list(SPLITS).index(split), i))
+        images[i], masks, labels = draw_scene(rng, textures, height, width)
+        annotations += [annotation(len(annotations) + j + 1, i, mask, label)
+                        for j, (mask, label) in enumerate(zip(masks, labels))]
+    coco = in_memory({"images": [{"id": i, "height": height, "width": width} for i in range(count)],
+                      "annotations": annotations,
+                      "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]})
+    return CocoSet(f"scenes-{split}", images, None, list(SHAPES), coco=coco, ids=list(range(count)))
+
+
+def load_scenes(args):
+    """Train and validation scenes of the size of args.img_size; the fractals in them are kept in args.output."""
+    size, sets = pair(args.img_size), []
+    for split, count in SPLITS.items():
+        with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
+            if mine:
+                fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
+        textures, _ = fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
+        sets.append(scene_set(split, textures, size, count))
+    return sets
