@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.data import DataError, UnreadableImage
 
-STAY_ON_HOST = ("index", "erase_box", "erase_seed", "count", "size", "original")  # entries of a batch that only the host reads
+STAY_ON_HOST = ("index", "erase_box", "erase_seed", "count", "size", "original")  # what only the host reads
 
 
 def seed_everything(use, *key):
@@ -112,9 +112,7 @@ def default_workers(workers, device):
 
 
 def train_loader(views, sampler, workers, device):
-    """Micro-batches of `views` in the sampler's order; images stay uint8. A transform whose samples do not stack brings
-    its own `collate`.
-    """
+    """Micro-batches of `views` in the sampler's order; images stay uint8. A transform may bring its own `collate`."""
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
                       collate_fn=getattr(views.transform, "collate", None),
                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)

@@ -23,10 +23,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from common import distributed
 from common.augment import to_uint8
-from common.data import DataError, ImageSet, UnreadableImage
-from common.loader import eval_loader, to_device
-from common.options import default_workers
-from common.vit import pair
+from common.data import DataError, ImageSet, UnreadableImage, statistics
+from common.loader import default_workers, eval_loader, to_device
+from common.vit import choose_attention, pair
 from sec3_benchmark.mask_rcnn import paste
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
@@ -85,21 +84,21 @@ def object_mask(annotation, height, width):
     return run_lengths.decode(outline).astype(bool)
 
 
-def load_coco(root):
+def load_coco(root, in_chans=3):
     """Train and validation set of a COCO folder. Images without objects are kept for validation alone."""
     sets = []
     for split in ("train", "val"):
         path = Path(root) / "annotations" / f"instances_{split}2017.json"
         if not path.is_file():
-            raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_{{train,val}}2017.json, "
-                            f"train2017/ and val2017/, or a folder coco/ with them")
+            raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_train2017.json and "
+                            f"instances_val2017.json, train2017/ and val2017/, or a folder coco/ with them")
         coco = in_memory(json.loads(path.read_text()))
         ids = [i for i in sorted(coco.imgs) if split == "val" or objects(coco, i)]
         files = [str(Path(root) / f"{split}2017" / coco.imgs[i]["file_name"]) for i in ids]
         categories = [coco.cats[i]["name"] for i in sorted(coco.cats)]
         if not ids:
             raise DataError(f"{path} has no image with objects")
-        sets.append(CocoSet(f"coco-{split}", files, None, categories, coco=coco, ids=ids))
+        sets.append(CocoSet(f"coco-{split}", files, None, categories, in_chans, coco, ids))
     if sets[0].classes != sets[1].classes:
         raise DataError(f"{root}: train has {len(sets[0].classes)} categories and val {len(sets[1].classes)}, or other "
                         f"names: both annotation files must list the same")
@@ -109,11 +108,11 @@ def load_coco(root):
 # Views
 
 class DetectionViews:
-    """(image, annotations) -> the image resized to fit into `scale` times the canvas and padded at the right and bottom.
+    """(image, annotations) -> the image, resized to fit into the canvas, padded at the right and bottom.
 
-    With `jitter` (low, high), in training: a flip first, then the scale U(low, high) and, where the image is then
-    larger than the canvas, a random crop; the objects come along, and their boxes are drawn anew around what is left
-    of their masks. A mask follows its image by nearest neighbour.
+    With `jitter` (low, high), in training: a flip first, then resized to fit into U(low, high) times the canvas, and a
+    random crop where that is larger than the canvas. The objects come along, by nearest neighbour, and their boxes are
+    drawn anew around what is left of their masks.
     """
 
     def __init__(self, img_size, labels, jitter=None):
@@ -131,15 +130,16 @@ class DetectionViews:
         first = [int(torch.randint(max(0, length - side) + 1, ())) if self.jitter else 0
                  for length, side in zip(size, self.canvas)]
         seen = [min(length, side) for length, side in zip(size, self.canvas)]
-        padding = torch.zeros(3, *self.canvas, dtype=torch.uint8)
-        padding[:, :seen[0], :seen[1]] = to_uint8(TF.crop(image, *first, *seen))
-        view = {"image": padding, "size": torch.tensor(seen), "original": torch.tensor(original)}
+        pixels = to_uint8(TF.crop(image, *first, *seen))
+        padded = torch.zeros(len(pixels), *self.canvas, dtype=torch.uint8)
+        padded[:, :seen[0], :seen[1]] = pixels
+        view = {"image": padded, "size": torch.tensor(seen), "original": torch.tensor(original)}
         return {**view, **self.targets(annotations, original, size, first, seen, flip)} if self.jitter else view
 
     def targets(self, annotations, original, size, first, seen, flip):
         """Masks (n, H, W) bool on the canvas, their tight boxes (n, 4) and labels (n,); what was cut off is left out."""
-        rows, columns = (((np.arange(start, start + shown) + 0.5) * length / resized).astype(int).clip(max=length - 1)
-                         for start, shown, length, resized in zip(first, seen, original, size))
+        rows, columns = (((np.arange(start, start + shown) + 0.5) * length / new).astype(int).clip(max=length - 1)
+                         for start, shown, length, new in zip(first, seen, original, size))
         columns = original[1] - 1 - columns if flip else columns
         masks = torch.zeros(len(annotations), *self.canvas, dtype=torch.bool)
         for mask, annotation in zip(masks, annotations):
@@ -172,12 +172,12 @@ def targets_of(batch):
 # Average precision
 
 @torch.inference_mode()
-def detect_all(model, images, args, device, mean, std):
-    """COCO detections of this rank's images: boxes and masks back on the original image."""
+def detect_all(model, images, args, device, rank=0, world=1):
+    """COCO detections on every `world`-th image, boxes and masks back on the original image."""
     model.eval()
+    mean, std = (values.to(device) for values in statistics(args))
     views = DetectionViews(args.img_size, None)
-    loader = eval_loader(images, views, args.micro_batch, default_workers(args.workers, device), device,
-                         distributed.rank(), distributed.world_size())
+    loader = eval_loader(images, views, args.micro_batch, default_workers(args.workers, device), device, rank, world)
     categories, found = sorted(images.coco.cats), []
     for batch in loader:
         batch = to_device(batch, device, mean, std)
@@ -188,14 +188,31 @@ def detect_all(model, images, args, device, mean, std):
     return found
 
 
+def evaluator(model, images, args, device):
+    """Box and mask AP on `images` as a function of nothing, for the training loop; every rank takes its share."""
+    rank, world = distributed.rank(), distributed.world_size()
+    choose_attention(model, device)
+
+    def evaluate():
+        found = [detect_all(model, images, args, device, rank, world)]
+        if world > 1:
+            parts = [None] * world if rank == 0 else None
+            torch.distributed.gather_object(found[0], parts)
+            found = parts or []
+        result = average_precision(images.coco, images.ids, sum(found, [])) if rank == 0 else None
+        return distributed.broadcast_object(result)
+
+    return evaluate
+
+
 def as_coco(detection, image_id, size, original, categories):
     """One image's detections as COCO entries; `size` is what the model saw of the image of size `original`."""
     (height, width), (seen_height, seen_width) = original, size
     zoom = torch.tensor([width / seen_width, height / seen_height] * 2, device=detection["boxes"].device)
     boxes = detection["boxes"] * zoom
     masks = paste(detection["masks"], boxes, height, width).cpu().numpy()
-    entries = []
-    for box, score, label, mask in zip(boxes.tolist(), detection["scores"].tolist(), detection["labels"].tolist(), masks):
+    entries, scores, labels = [], detection["scores"].tolist(), detection["labels"].tolist()
+    for box, score, label, mask in zip(boxes.tolist(), scores, labels, masks):
         lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
         entries.append({"image_id": image_id, "category_id": categories[label - 1], "score": score,
                         "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],

@@ -103,7 +103,7 @@ class ROIHeads(RoIHeads):
             logits, deltas = self.classify(features, proposals)
             losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(box_targets))
             inside = [torch.where(label > 0)[0] for label in labels]
-            boxes, matched, labels = ([one[i] for one, i in zip(every, inside)] for every in (proposals, matched, labels))
+            boxes, matched, labels = ([one[i] for one, i in zip(all_, inside)] for all_ in (proposals, matched, labels))
             masks = self.masks(features, boxes, torch.cat(labels))
             wanted = torch.cat([mask_targets(target["masks"], one, i, masks.shape[-1])
                                 for target, one, i in zip(targets, boxes, matched)])

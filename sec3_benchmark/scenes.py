@@ -1,8 +1,8 @@
 """Generated scenes for detection without data: one to four shapes, filled with fractals, before another fractal.
 
 A category is the outline of a shape: its size, turn, colours and filling say nothing about it. A shape may hide part
-of the ones before it; masks are the visible pixels, exactly, and boxes are drawn tightly around them. A scene depends on
-(seed, split, number) and its size alone.
+of the ones before it; masks are the visible pixels, exactly, and boxes are drawn tightly around them. A scene depends
+on (seed, split, number) and its size alone.
 """
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def annotation(number, image_id, mask, label):
             "area": float(mask.sum()), "segmentation": {**lengths, "counts": lengths["counts"].decode()}}
 
 
-def scene_set(split, textures, size, count, seed=0):
+def scene_set(split, textures, size, count, in_chans=3, seed=0):
     """`count` scenes and their annotations, as a CocoSet."""
     height, width = pair(size)
     images, annotations = np.empty((count, height, width, 3), np.uint8), []
@@ -69,7 +69,7 @@ def scene_set(split, textures, size, count, seed=0):
     coco = in_memory({"images": [{"id": i, "height": height, "width": width} for i in range(count)],
                       "annotations": annotations,
                       "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]})
-    return CocoSet(f"scenes-{split}", images, None, list(SHAPES), coco=coco, ids=list(range(count)))
+    return CocoSet(f"scenes-{split}", images, None, list(SHAPES), in_chans, coco, list(range(count)))
 
 
 def load_scenes(args):
@@ -80,5 +80,5 @@ def load_scenes(args):
             if mine:
                 fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
         textures, _ = fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
-        sets.append(scene_set(split, textures, size, count))
+        sets.append(scene_set(split, textures, size, count, args.in_chans))
     return sets

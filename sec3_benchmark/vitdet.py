@@ -138,7 +138,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid: the last map (B, D, h, w) at four times, twice, once and half its size, with `channels` each."""
+    """ViTDet's: the last map (B, D, h, w) at four times, twice, once and half its size, with `channels` each."""
 
     def __init__(self, dim, channels=256):
         super().__init__()

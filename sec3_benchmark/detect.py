@@ -1,0 +1,220 @@
+"""Object detection and instance segmentation on COCO with a plain ViT (Tables 4 and 5, recipe of Appendix A.5).
+
+    python sec3_benchmark/detect.py                                                          # demo: generated scenes
+    torchrun --nproc-per-node=8 sec3_benchmark/detect.py --dataset-path COCO --init FILE     # the paper: 100 epochs
+    python sec3_benchmark/detect.py --preset small --dataset-path COCO --init FILE           # a few hundred images
+    python sec3_benchmark/detect.py --dataset-path COCO --init RUN/weights.pt --eval-only    # evaluate and draw
+
+Mask R-CNN on ViTDet's pyramid, 184,375 iterations at batch 64 and 640 px. Published box / mask AP: from MAE-Tiny 39.9
+/ 35.4, from random weights 32.7 / 28.9. COCO is a folder with annotations/, train2017/ and val2017/, or one that holds
+it as coco/. --init reads any ViT that finetune.py reads. The run's folder gets predictions.png.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from common import distributed, options
+from common.checkpoint import save_json
+from common.data import DataError
+from common.distributed import print0
+from common.errors import UserError
+from common.formats import load_encoder, read_weights
+from common.loader import seed_everything
+from common.optim import adamw, learning_rate, steps_per_epoch
+from common.runs import open_run
+from common.training import Method, train, wrap
+from common.vit import build_vit
+from common.weights import FormatError, fingerprint, read_file
+from sec3_benchmark.coco import DetectionViews, detect_all, evaluator, load_coco, targets_of
+from sec3_benchmark.draw_detections import draw_detections
+from sec3_benchmark.mask_rcnn import MaskRCNN
+from sec3_benchmark.scenes import load_scenes
+from sec3_benchmark.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
+
+PRESETS = {
+    "demo": dict(img_size=[96], model="vit_demo", patch_size=6, position_size=[36], window=4, channels=64, hidden=256,
+                 anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
+                 warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
+    "small": dict(img_size=[320], iterations=3000, batch_size=16, base_lr=4e-4, jitter=[0.5, 1.5]),
+}
+PYRAMIDS = {"simple": SimplePyramid, "topdown": TopDownPyramid}
+BUILT_FROM = ("model", "patch_size", "num_heads", "in_chans", "img_size", "position_size", "window", "global_blocks",
+              "pyramid", "channels", "hidden", "anchors", "rois", "proposals")  # what a detector's file says of it
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset-path", metavar="DIR", help="COCO, or a folder that holds it as coco/")
+    options.add_images(group, img_size=640)
+    options.add_model(parser)
+    group = parser.add_argument_group("start")
+    group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained ViT, a file or timm:NAME; default: none")
+    group.add_argument("--eval-only", action="store_true", help="evaluate --init, a detector's weights.pt, and leave")
+    group = parser.add_argument_group("detector (Appendix A.5)")
+    group.add_argument("--position-size", type=int, nargs="+", default=[224], metavar="PX",
+                       help="image size of the table of positions, which is resized at each forward")
+    group.add_argument("--window", type=int, default=14, help="patches a side, in all but the global blocks")
+    group.add_argument("--global-blocks", type=int, nargs="+", default=[2, 5, 8, 11], help="counted from 0")
+    group.add_argument("--pyramid", choices=tuple(PYRAMIDS), default="simple",
+                       help="topdown: Li et al. 2021, its batch norm sees a micro-batch (of all GPUs)")
+    group.add_argument("--channels", type=int, default=256, help="of the pyramid and of the heads")
+    group.add_argument("--hidden", type=int, default=1024, help="width of the box head's fully connected layer")
+    group.add_argument("--anchors", type=int, default=256, help="sampled per image for the proposal loss")
+    group.add_argument("--rois", type=int, default=512, help="sampled per image for the heads' losses")
+    group.add_argument("--proposals", type=int, default=1000, help="kept per image")
+    group.add_argument("--keep-activations", action="store_true", help="no checkpointing of blocks: faster, more memory")
+    group = parser.add_argument_group("recipe (Appendix A.5)")
+    group.add_argument("--iterations", type=int, default=184_375, help="the paper's 100 epochs of 118,000 images")
+    group.add_argument("--batch-size", type=int, default=64, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=1e-4, help="per 64 images: the peak is base * batch / 64")
+    group.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x0.1 at 24/27 and 26/27")
+    group.add_argument("--warmup-iterations", type=int, default=250, help="linear from a thousandth")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on norms and positions; on biases too")
+    group.add_argument("--drop-path", type=float, default=0.0, help="rate at the last block, linear from 0; 0: off")
+    group.add_argument("--jitter", type=float, nargs=2, default=[0.1, 2.0], metavar=("MIN", "MAX"),
+                       help="scale of a training image, in images that just fit")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
+    group.add_argument("--draw", type=int, default=8, help="validation images in predictions.png; 0: none")
+    group.add_argument("--seed", type=int, default=0)
+    options.add_execution(parser)
+    return parser
+
+
+def load_detection_sets(args):
+    """Train and validation set: the demo's scenes, or COCO in --dataset-path."""
+    if not args.dataset_path:
+        if args.preset != "demo":
+            raise DataError(f"--preset {args.preset} needs --dataset-path, a COCO folder; without data: --preset demo")
+        return load_scenes(args)
+    inside = Path(args.dataset_path) / "coco"
+    return load_coco(inside if inside.is_dir() else args.dataset_path, args.in_chans)
+
+
+def build_detector(args, num_classes, weights=None):
+    """The detector of the command line, its ViT with `weights` if there are any."""
+    vit = build_vit(args.model, img_size=args.position_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                    num_classes=0, num_heads=args.num_heads, drop_path=args.drop_path)
+    if weights is not None:
+        print0(load_encoder(vit, weights))
+    returned = args.global_blocks if args.pyramid == "topdown" else (-1,)
+    backbone = ViTBackbone(vit, args.img_size, args.window, args.global_blocks, returned, not args.keep_activations)
+    config = {**{name: getattr(args, name) for name in BUILT_FROM}, "detector_classes": num_classes}
+    return MaskRCNN(backbone, PYRAMIDS[args.pyramid](vit.embed_dim, args.channels), 1 + num_classes, config,
+                    channels=args.channels, hidden=args.hidden, anchors=args.anchors, rois=args.rois,
+                    proposals=args.proposals)
+
+
+def detector_groups(model, weight_decay):
+    """detectron2's rule: decay for all, biases too, but norms and the positions."""
+    norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+    exempt = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
+    exempt.add(id(model.backbone.pos_embed))
+    parts = [[p for p in model.parameters() if (id(p) in exempt) == out] for out in (False, True)]
+    return [{"params": part, "lr_scale": 1.0, "weight_decay": decay} for part, decay in zip(parts, (weight_decay, 0.0))]
+
+
+def step_rate(step, *, peak, total_steps, warmup_steps):
+    """The rate of 0-based step `step`: a tenth after 24/27 of the steps, a hundredth after 26/27; linear warm-up from a
+    thousandth.
+    """
+    drops = (step >= total_steps * 24 // 27) + (step >= total_steps * 26 // 27)
+    return peak * 0.1**drops * (0.001 + 0.999 * min(1.0, step / max(1, warmup_steps)))
+
+
+def schedule(args, images):
+    """The learning rate as a function of the step. Prints the arithmetic."""
+    peak, per_epoch = args.base_lr * args.batch_size / 64, steps_per_epoch(images, args.batch_size)
+    print0(f"{len(images)} images, {args.iterations} iterations are {args.iterations / per_epoch:.1f} epochs; "
+           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 64")
+    numbers = dict(peak=peak, total_steps=args.iterations, warmup_steps=args.warmup_iterations)
+    if args.schedule == "cosine":
+        return lambda step: learning_rate(step, warmup_lr=0.001 * peak, **numbers)
+    return lambda step: step_rate(step, **numbers)
+
+
+class Detection(Method):
+    """The sum of the five losses: objectness and boxes of the proposals; classes, boxes and masks of the heads."""
+
+    def prepare(self, device, dtype, compiled):
+        if distributed.world_size() > 1 and device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # only `topdown` has batch norm
+        if compiled:
+            self.model.backbone.compile()  # what follows has other shapes in every step
+        self.forward = wrap(self.model, device, dtype, compiled=False)
+
+    def loss(self, batch, step):
+        sizes = [tuple(size) for size in batch["size"].tolist()]
+        losses = self.forward(batch["image"], sizes, targets_of(batch))
+        return sum(losses.values()), losses
+
+
+def draw(model, images, args, device, folder):
+    """predictions.json, the detections on the first validation images, and predictions.png, drawn from it."""
+    if not args.draw or not distributed.is_main():
+        return
+    few = replace(images, images=images.images[:args.draw], ids=images.ids[:args.draw])
+    numbers, picture = Path(folder) / "predictions.json", Path(folder) / "predictions.png"
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    save_json(numbers, detect_all(model, few, args, device))
+    draw_detections(few, numbers, picture)
+    print0(f"drawn: {picture}")
+
+
+def evaluate_only(args, device):
+    """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<fingerprint>/."""
+    content = read_file(Path(args.init))
+    if "detector_classes" not in content.get("config", {}):
+        raise FormatError(f"{args.init} is no detector: --eval-only takes the weights.pt of a run of detect.py")
+    config = dict(content["config"])
+    num_classes = config.pop("detector_classes")
+    vars(args).update(config)
+    _, val_set = load_detection_sets(args)
+    if num_classes != len(val_set.classes):
+        raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
+    model = build_detector(args, num_classes)
+    model.load_state_dict(content["model"])
+    model = model.to(device)
+    result = evaluator(model, val_set, args, device)()
+    report(result)
+    draw(model, val_set, args, device, Path(args.output) / "detect" / f"eval-{fingerprint(content['model'])[:10]}")
+    return result
+
+
+def report(result):
+    print0(f"box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f} "
+           f"(at IoU 0.5: {result['box_ap50']:.2f}, {result['mask_ap50']:.2f})")
+
+
+def main(args):
+    """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
+    device = distributed.start(args.device)
+    if args.eval_only and not args.init:
+        raise UserError("--eval-only needs --init, the detector to evaluate")
+    if args.eval_only:
+        return evaluate_only(args, device)
+    weights = read_weights(args.init) if args.init else None
+    train_set, val_set = load_detection_sets(args)
+    fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
+                    "init": weights.fingerprint if weights else None}
+    name = f"{train_set.name.split('-')[0]}-{args.model}-{'init' if weights else 'scratch'}-{args.iterations}it"
+    with open_run("detect", name, args, fingerprints) as run:
+        if run.result:
+            return run.result
+        seed_everything("weights", args.seed)
+        model = build_detector(args, len(train_set.classes), weights).to(device)
+        optimizer = adamw(detector_groups(model, args.weight_decay), betas=(0.9, 0.999))
+        labels = {category: 1 + i for i, category in enumerate(sorted(train_set.coco.cats))}
+        result = train(run, args, Detection(model), optimizer, schedule(args, train_set), train_set,
+                       DetectionViews(args.img_size, labels, args.jitter), device,
+                       evaluate=evaluator(model, val_set, args, device))
+        result.update({k: v for k, v in result["last"].items() if k != "epoch"}, best_box_ap=result["best"]["box_ap"])
+        report(result)
+        draw(model, val_set, args, device, run.folder)
+        return run.finish(result, model)
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

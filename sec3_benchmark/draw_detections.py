@@ -1,0 +1,51 @@
+"""Pictures of detections: below each image's own objects those that were found."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import report
+from sec3_benchmark.coco import object_mask
+
+SHOWN = 0.5  # lowest score of a detection that is drawn
+PER_ROW = 4
+
+
+def draw_detections(images, found, path):
+    """All images of a (small) CocoSet: annotations above, the detections of the file `found` below."""
+    found, count = json.loads(Path(found).read_text()), len(images)
+    plt = report.pyplot()
+    columns, blocks = min(PER_ROW, count), -(-count // PER_ROW)
+    figure, axes = plt.subplots(2 * blocks, columns, figsize=(2.4 * columns, 4.8 * blocks), layout="constrained",
+                                squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(count):
+        image, annotations = images.read(i)
+        predicted = [one for one in found if one["image_id"] == images.ids[i] and one["score"] >= SHOWN]
+        row, column = 2 * (i // PER_ROW), i % PER_ROW
+        for axis, entries, title in ((axes[row, column], annotations, "annotated"),
+                                     (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
+            overlay(axis, image, entries, images.coco)
+            axis.set_title(title, fontsize=7)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def overlay(axis, image, entries, coco):
+    """The image with each object's mask, box, category and, where there is one, score."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    for i, one in enumerate(entries):
+        colour = report.COLOURS[i % (len(report.COLOURS) - 1)]  # the last is black
+        tint = np.array([int(colour[k:k + 2], 16) for k in (1, 3, 5)])
+        mask = object_mask(one, image.height, image.width)
+        pixels[mask] = 0.5 * pixels[mask] + 0.5 * tint
+    axis.imshow(pixels.astype(np.uint8))
+    for i, one in enumerate(entries):
+        colour = report.COLOURS[i % (len(report.COLOURS) - 1)]
+        left, top, width, height = one["bbox"]
+        axis.plot([left, left + width, left + width, left, left], [top, top, top + height, top + height, top],
+                  color=colour, linewidth=1.2)
+        score = f" {one['score']:.2f}" if "score" in one else ""
+        axis.text(left, top, coco.cats[one["category_id"]]["name"] + score, fontsize=5.5, color="white", va="bottom",
+                  bbox=dict(facecolor=colour, edgecolor="none", pad=0.8))
