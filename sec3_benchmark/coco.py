@@ -137,7 +137,7 @@ class DetectionViews:
         return {**view, **self.targets(annotations, original, size, first, seen, flip)} if self.jitter else view
 
     def targets(self, annotations, original, size, first, seen, flip):
-        """Masks (n, H, W) bool on the canvas, their tight boxes (n, 4) and labels (n,); what was cut off is left out."""
+        """Masks (n, H, W) bool on the canvas, tight boxes (n, 4) and labels (n,); what was cut off is left out."""
         rows, columns = (((np.arange(start, start + shown) + 0.5) * length / new).astype(int).clip(max=length - 1)
                          for start, shown, length, new in zip(first, seen, original, size))
         columns = original[1] - 1 - columns if flip else columns

@@ -64,7 +64,7 @@ def build_parser():
     group.add_argument("--anchors", type=int, default=256, help="sampled per image for the proposal loss")
     group.add_argument("--rois", type=int, default=512, help="sampled per image for the heads' losses")
     group.add_argument("--proposals", type=int, default=1000, help="kept per image")
-    group.add_argument("--keep-activations", action="store_true", help="no checkpointing of blocks: faster, more memory")
+    group.add_argument("--keep-activations", action="store_true", help="compute no block twice: faster, more memory")
     group = parser.add_argument_group("recipe (Appendix A.5)")
     group.add_argument("--iterations", type=int, default=184_375, help="the paper's 100 epochs of 118,000 images")
     group.add_argument("--batch-size", type=int, default=64, help="global, over all ranks and accumulation steps")

@@ -1,4 +1,4 @@
-"""sec3_benchmark/vitdet.py and mask_rcnn.py against brute force: attention, pyramid, anchors, pooling, losses, masks."""
+"""sec3_benchmark/vitdet.py and mask_rcnn.py by brute force: attention, pyramid, anchors, pooling, losses, masks."""
 import itertools
 import math
 

@@ -1,0 +1,263 @@
+"""sec3_benchmark/coco.py and scenes.py: annotations of every kind, jitter, average precision of known answers."""
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+from PIL import Image
+
+from common.data import DataError, UnreadableImage
+from common.loader import StepSampler, Views, seed_everything, train_loader
+from sec3_benchmark import scenes
+from sec3_benchmark.coco import (
+    DetectionViews,
+    as_coco,
+    average_precision,
+    in_memory,
+    load_coco,
+    object_mask,
+    objects,
+    targets_of,
+)
+from sec3_benchmark.mask_rcnn import mask_targets
+
+RECTANGLE = [[10, 5, 30, 5, 30, 20, 10, 20]]  # x from 10 to 30, y from 5 to 20
+LENGTHS = {"size": [40, 50], "counts": [2, 3, 1995]}  # column by column: rows 2 to 4 of the first one
+
+
+def one(number, image, category, outline, crowd=0):
+    return {"id": number, "image_id": image, "category_id": category, "segmentation": outline, "iscrowd": crowd,
+            "bbox": [10, 5, 20, 15], "area": 300}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images of 40 x 50 px: objects of two kinds and a crowd; none; a crowd alone; an object without outline."""
+    (tmp_path / "annotations").mkdir()
+    images = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 50} for i in (8, 2, 5, 6)]
+    annotations = [one(1, 8, 90, RECTANGLE), one(2, 8, 3, LENGTHS), one(3, 8, 3, LENGTHS, crowd=1),
+                   one(4, 5, 7, LENGTHS, crowd=1), one(5, 6, 7, [[1, 1, 2, 2]])]
+    categories = [{"id": 90, "name": "kite"}, {"id": 3, "name": "car"}, {"id": 7, "name": "bus"}]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
+        for image in images:
+            Image.fromarray(np.full((40, 50, 3), image["id"], np.uint8)).save(
+                tmp_path / f"{split}2017" / image["file_name"])
+        text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(text)
+    return tmp_path
+
+
+# Annotations
+
+def test_crowds_and_empty_images_are_no_training_targets_but_are_evaluated(folder):
+    train, val = load_coco(folder)
+    assert train.ids == [8] and val.ids == [2, 5, 6, 8]
+    assert train.classes == ["car", "bus", "kite"]  # by category number: labels 1, 2, 3
+    image, annotations = train.read(0)
+    assert image.size == (50, 40) and [one["id"] for one in annotations] == [1, 2]
+    assert [objects(val.coco, i) for i in (2, 5, 6)] == [[], [], []]
+
+
+def test_the_fingerprint_sees_the_annotations(folder):
+    before = load_coco(folder)[0].fingerprint()
+    assert load_coco(folder)[0].fingerprint() == before
+    path = folder / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text().replace("[10, 5, 30, 5, 30, 20, 10, 20]", "[10, 5, 31, 5, 31, 20, 10, 20]"))
+    assert load_coco(folder)[0].fingerprint() != before
+
+
+def test_a_folder_that_is_not_coco_and_an_image_of_another_size_are_named(folder):
+    with pytest.raises(DataError, match="instances_train2017.json is not there: --dataset-path must hold"):
+        load_coco(folder / "train2017")
+    Image.new("RGB", (50, 41)).save(folder / "train2017" / "8.png")
+    with pytest.raises(UnreadableImage, match="8.png is 41 x 50 px and the annotations say 40 x 50"):
+        load_coco(folder)[0].read(0)
+
+
+def test_masks_of_polygons_and_run_lengths():
+    expected = np.zeros((40, 50), bool)
+    expected[5:20, 10:30] = True
+    assert (object_mask(one(1, 8, 90, RECTANGLE), 40, 50) == expected).all()
+    expected = np.zeros((40, 50), bool)
+    expected[2:5, 0] = True
+    assert (object_mask(one(1, 8, 3, LENGTHS), 40, 50) == expected).all()
+
+
+# Jitter
+
+def rectangle_scene(height, width, top, left, bottom, right):
+    """A white rectangle on black, as an image and its annotation."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[top:bottom, left:right] = 255
+    return Image.fromarray(pixels), [scenes.annotation(1, 0, pixels[..., 0] > 0, 4)]
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (64, 64)])
+def test_jitter_moves_objects_with_their_pixels_and_draws_their_boxes_anew(size):
+    """Flip, scale and crop: the mask is where the image is white, the box just around it."""
+    views, seen, kept, flipped = DetectionViews(64, {5: 7}, (0.3, 2.0)), [], 0, 0
+    for seed in range(60):
+        seed_everything("sample", seed)
+        view = views(rectangle_scene(*size, 12, 6, 40, 33))
+        assert view["image"].shape == (3, 64, 64) and view["image"].dtype == torch.uint8
+        height, width = view["size"].tolist()
+        assert not view["image"][:, height:].any() and not view["image"][:, :, width:].any()
+        seen.append(max(height, width))
+        white = view["image"][0] > 127
+        if not view["count"]:
+            assert white.sum() < 30  # a thin rest at the edge at most
+            continue
+        kept += 1
+        [mask], [box] = view["masks"], view["boxes"].tolist()
+        assert (mask & white).sum() / (mask | white).sum() > 0.8
+        y, x = torch.where(mask)
+        assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert view["labels"].tolist() == [7]
+        flipped += (x.float().mean() > width / 2).item()
+    assert min(seen) < 32 and max(seen) == 64 and kept > 45 and 10 < flipped < 50
+
+
+def test_objects_that_the_crop_cuts_off_are_left_out():
+    views, counts = DetectionViews(32, {5: 1}, (2.0, 2.0)), set()
+    for seed in range(20):
+        seed_everything("sample", seed)
+        view = views(rectangle_scene(64, 64, 0, 0, 20, 20))
+        counts.add(view["count"])
+        assert len(view["masks"]) == len(view["boxes"]) == len(view["labels"]) == view["count"]
+        assert view["masks"].flatten(1).any(1).all()
+    assert counts == {0, 1}
+
+
+def test_evaluation_fits_the_longer_side_and_draws_nothing_at_random():
+    view = DetectionViews(64, None)(rectangle_scene(50, 100, 0, 0, 25, 50))
+    assert view["size"].tolist() == [32, 64] and view["original"].tolist() == [50, 100]
+    assert set(view) == {"image", "size", "original"}
+    assert (view["image"][:, :15, :31] == 255).all() and not view["image"][:, 17:].any()
+    assert DetectionViews((64, 32), None)(rectangle_scene(50, 100, 0, 0, 1, 1))["size"].tolist() == [16, 32]
+
+
+def test_a_batch_keeps_each_images_objects_apart():
+    [textures] = [np.zeros((1, 40, 40, 3), np.uint8)]
+    images = scenes.scene_set("train", textures, 40, 6)
+    views = Views(images, DetectionViews(40, {c: c for c in images.coco.cats}, (1.0, 1.0)), 0)
+    sampler = StepSampler(6, batch_size=6, accumulation=2, seed=0, start_step=0, total_steps=1)
+    for batch in train_loader(views, sampler, 0, torch.device("cpu")):
+        for index, target in zip(batch["index"].tolist(), targets_of(batch), strict=True):
+            annotations = images.coco.imgToAnns[index]
+            assert target["labels"].tolist() == [one["category_id"] for one in annotations]
+            assert [mask.sum().item() for mask in target["masks"]] == [one["area"] for one in annotations]
+
+
+# Scenes
+
+def test_scenes_have_exact_masks_and_boxes():
+    textures = np.random.RandomState(0).randint(0, 255, (3, 96, 96, 3), dtype=np.uint8)
+    images = scenes.scene_set("val", textures, 96, 20)
+    again = scenes.scene_set("val", textures, 96, 20)
+    other = scenes.scene_set("train", textures, 96, 20)
+    assert (images.images == again.images).all() and images.fingerprint() == again.fingerprint() != other.fingerprint()
+    counts = set()
+    for i in range(20):
+        image, annotations = images.read(i)
+        masks = [object_mask(one, 96, 96) for one in annotations]
+        assert sum(mask.astype(int) for mask in masks).max() == 1  # visible pixels belong to one object
+        counts.add(len(masks))
+        for mask, entry in zip(masks, annotations):
+            y, x = np.where(mask)
+            assert entry["bbox"] == [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
+            assert entry["area"] == mask.sum() > 0
+            # 0.4 of the background's grey is at most 102, an object's colour is at least 60 and it differs in texture
+            assert np.asarray(image)[mask].min() >= 60
+    assert counts == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("name", "area"), [("disc", math.pi), ("square", 1.6**2), ("triangle", 0.5 * 1.6 * 2 * 0.992),
+                                            ("cross", 2 * 1.2 - 0.36)])
+def test_shapes(name, area):
+    v, u = np.mgrid[-1.5:1.5:600j, -1.5:1.5:600j]
+    assert_close(scenes.SHAPES[name](u, v).mean() * 9, area, 0.02)
+
+
+# Average precision
+
+def ground_truth(size=(100, 120)):
+    """Two images with squares of 20 px, two categories; the second has a crowd too."""
+    squares = [(0, 1, 10, 10), (0, 2, 60, 30), (1, 1, 40, 50), (1, 2, 70, 10)]
+    annotations = []
+    for number, (image, category, left, top) in enumerate(squares, 1):
+        mask = np.zeros(size, bool)
+        mask[top:top + 20, left:left + 20] = True
+        annotations.append(scenes.annotation(number, image, mask, category - 1))
+    crowd = np.zeros(size, bool)
+    crowd[70:, :40] = True
+    annotations.append({**scenes.annotation(9, 1, crowd, 0), "iscrowd": 1})
+    return in_memory({"images": [{"id": i, "height": size[0], "width": size[1]} for i in range(2)],
+                      "annotations": annotations, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]})
+
+
+def answers(coco, shift=0):
+    found = []
+    for entry in coco.anns.values():
+        if not entry["iscrowd"]:
+            mask = np.roll(object_mask(entry, 100, 120), shift, axis=1)
+            moved = scenes.annotation(0, entry["image_id"], mask, entry["category_id"] - 1)
+            found.append({k: moved[k] for k in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.9})
+    return found
+
+
+@pytest.mark.parametrize(("shift", "ap", "ap75"), [(0, 100, 100), (2, 70, 100), (4, 40, 0), (12, 0, 0)])
+def test_average_precision_of_known_answers(shift, ap, ap75):
+    """A shift of 2 of 20 pixels is an IoU of 18/22: right at 0.5, 0.55, ..., 0.8, so at 7 of 10 thresholds. A shift of
+    4 is 16/24: right at 4. Of 12: 8/32, never.
+    """
+    coco = ground_truth()
+    result = average_precision(coco, [0, 1], answers(coco, shift))
+    for kind in ("box", "mask"):
+        assert_close(result[f"{kind}_ap"], float(ap), 1e-6) if ap else result[f"{kind}_ap"] == 0
+        assert abs(result[f"{kind}_ap75"] - ap75) < 1e-4
+        assert f"{kind}_apl" not in result  # there are no large objects
+    assert next(iter(result)) == "box_ap"  # by which the best weights are kept
+
+
+def test_no_answers_wrong_categories_and_crowds():
+    coco = ground_truth()
+    assert average_precision(coco, [0, 1], [])["mask_ap"] == 0
+    wrong = [{**entry, "category_id": 3 - entry["category_id"]} for entry in answers(coco)]
+    assert average_precision(coco, [0, 1], wrong)["box_ap"] == 0
+    in_crowd = {**answers(coco)[0], "image_id": 1, "bbox": [5, 75, 20, 20], "score": 0.99}
+    assert average_precision(coco, [0, 1], [*answers(coco), in_crowd])["box_ap"] > 99.9
+    elsewhere = {**in_crowd, "bbox": [90, 75, 20, 20]}
+    assert average_precision(coco, [0, 1], [*answers(coco), elsewhere])["box_ap"] < 90
+
+
+def test_detections_go_back_to_the_original_image():
+    """What a perfect detector would say of the resized view is a perfect answer on the original."""
+    coco, found = ground_truth((100, 120)), []
+    for image_id in (0, 1):
+        pixels = Image.new("RGB", (120, 100))
+        views = DetectionViews(60, {1: 1, 2: 2}, (1.0, 1.0))
+        torch.manual_seed(image_id)
+        while True:  # until it is not flipped
+            view = views((pixels, objects(coco, image_id)))
+            if abs(view["boxes"][0, 0] - objects(coco, image_id)[0]["bbox"][0] / 2) < 1:
+                break
+        assert view["size"].tolist() == [50, 60]
+        matched = torch.arange(len(view["boxes"]))
+        detection = {"boxes": view["boxes"], "labels": view["labels"], "scores": torch.ones(len(matched)),
+                     "masks": mask_targets(view["masks"], view["boxes"], matched, 28)}
+        found += as_coco(detection, image_id, (50, 60), (100, 120), sorted(coco.cats))
+    result = average_precision(coco, [0, 1], found)
+    assert result["box_ap"] > 99 and result["mask_ap"] > 90
+
+
+def test_scenes_are_drawn_for_the_size_and_place_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "SPLITS", {"train": 3, "val": 2})
+    monkeypatch.setattr(scenes, "TEXTURES", (2, 2))
+    train, val = scenes.load_scenes(SimpleNamespace(img_size=[32, 48], output=tmp_path, in_chans=3))
+    assert train.images.shape == (3, 32, 48, 3) and val.images.shape == (2, 32, 48, 3)
+    assert train.classes == val.classes == ["disc", "square", "triangle", "cross"]
+    assert len(list((tmp_path / "data").iterdir())) == 2
