@@ -62,8 +62,13 @@ SETTINGS = {
     "fractals-large": dict(epochs=5, warmup_epochs=1, lr=0.1, eval_every=5),
 }
 
+COCO = "coco"  # not transfer.py's but detect.py's: a column each for box and mask AP; ROOT/coco/, see detect.py
+COCO_AP = {"coco-box": "box_ap", "coco-mask": "mask_ap"}
+TITLES = {**{name: about["title"] for name, about in SETS.items()}, "coco-box": "COCO box AP",
+          "coco-mask": "COCO mask AP"}
+
 # Tables 4 and 5: top-1, COCO box and mask AP (ICML slides; COCO also on the authors' code page).
-PUBLISHED_COLUMNS = (*SETS, "coco-box", "coco-mask", "imagenet")
+PUBLISHED_COLUMNS = (*SETS, *COCO_AP, "imagenet")
 PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
     "random": (30.2, 26.1, 9.4, 6.8, 42.7, 58.7, 32.7, 28.9),
     "supervised": (96.4, 93.1, 73.5, 85.6, 85.8, 63.6, 40.4, 35.5),
@@ -191,8 +196,8 @@ def load_downstream(args):
 def add_datasets(parser):
     group = parser.add_argument_group("data sets to transfer to")
     group.add_argument("--datasets", nargs="+", metavar="NAME",
-                       help=f"of {', '.join([*SETS, *FRACTALS])}, or folders in --dataset-path; default: the two "
-                            f"fractals in the demo preset, the other six in the paper preset")
+                       help=f"of {', '.join([*SETS, *FRACTALS, COCO])}, or folders in --dataset-path; default: the two "
+                            f"fractals in the demo preset, the first six in the paper preset")
     group.add_argument("--dataset-path", metavar="ROOT", help="where they all lie, see sec3_benchmark/downstream.py")
 
 
@@ -203,14 +208,34 @@ def chosen_sets(args):
         raise UserError(f"--preset {args.preset} needs --datasets: some of {', '.join(SETS)}, or folders that lie in "
                         f"--dataset-path")
     for name in names:
+        if name == COCO:
+            require_coco(args)
+            continue
         check_path(name, args.dataset_path)
         if name not in FRACTALS and not args.dry_run:
             load_downstream(argparse.Namespace(**{**vars(args), "dataset": name}))
     return list(dict.fromkeys(names))
 
 
+def require_coco(args):
+    if args.preset != "demo" and not args.dry_run and not (Path(args.dataset_path or "") / COCO).is_dir():
+        raise DataError(f"{COCO} needs --dataset-path, where coco/ holds annotations/, train2017/ and val2017/")
+
+
+def stage_settings(names):
+    """What tables.run_rows adds for each set to a row that ends with transfer.py."""
+    return {name: {"stage": "sec3_benchmark.detect"} if name == COCO else {"dataset": name} for name in names}
+
+
+def measured(cells):
+    """{column: [top-1 or AP for each seed]} from {data set: [results of the stages, for each seed]}."""
+    found = {name: [stages[-1]["top1"] for stages in seeds] for name, seeds in cells.items() if name != COCO}
+    return found | {column: [stages[-1][key] for stages in cells[COCO]]
+                    for column, key in COCO_AP.items() if COCO in cells}
+
+
 def title(name):
-    return SETS[name]["title"] if name in SETS else name
+    return TITLES.get(name, name)
 
 
 def beside(published, measured):
@@ -219,8 +244,11 @@ def beside(published, measured):
 
 
 def columns(names):
-    """The columns of such a table for report.write_table; a row's "published" and "measured" are dicts by data set."""
+    """The columns of such a table for report.write_table, COCO's always among them; a row's "published" and "measured"
+    are dicts by column.
+    """
     def column(name):
         return lambda row: beside(row["published"].get(name), row["measured"].get(name))
+    names = [*(name for name in names if name != COCO), *COCO_AP]
     return {"initialisation": lambda row: row["name"], **{title(name): column(name) for name in names},
             "seeds": lambda row: row["seeds"] or ""}

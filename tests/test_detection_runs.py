@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from test_training import assert_same, log_rows
 
-from common import options
+from common import options, tables
 from common.errors import UserError
-from sec3_benchmark import detect, scenes
+from sec3_benchmark import detect, scenes, table4_transfer
 from sec3_benchmark.mask_rcnn import MaskRCNN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +150,36 @@ def test_impossible_wishes_are_refused(tmp_path):
         detect.main(settings(tmp_path, preset="paper"))
     with pytest.raises(UserError, match="the model has blocks 0 to 11"):
         detect.build_detector(settings(tmp_path, global_blocks=[12]), 4)
+
+
+# Table 4
+
+def fake_stage(name, explicit=None, row=None):
+    """Results as the stages give them, and no run."""
+    found = {"box_ap": 12.5, "mask_ap": 10.5} if name == "sec3_benchmark.detect" else \
+        {"top1": 50.0, "best_top1": 51.0, "train_images": 7}
+    calls.append((name.split(".")[1], (row or {}).get("init")))
+    return {"checkpoint": f"weights of {name}", "run": "-", "seconds": 1.0, **found}
+
+
+calls = []
+
+
+def test_the_coco_columns_of_table_4(tmp_path, monkeypatch):
+    """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
+    monkeypatch.setattr(options, "stage", fake_stage)
+    words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
+             "--device", "cpu", "--set", "detect.iterations=7"]
+    calls.clear()
+    rows = {row["key"]: row for row in table4_transfer.main(tables.parse(table4_transfer.build_parser(), words))}
+    assert rows["mae"]["measured"] == {"fractals-small": [50.0], "coco-box": [12.5], "coco-mask": [10.5]}
+    weights = "weights of sec3_benchmark.pretrain_mae"
+    assert calls == [("transfer", None), ("detect", None), ("pretrain_mae", None), ("transfer", weights),
+                     ("detect", weights)]
+    text = (tmp_path / "table4/table4.md").read_text()
+    assert "39.9 / 12.5" in text and "35.4 / 10.5" in text and "39.7 / not run" in text
+    with pytest.raises(UserError, match="coco needs --dataset-path"):
+        table4_transfer.main(tables.parse(table4_transfer.build_parser(), [*words, "--preset", "paper"]))
 
 
 @pytest.mark.slow

@@ -473,7 +473,7 @@ def test_cells_are_run_once_for_each_seed_and_reused(table, tmp_path, monkeypatc
     stored = json.loads((folder / "table4.json").read_text())
     assert stored["rows"] == list(rows.values()) and (folder / "table4.png").stat().st_size > 5000
     text = (folder / "table4.md").read_text()
-    assert " ± " in text and "32.7 / detect.py, not run" in text and "Training images: mine 16." in text
+    assert " ± " in text and "32.7 / not run" in text and "Training images: mine 16." in text
     settings = json.loads((Path(rows["random"]["run"]["mine"][1]) / "settings.json").read_text())
     assert {name: settings[name] for name in ("lr", "seed", "init", "img_size")} == dict(lr=0.05, seed=1, init=None,
                                                                                          img_size=[16])
