@@ -19,7 +19,6 @@ NOTES = {
     "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
-STAGE = "stage"  # in a column: the module that takes the place of the rows' last stage
 PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
 
 
@@ -96,21 +95,21 @@ def chosen(rows, args, demo):
 
 def run_rows(rows, args, demo, script, columns=None):
     """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or with
-    columns, which are {name: settings added to the rows' last stage (STAGE: another one)}, {key: {name: the same}}. All
-    that can be known to be wrong is found before the first stage starts: settings of later stages, unlabelled data.
+    columns, {key: {name: the same}}. Columns are {name: (the stage in place of the rows' last one, or None; settings
+    added to it)}. All that can be known to be wrong is found before the first stage starts: settings of later stages,
+    unlabelled data.
     """
     distributed.start("cpu" if args.dry_run else args.device)
-    columns_of = [*(columns or {"": {}}).items()]
-    stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
-    stages |= {added[STAGE].split(".")[-1] for _, added in columns_of if STAGE in added}
+    endings = columns or {"": (None, {})}
+    stages = {module.split(".")[-1] for row in rows for module, _ in [*row.stages, *endings.values()] if module}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown:
         raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
     results, done = {}, {}
     cells = [(column, replace(row, name=f"{row.name} {column}".strip(),
-                              stages=(*row.stages[:-1], last_stage(*row.stages[-1], **added))))
-             for row in chosen(rows, args, demo) for column, added in columns_of]
+                              stages=(*row.stages[:-1], (stage or row.stages[-1][0], row.stages[-1][1] | added))))
+             for row in chosen(rows, args, demo) for column, (stage, added) in endings.items()]
     for _, row in cells:
         for module, settings in row.stages:
             explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
@@ -129,10 +128,6 @@ def run_rows(rows, args, demo, script, columns=None):
                 print0(args.needs_weights[row.key])
                 break
     return results if columns else {key: found[""] for key, found in results.items()}
-
-
-def last_stage(usual, settings, stage=None, **added):
-    return stage or usual, {**settings, **added}
 
 
 def explicit_settings(module, args, seed):

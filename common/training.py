@@ -208,8 +208,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             meter.step(grad_norm=grad_norm)
 
             done, epoch = step + 1, (step + 1) / per_epoch
-            evaluated = evaluate is not None and (
-                done == total or args.eval_every and done % (per_epoch * args.eval_every) == 0)
+            evaluated = evaluate and (done == total or args.eval_every and done % (per_epoch * args.eval_every) == 0)
             stopping, due = distributed.all_max(stop.received, snapshot.due())
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
@@ -272,8 +271,7 @@ def note_evaluation(run, method, progress, step, epoch, result):
     run.log({"step": step, "epoch": epoch, "eval": result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     progress["last"] = {"epoch": epoch, **result}
-    measure = next(iter(result))  # top1, or box_ap
-    if result[measure] > progress["best"].get(measure, -1.0):
+    if result[measure := next(iter(result))] > progress["best"].get(measure, -1.0):  # top1, box_ap
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
             best = {"model": method.model.state_dict(), "config": method.model.config}

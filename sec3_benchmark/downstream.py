@@ -223,8 +223,8 @@ def require_coco(args):
 
 
 def stage_settings(names):
-    """What tables.run_rows adds for each set to a row that ends with transfer.py."""
-    return {name: {"stage": "sec3_benchmark.detect"} if name == COCO else {"dataset": name} for name in names}
+    """The columns of tables.run_rows for rows that end with transfer.py."""
+    return {name: ("sec3_benchmark.detect", {}) if name == COCO else (None, {"dataset": name}) for name in names}
 
 
 def measured(cells):

@@ -7,7 +7,7 @@ import numpy as np
 from common import report
 from sec3_benchmark.coco import object_mask
 
-SHOWN = 0.5  # lowest score of a detection that is drawn
+SHOWN = 0.4  # lowest score of a detection that is drawn
 PER_ROW = 4
 
 
