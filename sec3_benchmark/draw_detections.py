@@ -23,6 +23,7 @@ def draw_detections(images, found, path):
     for i in range(count):
         image, annotations = images.read(i)
         predicted = [one for one in found if one["image_id"] == images.ids[i] and one["score"] >= SHOWN]
+        predicted.sort(key=lambda one: one["score"])  # the surest on top
         row, column = 2 * (i // PER_ROW), i % PER_ROW
         for axis, entries, title in ((axes[row, column], annotations, "annotated"),
                                      (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
