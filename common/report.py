@@ -35,8 +35,9 @@ def draw_curve(log_path, path):
     axes[1].plot([r["epoch"] for r in steps], [r["lr"] for r in steps], linewidth=1)
     axes[1].set(xlabel="epoch", ylabel="learning rate")
     if evals:
-        axes[2].plot([r["epoch"] for r in evals], [next(iter(r["eval"].values())) for r in evals], marker="o", ms=3)
-        axes[2].set(xlabel="epoch", ylabel=f"{next(iter(evals[0]['eval']))} on val (%)")  # top1 or box_ap
+        measure = next(iter(evals[0]["eval"]))  # the main one comes first
+        axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
+        axes[2].set(xlabel="epoch", ylabel={"top1": "top-1", "box_ap": "box AP"}.get(measure, measure) + " on val (%)")
     figure.savefig(path)
     plt.close(figure)
 

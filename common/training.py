@@ -175,10 +175,11 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     """Trains `method.model` for args.epochs on `images`. Returns {seconds, images_per_second, last, best}.
 
     `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the
-    end. Continues from the run's newest whole checkpoint; after a signal it saves and leaves with exit code 75.
+    end; the first number is the main one. Continues from the run's newest whole checkpoint; after a signal it saves and
+    leaves with exit code 75. args.iterations, where a recipe counts in them, takes the place of args.epochs.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
-    total = getattr(args, "iterations", None) or per_epoch * args.epochs  # detection counts iterations
+    total = getattr(args, "iterations", None) or per_epoch * args.epochs
     accumulation = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
     dtype = choose_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -271,7 +272,8 @@ def note_evaluation(run, method, progress, step, epoch, result):
     run.log({"step": step, "epoch": epoch, "eval": result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     progress["last"] = {"epoch": epoch, **result}
-    if result[measure := next(iter(result))] > progress["best"].get(measure, -1.0):  # top1, box_ap
+    measure = next(iter(result))  # top1, or box_ap
+    if result[measure] > progress["best"].get(measure, -1.0):
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
             best = {"model": method.model.state_dict(), "config": method.model.config}
