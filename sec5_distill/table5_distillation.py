@@ -56,7 +56,7 @@ def imagenet_row(row):
 
 def run(args, names):
     """{row key: {data set: results of the stages, for each seed}}, "imagenet" among the data sets if wanted."""
-    cells = tables.run_rows(ROWS, args, DEMO, "table5", {name: {"dataset": name} for name in names})
+    cells = tables.run_rows(ROWS, args, DEMO, "table5", downstream.stage_settings(names))
     if args.preset != "demo" if args.imagenet is None else args.imagenet:
         for row in tables.chosen(ROWS, args, DEMO):
             cells[row.key]["imagenet"] = [tables.run_row(imagenet_row(row), seed, args, "table5", {})
@@ -67,21 +67,17 @@ def run(args, names):
 def summary(row, cells):
     """A row of the table from its cells."""
     def values(key):
-        return {name: [stages[-1][key] for stages in seeds] for name, seeds in cells.items()}
+        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
     return {"key": row.key, "name": row.name if row.stages else f"{row.name} (not built yet)",
-            "published": row.published, "note": row.note, "measured": values("top1"),
+            "published": row.published, "note": row.note, "measured": downstream.measured(cells),
             "best_epoch": values("best_top1"), "run": values("run"), "seeds": max(map(len, cells.values()))}
 
 
 def columns(names):
-    """One for each data set, then COCO and ImageNet; each cell: published / measured, or why there is nothing."""
-    def not_run(name):
-        return lambda row: f"{row['published'][name]} / detect.py, not run"
-
+    """One for each data set, two for COCO, then ImageNet; each cell: published / measured."""
     def imagenet(row):
         return downstream.beside(row["published"]["imagenet"], row["measured"].get("imagenet"))
-    return {**downstream.columns(names), "COCO box AP": not_run("coco-box"), "COCO mask AP": not_run("coco-mask"),
-            "IN1K (Table 1)": imagenet}
+    return {**downstream.columns(names), "IN1K (Table 1)": imagenet}
 
 
 def main(args):
@@ -93,7 +89,7 @@ def main(args):
         return []
     rows = [summary(row, cells.get(row.key, {name: [] for name in names})) for row in ROWS]
     report.write_table(Path(args.output) / "table5", "table5", args, columns(names), rows, notes=[
-        "Each cell: published / measured, top-1 in % after the last epoch.", NOTES[args.preset]])
+        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", NOTES[args.preset]])
     return rows
 
 
