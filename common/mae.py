@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from common.augment import pretrain_transform
 from common.errors import UserError
 from common.vit import check_heads, pair, patch_grid, size_of
 
@@ -177,3 +178,20 @@ class MAE(nn.Module):
         if self.norm_pix:
             target = normalise_patches(target)
         return F.mse_loss(pred.float(), target)
+
+
+def build_mae(args):
+    """The MAE of a command line."""
+    return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+               num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
+               decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
+
+
+class MAEViews:
+    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
+
+    def __init__(self, args, num_patches):
+        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
+
+    def __call__(self, image):
+        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}

@@ -238,6 +238,16 @@ def title(name):
     return TITLES.get(name, name)
 
 
+def summary(row, cells):
+    """A row of such a table from its cells: {data set: [results of the stages, for each seed]}, empty if not run."""
+    def values(key):
+        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
+    return {"key": row.key, "name": row.name, "published": row.published, "note": row.note,
+            "measured": measured(cells), "best_epoch": values("best_top1"), "run": values("run"),
+            "seconds": values("seconds"), "seeds": max(map(len, cells.values())),
+            "train_images": {name: sizes[0] for name, sizes in values("train_images").items() if sizes}}
+
+
 def beside(published, measured):
     """A cell: the published number / ours, over seeds."""
     return f"{'-' if published is None else published} / {report.spread(measured) if measured else 'not run'}"

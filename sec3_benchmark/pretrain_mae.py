@@ -7,12 +7,9 @@
 The authors' code page gives about 40 hours for the paper's run on 8 GPUs. The weights, decoder included, end up in
 outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Killed, the same command continues.
 """
-import torch
-
 from common import distributed, options
-from common.augment import pretrain_transform
 from common.loader import seed_everything
-from common.mae import MAE
+from common.mae import MAEViews, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
@@ -52,25 +49,9 @@ def build_parser():
     return parser
 
 
-class MAEViews:
-    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
-
-    def __init__(self, args, num_patches):
-        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
-
-    def __call__(self, image):
-        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}
-
-
 class MAEMethod(Method):
     def loss(self, batch, step):
         return self.forward(batch["image"], batch["noise"]), {}
-
-
-def build_mae(args):
-    return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-               num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
-               decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
 
 
 def main(args):

@@ -62,16 +62,6 @@ def with_models(rows, models):
     return list({**known, **given}.values())
 
 
-def summary(row, cells):
-    """A row of the table from its cells: {data set: [results of the stages, for each seed]}, empty lists if not run."""
-    def values(key):
-        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
-    return {"key": row.key, "name": row.name, "published": row.published, "note": row.note,
-            "measured": downstream.measured(cells), "best_epoch": values("best_top1"), "run": values("run"),
-            "seconds": values("seconds"), "seeds": max(map(len, cells.values())),
-            "train_images": {name: sizes[0] for name, sizes in values("train_images").items() if sizes}}
-
-
 def published(row):
     return {name: [value] for name, value in row["published"].items() if name in SETS}
 
@@ -134,7 +124,7 @@ def main(args):
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}
-    rows = [summary(row, results.get(row.key, nothing)) for row in rows]
+    rows = [downstream.summary(row, results.get(row.key, nothing)) for row in rows]
     sizes = {name: size for row in rows for name, size in row["train_images"].items()}
     about = "Each cell: published / measured, top-1 (COCO: AP) in % at the last epoch. Training images: " + ", ".join(
         f"{downstream.title(name)} {size:,}" for name, size in sizes.items()) + "."

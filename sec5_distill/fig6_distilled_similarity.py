@@ -11,6 +11,7 @@ the low layers, and distilling the last block's attention mends the high ones. I
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
 from common import options, tables
+from common.errors import UserError
 from common.tables import Row
 from sec4_analysis import similarity
 from sec5_distill import pretrain_dmae
@@ -32,9 +33,12 @@ def own_models(args):
             Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", SHORT if args.preset == "demo" else {}),)),
             Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
     args.rows, args.seeds = ["all"], [args.seed]
-    found = {key: seeds[0][-1] for key, seeds in tables.run_rows(rows, args, (), "fig6").items()}
+    results = tables.run_rows(rows, args, (), "fig6")
     if args.dry_run:
         return None
+    if args.needs_weights:
+        raise UserError("; ".join(args.needs_weights.values()))
+    found = {key: seeds[0][-1] for key, seeds in results.items()}
     return [f"supervised={found['supervised']['checkpoint']}", f"teacher={found['dmae']['teacher']}",
             f"MAE={found['mae']['checkpoint']}", f"D-MAE={found['dmae']['checkpoint']}"]
 

@@ -10,15 +10,12 @@ mae-lite's, `timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pr
 weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. The authors' code page
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
-import torch
-
 from common import distributed, options
-from common.augment import pretrain_transform
 from common.data import load_sets, statistics
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
-from common.mae import MAE
+from common.mae import MAEViews, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
@@ -73,16 +70,6 @@ def build_parser():
     return parser
 
 
-class MaskedViews:
-    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
-
-    def __init__(self, args, num_patches):
-        self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches
-
-    def __call__(self, image):
-        return {"image": self.crop(image), "noise": torch.rand(self.num_patches)}
-
-
 class DMAEMethod(Method):
     """The teacher stands beside the model: it is in no checkpoint, and no optimizer knows it."""
 
@@ -128,9 +115,7 @@ def build(args, weights):
     the student starts as an MAE of the same seed does.
     """
     seed_everything("weights", args.seed)
-    student = MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                  num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
-                  decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
+    student = build_mae(args)
     encoder = load_model(weights, num_heads=args.teacher_heads)
     check_same_patches(student, encoder)
     teacher = Teacher(encoder, *(ours if theirs is None else theirs for ours, theirs in (
@@ -156,7 +141,7 @@ def main(args):
         model, teacher = build(args, weights)
         optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,
-                       MaskedViews(args, model.model.num_patches), device)
+                       MAEViews(args, model.model.num_patches), device)
         return run.finish({**result, "teacher": args.teacher}, model)
 
 

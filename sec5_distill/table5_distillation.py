@@ -54,23 +54,14 @@ def imagenet_row(row):
                    (*before, (FINETUNE, {"init": PREVIOUS})))
 
 
-def run(args, names):
-    """{row key: {data set: results of the stages, for each seed}}, "imagenet" among the data sets if wanted."""
-    cells = tables.run_rows(ROWS, args, DEMO, "table5", downstream.stage_settings(names))
-    if args.preset != "demo" if args.imagenet is None else args.imagenet:
-        for row in tables.chosen(ROWS, args, DEMO):
-            cells[row.key]["imagenet"] = [tables.run_row(imagenet_row(row), seed, args, "table5", {})
-                                          for seed in args.seeds]
-    return cells
-
-
-def summary(row, cells):
-    """A row of the table from its cells."""
-    def values(key):
-        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
-    return {"key": row.key, "name": row.name if row.stages else f"{row.name} (not built yet)",
-            "published": row.published, "note": row.note, "measured": downstream.measured(cells),
-            "best_epoch": values("best_top1"), "run": values("run"), "seeds": max(map(len, cells.values()))}
+def run_imagenet(args):
+    """{row key: top-1 for each seed} of the last column; nothing where it is not wanted."""
+    if not (args.preset != "demo" if args.imagenet is None else args.imagenet):
+        return {}
+    rows = [row for row in tables.chosen(ROWS, args, DEMO) if row.key not in args.needs_weights]
+    results = {row.key: [tables.run_row(imagenet_row(row), seed, args, "table5", {})[-1] for seed in args.seeds]
+               for row in rows}
+    return {} if args.dry_run else {key: [result["top1"] for result in seeds] for key, seeds in results.items()}
 
 
 def columns(names):
@@ -84,12 +75,18 @@ def main(args):
     """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
     distributed.start(args.device)
     names = downstream.chosen_sets(args)
-    cells = run(args, names)
+    cells = tables.run_rows(ROWS, args, DEMO, "table5", downstream.stage_settings(names))
+    imagenet = run_imagenet(args)
     if args.dry_run:
         return []
-    rows = [summary(row, cells.get(row.key, {name: [] for name in names})) for row in ROWS]
+    nothing = {name: [] for name in names}
+    rows = [downstream.summary(row, cells.get(row.key, nothing)) for row in ROWS]
+    for row, planned in zip(rows, ROWS):
+        row["measured"]["imagenet"] = imagenet.get(row["key"], [])
+        row["name"] += "" if planned.stages else " (not built yet)"
     report.write_table(Path(args.output) / "table5", "table5", args, columns(names), rows, notes=[
-        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", NOTES[args.preset]])
+        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *args.needs_weights.values(),
+        NOTES[args.preset]])
     return rows
 
 
