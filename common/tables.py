@@ -31,6 +31,7 @@ class Row:
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
+    without: tuple = ()  # columns that the row cannot fill
     forced: dict = field(default_factory=dict)  # {module: settings} that the table works out; they always win
 
 
@@ -109,7 +110,8 @@ def run_rows(rows, args, demo, script, columns=None):
     results, done = {}, {}
     cells = [(column, replace(row, name=f"{row.name} {column}".strip(),
                               stages=(*row.stages[:-1], (stage or row.stages[-1][0], row.stages[-1][1] | added))))
-             for row in chosen(rows, args, demo) for column, (stage, added) in endings.items()]
+             for row in chosen(rows, args, demo) for column, (stage, added) in endings.items()
+             if column not in row.without]
     for _, row in cells:
         for module, settings in row.stages:
             explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})

@@ -8,7 +8,9 @@ from appendix import a1_recipes, a2_mae_settings
 from common import options
 from common.options import stage_settings
 from sec3_benchmark import table1_pretraining_methods as table1
+from sec5_distill import table5_distillation
 
+TABLE1 = {"supervised": "scratch"}  # Table 5's name for a row -> Table 1's
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = [f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("*/*.py"))
           if "ROWS = [" in path.read_text() and path.parent.name != "tests"]
@@ -58,4 +60,6 @@ def test_rows_that_two_tables_share_are_the_same_run():
     for ours, theirs in shared:
         assert settings_of(by_key(a1_recipes)[ours]) == settings_of(by_key(table1)[theirs])
     assert by_key(a2_mae_settings)["base"].stages == by_key(table1)["mae"].stages
+    for row in table5_distillation.ROWS:
+        assert table5_distillation.imagenet_row(row).stages == by_key(table1)[TABLE1.get(row.key, row.key)].stages
     assert options.PRESET_NAMES == by_key(table1)["mae"].presets
