@@ -4,13 +4,12 @@ Which networks the paper lists is in no source; these are of the families that i
 timm's result tables of v0.6.12; throughput there: one RTX 3090, batch 1024, automatic mixed precision, torch 1.12, CUDA
 11.3. Those of ViT-Tiny with 12 heads and MAE-Tiny-FT are the paper's.
 """
-import importlib.util
 import warnings
 from typing import NamedTuple
 
 import timm
 
-from common.vit import SIZES, build_vit
+from common.rpe import build_model
 
 DISTILLED, THREE_HEADS = "†", "⋆"
 
@@ -75,11 +74,8 @@ NETWORKS = [
 
 def build(network):
     """The network without pre-trained weights, or why there is none."""
-    if network.ours and network.ours not in SIZES:  # a variant, of a module that may not be there yet
-        variants = importlib.import_module("common.rpe") if importlib.util.find_spec("common.rpe") else None
-        return variants.build_model(network.ours) if variants else "not built yet"
     if network.ours:
-        return build_vit(network.ours)
+        return build_model(network.ours)
     if not timm.is_model(network.key):
         return f"not in timm {timm.__version__}"
     with warnings.catch_warnings():
