@@ -20,6 +20,7 @@ from common import options, tables
 from common.errors import UserError
 from sec3_benchmark import detect, scenes, table4_transfer
 from sec3_benchmark.mask_rcnn import MaskRCNN
+from sec5_distill import table5_distillation
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(preset="demo", img_size=[48], patch_size=12, position_size=[48], window=2, channels=8, hidden=16,
@@ -152,7 +153,7 @@ def test_impossible_wishes_are_refused(tmp_path):
         detect.build_detector(settings(tmp_path, global_blocks=[12]), 4)
 
 
-# Table 4
+# Tables 4 and 5
 
 def fake_stage(name, explicit=None, row=None):
     """Results as the stages give them, and no run."""
@@ -165,7 +166,7 @@ def fake_stage(name, explicit=None, row=None):
 calls = []
 
 
-def test_the_coco_columns_of_table_4(tmp_path, monkeypatch):
+def test_the_coco_columns(tmp_path, monkeypatch):
     """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
     monkeypatch.setattr(options, "stage", fake_stage)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
@@ -178,6 +179,13 @@ def test_the_coco_columns_of_table_4(tmp_path, monkeypatch):
                      ("detect", weights)]
     text = (tmp_path / "table4/table4.md").read_text()
     assert "39.9 / 12.5" in text and "35.4 / 10.5" in text and "39.7 / not run" in text
+    calls.clear()
+    words[2] = "dmae"
+    args = tables.parse(table5_distillation.build_parser(), words[:1] + words[2:])
+    [row] = [row for row in table5_distillation.main(args) if row["key"] == "dmae"]
+    assert row["measured"]["coco-mask"] == [10.5] and calls[-1] == ("detect", "weights of sec5_distill.pretrain_dmae")
+    assert "42.3 / 12.5" in (tmp_path / "table5/table5.md").read_text()
+    words[2] = "mae"
     with pytest.raises(UserError, match="coco needs --dataset-path"):
         table4_transfer.main(tables.parse(table4_transfer.build_parser(), [*words, "--preset", "paper"]))
 
