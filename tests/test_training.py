@@ -77,8 +77,8 @@ class Toy(Method):
 
 def settings(**changes):
     """A run of nine steps: a row in the log after each, a checkpoint only when stopped."""
-    row = dict(data="folder", device="cpu", precision="fp32", workers=0, epochs=EPOCHS, warmup_epochs=0, batch_size=BATCH,
-               log_every=1, save_minutes=60, eval_every=0)
+    row = dict(data="folder", device="cpu", precision="fp32", workers=0, epochs=EPOCHS, warmup_epochs=0,
+               batch_size=BATCH, log_every=1, save_minutes=60, eval_every=0)
     return options.resolve(finetune.build_parser(), {}, explicit=changes, row=row)
 
 
