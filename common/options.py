@@ -45,10 +45,10 @@ def add_images(group, img_size=224):
     group.add_argument("--std", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
 
 
-def add_model(parser, models=tuple(SIZES)):
+def add_model(parser, models=SIZES):
     group = parser.add_argument_group("model")
     init = "; init: as the file of --init says" if "init" in models else ""
-    group.add_argument("--model", choices=models, default="vit_tiny", help=f"the encoder{init}")
+    group.add_argument("--model", choices=tuple(models), default="vit_tiny", help=f"the encoder{init}")
     group.add_argument("--patch-size", type=int, default=16, help="pixels")
     group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
 

@@ -464,7 +464,7 @@ def table(small, tmp_path, monkeypatch):
 
 def test_cells_are_run_once_for_each_seed_and_reused(table, tmp_path, monkeypatch):
     rows = {row["key"]: row for row in table("--datasets", "mine", "--seeds", "0", "1")}
-    assert list(rows) == ["random", "supervised", "mocov3", "mae"]
+    assert list(rows) == ["random", "supervised", "mocov3", "mae", "dino", "simmim"]
     for row in rows.values():
         assert row["seeds"] == 2 and row["published"] == PUBLISHED[row["key"]]
         assert len(row["measured"]["mine"]) == 2 and row["train_images"] == {"mine": 16}
@@ -519,7 +519,7 @@ def test_gaps_are_differences_to_the_supervised_row():
     rows = [{"key": row.key, "name": row.name, "published": row.published, "measured": {}}
             for row in table4_transfer.ROWS]
     gaps = table4_transfer.gaps(rows, table4_transfer.published)
-    assert set(gaps) == {"MoCo-v3", "MAE"} and set(gaps["MAE"]) == set(SETS)
+    assert set(gaps) == {"MoCo-v3", "MAE", "DINO", "SimMIM"} and set(gaps["MAE"]) == set(SETS)
     assert gaps["MAE"]["pets"] == pytest.approx([-16.6]) and gaps["MoCo-v3"]["inat18"] == pytest.approx([-9.1])
     assert table4_transfer.gaps(rows, table4_transfer.measured) == {}
     rows[1]["measured"], rows[3]["measured"] = {"mine": [50.0, 60.0]}, {"mine": [45.0, 57.0], "more": [1.0, 2.0]}
