@@ -13,10 +13,11 @@ from common import report, tables
 from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
-from sec4_analysis.study import MOCO, PRETRAIN, named
+from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, named
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
+FINETUNING = {"MoCo-v3": {"layer_decay": 0.75}}  # as in Table 1; transfer has 0.75 for every method
 
 
 def add_arguments(parser):
@@ -47,7 +48,8 @@ def point_row(stage, settings, title, name, k, before, weights):
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
         return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, settings),))
-    settings = {**settings, "init": weights, "keep_blocks": k}
+    own = FINETUNING.get(name, {}) if stage == FINETUNE else {}
+    settings = {**settings, **own, "init": weights, "keep_blocks": k}
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
 

@@ -46,7 +46,7 @@ def fill_by_name(module, fill_positions=False):
 
 def assert_close(a, b, tol):
     """max|a - b| <= tol * max|b|, b the reference; shapes equal; NaN is never close. Tensors, arrays or numbers."""
-    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    a, b = (torch.as_tensor(np.array(x) if isinstance(x, np.ndarray) else x).detach().cpu().double() for x in (a, b))
     assert a.shape == b.shape, f"shape {tuple(a.shape)}, reference {tuple(b.shape)}"
     difference, scale = (a - b).abs().max().item(), b.abs().max().item()
     assert difference <= tol * scale, f"max|a-b| = {difference:.3g} > {tol:g} * max|b| = {tol:g} * {scale:.3g}"

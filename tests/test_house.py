@@ -1,5 +1,6 @@
 """The house rules that a reader relies on: who may import whom, what a script shows, how files are opened, how long."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,21 @@ def test_every_file_has_a_docstring_and_every_script_shows_its_command():
 
 def test_every_script_is_a_parser_and_a_main():
     assert findings(stage_lacks, [path for path in FILES if path.parent.name != "common"]) == {}
+
+
+def commands(text):
+    """Scripts that a text starts by `python` or torchrun, as paths."""
+    return set(re.findall(r"(?:python|torchrun|nproc-per-node=\d+|HOST:\d+)\s+((?:\w+/)+\w+\.py)", text))
+
+
+def test_every_command_in_the_documentation_exists_and_every_script_is_documented():
+    readmes = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / s / "README.md" for s in SECTIONS)]}
+    shown = {command for text in readmes.values() for command in commands(text)}
+    shown |= {command for path in FILES for command in commands(path.read_text())}
+    assert {command for command in shown if not (ROOT / command).is_file()} == set()
+    scripts = [path for path in FILES if '__name__ == "__main__"' in path.read_text()]
+    assert len(scripts) > 30
+    assert [name(path) for path in scripts if path.name not in readmes[path.parent / "README.md"]] == []
 
 
 def test_no_file_is_read_unsafely():
