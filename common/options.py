@@ -25,7 +25,11 @@ def make_parser(description):
     """A parser whose help starts with the script's docstring and shows each default."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
-    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # without the usage, which fills a screen
+            self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+    return Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
 def add_data(parser, img_size=224):
