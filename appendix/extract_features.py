@@ -1,0 +1,56 @@
+"""Features of a folder of images from any checkpoint: one row an image, in an .npz with the file names.
+
+    python appendix/extract_features.py --init outputs/pretrain_mae/RUN/weights.pt --preset small --data-path DIR
+    python appendix/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
+    torchrun --nproc-per-node=8 appendix/extract_features.py --init timm:NAME --num-heads 3 --data-path DIR
+
+Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
+`np.load(FILE)` then has "features" (N, D), float32, and "files" (N,), paths below DIR in the same order. Without DIR
+the generated images are taken, and their numbers are the file names.
+"""
+import os
+from pathlib import Path
+
+import numpy as np
+
+from appendix.features import add_arguments, build_encoder, extract
+from common import distributed, options
+from common.augment import eval_transform
+from common.checkpoint import write_atomically
+from common.data import load_sets
+from common.distributed import print0
+
+PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
+           "small": dict(data="folder", img_size=[64], patch_size=8), "paper": dict(data="folder")}
+
+
+def build_parser():
+    parser = add_arguments(options.make_parser(__doc__))
+    options.add_execution(parser)
+    return parser
+
+
+def names_of(images, root):
+    """Where each image lies below the folder; for generated ones its number."""
+    return [os.path.relpath(path, root) if root else str(path)
+            for path in (images.images if isinstance(images.images, list) else range(len(images)))]
+
+
+def main(args):
+    """Returns {"features": the file written, "images", "dim"}."""
+    device = distributed.start(args.device)
+    encoder, fingerprint = build_encoder(args, device)
+    images, _ = load_sets(args, labelled=False)
+    values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
+    place = Path(args.save_to or Path(args.output) / "extract_features" / f"{fingerprint[:10]}.npz")
+    if distributed.is_main():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        files = np.array(names_of(images, args.data_path))
+        write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files))
+    layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
+    print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
+    return {"features": str(place), "images": len(values), "dim": values.shape[1]}
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,33 @@
+"""appendix/extract_features.py: rows belong to their files, and are what the model itself gives."""
+import numpy as np
+import torch
+from PIL import Image
+
+from appendix import extract_features
+from common.augment import eval_transform
+from common.checkpoint import save_torch
+from common.data import read_image
+from common.options import resolve
+from common.vit import build_vit
+from tests.helpers import assert_close
+
+
+def test_each_row_is_its_file_s_features(tmp_path):
+    torch.manual_seed(0)
+    vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5, global_pool="token").eval()
+    save_torch(tmp_path / "vit.pt", {"model": vit.state_dict(), "config": vit.config})
+    for i, folder in enumerate(("b", "a/x", "a/y")):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (80 * i, 20, 255 - 60 * i)).save(tmp_path / "images" / folder / f"{i}.png")
+    args = resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={
+        "init": str(tmp_path / "vit.pt"), "data_path": str(tmp_path / "images"), "device": "cpu", "workers": 0,
+        "save_to": str(tmp_path / "out" / "features.npz")})
+    assert extract_features.main(args) == {"features": args.save_to, "images": 3, "dim": 96}
+    with np.load(args.save_to) as found:
+        features, files = found["features"], found["files"].tolist()
+    assert files == ["a/x/1.png", "a/y/2.png", "b/0.png"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for row, file in zip(features, files):
+        image = (eval_transform([32])(read_image(tmp_path / "images" / file)) - mean) / std
+        with torch.no_grad():
+            assert_close(row, vit.forward_head(vit.forward_features(image[None]), pre_logits=True)[0], 1e-5)
