@@ -2,9 +2,11 @@
 
     python appendix/convert_checkpoint.py --checkpoint FILE --to timm --output FOLDER   # for timm's local-dir:FOLDER
     python appendix/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth # {"model": public names}
+    python appendix/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.pth.tar  # module.base_encoder.*
 
 Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm. A file of another project does not hold
-the number of heads; pass --num-heads (12 is assumed, and said). The plain format cannot hold it either.
+the number of heads; pass --num-heads (12 is assumed, and said). The plain and MoCo-v3's format cannot hold it either.
+Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with `out.pth?matching_heuristics=True`.
 """
 from pathlib import Path
 
@@ -24,13 +26,14 @@ from common.vit import eval_mode
 from common.weights import STEM, shape_config, vit_config
 
 PRESETS = {}
+PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
 TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output
 
 
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="any format of common/formats.py, also timm:NAME")
-    parser.add_argument("--to", choices=("timm", "plain"), required=True)
+    parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--decoder-heads", type=int, help="likewise")
@@ -78,21 +81,30 @@ def export_timm(model, folder, mean, std, class_names=None):
     save_json(Path(folder) / "config.json", content)
 
 
-def encode(model, images):
-    """What a model computes: logits of a classifier, normalised tokens of an encoder or an MAE with all patches."""
+def encoder_state(to, model):
+    """All weights; for MoCo-v3, whose head is its projector, those of the encoder alone."""
+    state = model.state_dict()
+    if to == "mocov3" and (isinstance(model, MAE) or "fc_norm.weight" in state):
+        raise UserError("MoCo-v3's encoder is a ViT that reads its class token: an MAE's decoder or an average-pooling "
+                        "classifier has no place in it. Choose --to plain")
+    return {name: value for name, value in state.items() if to == "plain" or not name.startswith("head.")}
+
+
+def encode(model, images, head):
+    """What a model computes: logits of a classifier, else normalised tokens, of an MAE those of all patches."""
     if isinstance(model, MAE):
         patches = model.patchify(images)
         ids = torch.arange(model.num_patches).expand(len(images), -1)
         return model.forward_encoder(patches, ids)
-    return model(images) if model.num_classes else model.forward_features(images)
+    return model(images) if model.num_classes and head else model.forward_features(images)
 
 
 @torch.inference_mode()
-def largest_difference(model, again):
+def largest_difference(model, again, head=True):
     """Between the outputs of two models for the same noise images, relative to the largest output."""
     config = model.config
     images = torch.randn(2, config["in_chans"], *config["img_size"], generator=torch.Generator().manual_seed(0))
-    ours, theirs = (encode(eval_mode(m, "cpu"), images) for m in (model, again))
+    ours, theirs = (encode(eval_mode(m, "cpu"), images, head) for m in (model, again))
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
@@ -107,10 +119,11 @@ def main(args):
         export_timm(model, args.output, args.mean or mean, args.std or std)
         again = timm.create_model(f"local-dir:{args.output}", pretrained=True)
     else:
-        save_torch(args.output, {"model": model.state_dict()})
+        key, prefix = PREFIXES[args.to]
+        save_torch(args.output, {key: {prefix + name: value for name, value in encoder_state(args.to, model).items()}})
         again = load_model(args.output, num_heads=model.config["num_heads"], img_size=model.config["img_size"],
                            decoder_heads=model.config.get("decoder_heads"))
-    difference = largest_difference(model, again)
+    difference = largest_difference(model, again, head=args.to != "mocov3")
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
     print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")

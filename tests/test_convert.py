@@ -33,6 +33,17 @@ def test_the_script_writes_reads_and_compares(tmp_path, model, to):
         assert list(again) == ["model"] and list(again["model"]) == list(model().state_dict())
 
 
+def test_moco_s_names_come_back_as_its_encoder(tmp_path):
+    source = own_file(tmp_path / "a.pt", classifier(global_pool="token"))
+    assert convert(checkpoint=str(source), to="mocov3", output=str(tmp_path / "out.pth.tar"))["difference"] < 1e-6
+    written = torch.load(tmp_path / "out.pth.tar", weights_only=True)["state_dict"]
+    assert all(name.startswith("module.base_encoder.") and ".head." not in name for name in written)
+    assert read_weights(tmp_path / "out.pth.tar").layout == "MoCo-v3"
+    for model in (classifier(), autoencoder()):
+        with pytest.raises(UserError, match="Choose --to plain"):
+            convert(checkpoint=str(own_file(tmp_path / "b.pt", model)), to="mocov3", output=str(tmp_path / "c"))
+
+
 def test_the_script_refuses_another_function(tmp_path, monkeypatch):
     """As if what was written did not come back: the head count lost on the way."""
     source = own_file(tmp_path / "a.pt", classifier(num_heads=12))
