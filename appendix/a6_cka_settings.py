@@ -16,6 +16,7 @@ import torch
 
 from common import distributed, options, report
 from common.distributed import print0
+from common.errors import UserError
 from sec4_analysis import similarity, study
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
@@ -24,7 +25,7 @@ VARIANTS = {  # name -> what differs from Figure 1's setting
     "mini-batches of 32": {"batch_size": 32},
     "mini-batches of 512": {"batch_size": 512},
     "a quarter of the images": {"num_images": 0.25},  # of --num-images
-    "other images": {"seed": 1},  # that many later than --seed
+    "other images": {"image_seed": 1},  # that many later
     "authors' order": {"order": "authors"},
     "low-passed": {"band": "low"},
     "high-passed": {"band": "high"},
@@ -56,25 +57,35 @@ def variant(args, models, change):
     change = {name: value for name, value in change.items() if name != "band"}
     if "num_images" in change:
         change["num_images"] = int(change["num_images"] * args.num_images)
-    if "seed" in change:
-        change["seed"] += args.seed
+    if "image_seed" in change:
+        change["image_seed"] += args.seed if args.image_seed is None else args.image_seed
     return argparse.Namespace(**{**vars(args), "models": models, **change})
 
 
 def measure(args):
-    """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or None where it leaves."""
+    """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or nothing where it leaves."""
     distributed.start(args.device)
+    if args.order == "authors" or args.models and len(args.models) < 2:
+        raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
     models = [f"{name}={checkpoint}" for name, checkpoint in study.sources(args, ROWS, "a6").items()]
     arrays, about = {}, {}
     for name, change in VARIANTS.items():
         band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
         print0(f"\n# {name}")
-        done = not args.dry_run and similarity.similarities(variant(args, models, change), (), "a6", band)
-        if not done:
+        if args.dry_run:
             return None
-        arrays |= {f"{model}: {name}": array for model, array in done[0].items()}
-        about[name] = done[1]
-    return arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about}
+        try:  # every rank takes part in every variant, as they read the data together
+            done = similarity.similarities(variant(args, models, change), (), "a6", band)
+        except UserError as error:
+            if not change:
+                raise
+            about[name] = f"left out: {error}"  # too few images for the authors' order, say
+            print0(about[name])
+            continue
+        if done:
+            arrays |= {f"{model}: {name}": array for model, array in done[0].items()}
+            about[name] = done[1]
+    return arrays and (arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about})
 
 
 def by_model(arrays):
@@ -117,7 +128,7 @@ def main(args):
     """Measures every variant, writes and draws; returns {"model: variant": CKA}, {} where this rank leaves."""
     if not args.from_numbers:
         done = measure(args)
-        if done is None:
+        if not done:
             return {}
         text = f"a6, preset {args.preset}: CKA of equal layers with the first model\n\n{table(done[0])}"
         study.write_numbers(args, "a6", *done, text)

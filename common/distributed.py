@@ -32,6 +32,7 @@ def start(device="auto"):
                              f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products are so by default
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))

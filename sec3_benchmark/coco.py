@@ -177,7 +177,8 @@ def detect_all(model, images, args, device, rank=0, world=1):
     model.eval()
     mean, std = (values.to(device) for values in statistics(args))
     views = DetectionViews(args.img_size, None)
-    loader = eval_loader(images, views, args.micro_batch, default_workers(args.workers, device), device, rank, world)
+    batch_size = min(args.micro_batch, 8)  # at 640 px an image takes some 0.4 GB
+    loader = eval_loader(images, views, batch_size, default_workers(args.workers, device), device, rank, world)
     categories, found = sorted(images.coco.cats), []
     for batch in loader:
         batch = to_device(batch, device, mean, std)

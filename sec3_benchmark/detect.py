@@ -36,7 +36,9 @@ PRESETS = {
     "demo": dict(img_size=[96], model="vit_demo", patch_size=6, position_size=[36], window=4, channels=64, hidden=256,
                  anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
                  warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
-    "small": dict(img_size=[320], iterations=3000, batch_size=16, base_lr=4e-4, jitter=[0.5, 1.5]),
+    # for weights of the small pre-trainings: their patches and positions
+    "small": dict(img_size=[256], patch_size=8, position_size=[64], iterations=3000, batch_size=16, base_lr=4e-4,
+                  jitter=[0.5, 1.5]),
 }
 PYRAMIDS = {"simple": SimplePyramid, "topdown": TopDownPyramid}
 BUILT_FROM = ("model", "patch_size", "num_heads", "in_chans", "img_size", "position_size", "window", "global_blocks",

@@ -218,8 +218,11 @@ def chosen_sets(args):
 
 
 def require_coco(args):
-    if args.preset != "demo" and not args.dry_run and not (Path(args.dataset_path or "") / COCO).is_dir():
-        raise DataError(f"{COCO} needs --dataset-path, where coco/ holds annotations/, train2017/ and val2017/")
+    needed = ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017")
+    absent = [name for name in needed if not (Path(args.dataset_path or "") / COCO / name).exists()]
+    if args.preset != "demo" and not args.dry_run and absent:
+        raise DataError(f"{COCO} needs --dataset-path, where coco/ holds {', '.join(needed)}; there is no "
+                        f"{', '.join(absent)}")
 
 
 def stage_settings(names):

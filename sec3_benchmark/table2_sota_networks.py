@@ -149,7 +149,11 @@ def evaluate_all(given, args, device):
     v2 = imagenet_variants.imagenet_v2(args.imagenet_v2) if args.imagenet_v2 else None
     results = {}
     for key, file in given.items():
-        model = eval_mode(load_model(file), device)
+        model, expected = load_model(file), next(network.ours for network in NETWORKS if network.key == key)
+        found = f"{model.config['model']} with {model.config['num_heads']} heads"
+        if found != f"{expected} with 12 heads":
+            raise UserError(f"--checkpoints {key}={file}: the file holds {found}, the row is {expected} with 12 heads")
+        model = eval_mode(model, device)
         results[key] = imagenet_variants.evaluate(model, device, val, real, v2, args.workers)
         print0(f"{key}, {file}: {results[key]}")
     return results

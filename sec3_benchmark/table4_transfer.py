@@ -13,6 +13,7 @@ The COCO columns are long runs of their own, made where `--datasets` names coco 
 import json
 import statistics
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 from common import distributed, options, report, tables
@@ -61,8 +62,12 @@ def with_models(rows, models):
         raise UserError(f"--models {odd[0]}: write NAME=CHECKPOINT")
     files = dict(text.split("=", 1) for text in models)
     known = {row.key: row for row in rows}
-    given = {name: replace(known.get(name, Row(name, name, {})), note=f"weights given: {Path(file).name}",
-                           stages=((TRANSFER[0], {"init": file}),)) for name, file in files.items()}
+    given = {}
+    for name, file in files.items():
+        row = known.get(name, Row(name, name, {}, (TRANSFER,)))
+        module, settings = row.stages[-1]
+        given[name] = replace(row, note=f"weights given: {Path(file).name}",
+                              stages=((module, {**settings, "init": file}),))
     return list({**known, **given}.values())
 
 
@@ -87,7 +92,7 @@ def draw(table, path):
     """Gap to the supervised row against training images, from table4.json; the random row is far below the others."""
     table = json.loads(Path(table).read_text())
     rows = table["rows"]
-    colours = dict(zip([row["name"] for row in rows], report.COLOURS))
+    colours = dict(zip([row["name"] for row in rows], cycle(report.COLOURS)))
     official = {name: about["images"][0] for name, about in SETS.items()}
     ours = {name: size for row in rows for name, size in row["train_images"].items()}
     plt = report.pyplot()

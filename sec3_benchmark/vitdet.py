@@ -83,7 +83,9 @@ class GridAttention(nn.Module):
         by_row = torch.einsum("bnyxc,ykc->bnyxk", on_grid, self.rel_pos_h[self.offsets_h])
         by_column = torch.einsum("bnyxc,xkc->bnyxk", on_grid, self.rel_pos_w[self.offsets_w])
         q = torch.cat([q * self.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], dim=-1)
-        return q, torch.cat([k, self.places.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+        k = torch.cat([k, self.places.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+        filling = (0, -q.shape[-1] % 8)  # zeros up to a multiple of 8, which fused kernels want in half precision
+        return F.pad(q, filling), F.pad(k, filling)
 
 
 class ViTBackbone(nn.Module):
@@ -160,7 +162,7 @@ class SimplePyramid(nn.Module):
 class TopDownPyramid(nn.Module):
     """The pyramid of Li et al. 2021: maps of four depths, resized to four scales, into an FPN with batch norm.
 
-    Between GPUs the statistics are shared (SyncBatchNorm, see sync_batch_norm in detect.py).
+    Between GPUs the statistics are shared (SyncBatchNorm, see Detection.prepare in detect.py).
     """
 
     def __init__(self, dim, channels=256):

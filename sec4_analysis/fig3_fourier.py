@@ -7,8 +7,8 @@
 13 points a model: after patch embedding, then the residual stream after each block, class token aside; --sub-blocks
 adds a point between attention and MLP. The paper's claim (Section 4.1): MoCov3-Tiny loses much of the high frequencies
 in its first layer, MAE-Tiny does not. Which activations the authors took is in no source; --first chooses whether the
-first point has the positions in it, which are rich in high frequencies. The last frequency is below pi, see
-sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
+first point has the positions in it, as all later ones have; they are rich in high frequencies. The last frequency is
+below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
 """
 from functools import partial
 
@@ -27,7 +27,7 @@ def build_parser():
     options.add_data(parser)
     study.add_arguments(parser, norm=False)
     group = parser.add_argument_group("points")
-    group.add_argument("--first", choices=("with-positions", "without-positions"), default="without-positions",
+    group.add_argument("--first", choices=("with-positions", "without-positions"), default="with-positions",
                        help="what the first point, after patch embedding, has in it")
     group.add_argument("--sub-blocks", action="store_true", help="also a point between attention and MLP")
     options.add_execution(parser)
@@ -65,7 +65,7 @@ def draw(arrays, path):
     plt = report.pyplot()
     figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7), layout="constrained",
                                 sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
-    for (name, array), style, colour in zip(arrays.items(), ("o-", "s--", "^:", "D-.", "v-", "x--"), report.COLOURS):
+    for (name, array), (style, colour) in zip(arrays.items(), report.line_styles()):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     last = next(iter(arrays.values()))[1, 0, -1]
     axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"at {last:.2f} π")

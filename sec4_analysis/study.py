@@ -53,7 +53,8 @@ def add_arguments(parser, norm=True):
     group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
                        "classes alike; authors: whole batches in class order until there are more than --num-images")
     group.add_argument("--batch-size", type=int, default=128, help="images at once, and per mini-batch of CKA")
-    group.add_argument("--seed", type=int, default=0, help="draws the images; also that of the preset's own runs")
+    group.add_argument("--image-seed", type=int, help="draws the images; default: --seed")
+    group.add_argument("--seed", type=int, default=0, help="of the preset's own runs and of random models")
     tables.add_rows(parser)
     parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .npz and leave")
 
@@ -96,7 +97,8 @@ def load(name, checkpoints, args, device):
     """One of the models {name: checkpoint}, ready to be measured. A random one is the twin of the first."""
     random = checkpoints[name] == RANDOM
     source = next(iter(checkpoints.values())) if random else checkpoints[name]
-    model = load_model(source, num_heads=heads_of(args, checkpoints).get(name), img_size=args.given.get("img_size"))
+    heads = heads_of(args, checkpoints).get(next(iter(checkpoints)) if random else name)
+    model = load_model(source, num_heads=heads, img_size=args.given.get("img_size"))
     check_plain(model, source)
     return eval_mode(untrained(model, args.seed) if random else model, device)
 
@@ -120,7 +122,8 @@ def draw_images(labels, args):
         count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
         chosen = np.argsort(labels, kind="stable")[:count]
     else:
-        rng, count = np.random.default_rng(args.seed), args.num_images
+        rng = np.random.default_rng(args.seed if args.image_seed is None else args.image_seed)
+        count = args.num_images
         order = rng.permutation(len(labels))
         turn = np.empty(len(labels), int)  # the how-manieth of its class an image is in this order
         for label in np.unique(labels):
@@ -133,20 +136,22 @@ def draw_images(labels, args):
 
 
 def preprocessing(model, args):
-    """Image size, crop, mean and std (0..255) of a model: timm's own models say theirs, unless --mean is given."""
+    """Image size, mean and std (0..255) of a model: timm's own models say the latter, unless --mean is given. The crop
+    is the paper's for all models, so that a token shows each of them the same part of the image.
+    """
     _, grid, patch = geometry(model)
     size = [n * p for n, p in zip(grid, patch)]
     theirs = getattr(model, "pretrained_cfg", None)
     if args.mean or not theirs:
-        return size, 0.875, *statistics(args)
-    return size, theirs["crop_pct"], *(torch.tensor(theirs[key]) * 255 for key in ("mean", "std"))
+        return size, *statistics(args)
+    return size, *(torch.tensor(theirs[key]) * 255 for key in ("mean", "std"))
 
 
 def batches(model, images, chosen, args, device):
     """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most."""
-    size, crop, mean, std = preprocessing(model, args)
+    size, mean, std = preprocessing(model, args)
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
-    loader = DataLoader(Views(images, eval_transform(size, crop), seed=0), worker_init_fn=outlive_signals,
+    loader = DataLoader(Views(images, eval_transform(size), seed=0), worker_init_fn=outlive_signals,
                         batch_sampler=[[(0, int(index)) for index in part] for part in parts],
                         num_workers=default_workers(args.workers, device))
     for batch in loader:

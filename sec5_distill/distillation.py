@@ -14,6 +14,7 @@ forward, and runs the teacher no further than the last block asked about, withou
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from common.errors import UserError
@@ -60,7 +61,8 @@ def grid_of(encoder):
     """Rows and columns of patches of an MAE or a timm ViT; an error for what cannot be a teacher."""
     if isinstance(encoder, MAE):
         return encoder.grid
-    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None or encoder.num_prefix_tokens != 1:
+    plain = isinstance(encoder, VisionTransformer) and all(type(block) is Block for block in encoder.blocks)
+    if not plain or encoder.cls_token is None or encoder.num_prefix_tokens != 1:
         raise UserError(f"a {type(encoder).__name__} is no teacher: give an MAE or a plain ViT whose tokens are, like "
                         f"the student's, patches and one class token")
     return tuple(encoder.patch_embed.grid_size)

@@ -38,6 +38,8 @@ def own_models(args):
         return None
     if args.needs_weights:
         raise UserError("; ".join(args.needs_weights.values()))
+    heads = args.per_stage.get("pretrain_dmae", {}).get("teacher_heads")
+    args.num_heads_of += [f"teacher={heads}"] if heads else []
     found = {key: seeds[0][-1] for key, seeds in results.items()}
     return [f"supervised={found['supervised']['checkpoint']}", f"teacher={found['dmae']['teacher']}",
             f"MAE={found['mae']['checkpoint']}", f"D-MAE={found['dmae']['checkpoint']}"]

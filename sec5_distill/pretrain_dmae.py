@@ -110,6 +110,23 @@ def check_normalisation(weights, args):
                             f"--std {' '.join(map(str, expected['std']))}")
 
 
+def plainly(args, weights):
+    """The teacher's identity: its tensors and, where it is not 12, its number of heads, which the tensors do not show.
+    Settings that say the default in other words become the default, so that the run is the same.
+    """
+    known = (weights.config or {}).get("num_heads")
+    heads = args.teacher_heads or known or 12
+    if known and heads != known:
+        raise UserError(f"{args.teacher} has {known} heads, not --teacher-heads {heads}: leave that out")
+    args.teacher_heads = None if known or heads == 12 else heads
+    if args.teacher_blocks == args.distill_blocks:
+        args.teacher_blocks = None
+    args.hidden_layers = args.hidden_layers or None
+    if args.teacher_hidden_layers == args.hidden_layers:
+        args.teacher_hidden_layers = None
+    return weights.fingerprint if heads == 12 else f"{weights.fingerprint}, {heads} heads"
+
+
 def build(args, weights):
     """The student with its maps, and the teacher. The student is drawn first and M from a generator of its own, so that
     the student starts as an MAE of the same seed does.
@@ -134,8 +151,9 @@ def main(args):
     images, _ = load_sets(args, labelled=False)
     weights = read_weights(args.teacher)
     check_normalisation(weights, args)
+    identity = plainly(args, weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
-    with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": weights.fingerprint}) as run:
+    with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity}) as run:
         if run.result:
             return {**run.result, "teacher": args.teacher}
         model, teacher = build(args, weights)

@@ -58,7 +58,7 @@ def run(module, folder, output, *words, models=True):
 # Which images
 
 def draw(labels, **settings):
-    given = dict(num_images=10, order="drawn", batch_size=4, seed=0)
+    given = dict(num_images=10, order="drawn", batch_size=4, seed=0, image_seed=None)
     return study.draw_images(np.asarray(labels), SimpleNamespace(**{**given, **settings}))
 
 
@@ -97,10 +97,10 @@ def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
 def test_timms_own_models_say_how_their_images_are_normalised():
     args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small"])
     model = build_vit("vit_demo", img_size=32, patch_size=8)
-    assert study.preprocessing(model, args)[2].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    assert study.preprocessing(model, args)[1].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
     model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
-    size, crop, mean, _ = study.preprocessing(model, args)
-    assert (size, crop, mean.tolist()) == ([32, 32], 0.9, [127.5] * 3)
+    size, mean, _ = study.preprocessing(model, args)  # the crop is the same for all: tokens are compared by their place
+    assert (size, mean.tolist()) == ([32, 32], [127.5] * 3)
 
 
 # Figures 1, 3, 5 and the maps
@@ -251,3 +251,28 @@ def test_figure_4_transfers_to_every_set(tmp_path, capsys):
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
     assert [("--dataset fractals-small" in line, "--keep-blocks 5" in line) for line in commands] == [
         (True, False), (True, True), (False, False), (False, True)]
+
+
+def test_a_random_twin_has_the_first_model_s_heads(place):
+    """Of a file that cannot say its own: what --num-heads-of says of the first holds for its twin."""
+    torch.save({"model": build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3).state_dict()},
+               place / "foreign.pth")
+    args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small", "--num-heads-of", "A=3"])
+    checkpoints = {"A": str(place / "foreign.pth"), "Init": study.RANDOM}
+    heads = [study.load(name, checkpoints, args, torch.device("cpu")).blocks[0].attn.num_heads for name in checkpoints]
+    assert heads == [3, 3]
+
+
+def test_other_ranks_do_not_read_what_the_first_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(leading_blocks, "is_main", lambda: False)
+    monkeypatch.setattr(leading_blocks, "run_points", lambda *args: [
+        {"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}])
+    monkeypatch.setattr(leading_blocks.report, "write_text", lambda *args: None)  # as on a rank that is not the first
+    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", seeds=[0])
+    assert leading_blocks.figure(args, "fig2", study.FINETUNE, lambda args: {"": {}}) == []
+
+
+def test_moco_is_fine_tuned_by_its_own_layer_decay_however_it_is_spelled():
+    for name, expected in (("MoCo-v3", 0.75), ("MoCov3-Tiny", 0.75), ("MAE", None)):
+        row = leading_blocks.point_row(study.FINETUNE, {}, "", name, 6, (), "file.pt")
+        assert row.stages[-1][1].get("layer_decay") == expected

@@ -253,8 +253,12 @@ def test_the_table_from_command_line_to_picture(imagenet, tmp_path, monkeypatch,
     for label in range(12):
         grey_image(tmp_path / f"v2/{label}/0.png", 10 * label)
     (tmp_path / "real.json").write_text(json.dumps([[number % 12] for number in range(36)]))
-    vit = build_vit("vit_demo", img_size=16, patch_size=8, num_classes=12)
-    torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "vit.pt")
+    for name, settings in (("vit", {}), ("three", {"num_heads": 3})):
+        vit = build_vit("vit_tiny", img_size=16, patch_size=8, num_classes=12, **settings)
+        torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / f"{name}.pt")
+    with pytest.raises(UserError, match="holds vit_tiny with 3 heads, the row is vit_tiny with 12 heads"):
+        run_table("--rows", "mae-300", "--device", "cpu", "--workers", 0, "--output", tmp_path / "refused",
+                  "--checkpoints", f"mae-300={tmp_path / 'three.pt'}", "--imagenet", imagenet)
     run_table("--rows", "scratch", "mae-300", "deit_tiny_patch16_224", "edgevit", "--batch-size", 1, "--repeats", 1,
               "--device", "cpu", "--precision", "fp32", "--workers", 0, "--output", tmp_path,
               "--checkpoints", f"mae-300={tmp_path / 'vit.pt'}", "--imagenet", imagenet,

@@ -524,3 +524,15 @@ def test_gaps_are_differences_to_the_supervised_row():
     assert table4_transfer.gaps(rows, table4_transfer.measured) == {}
     rows[1]["measured"], rows[3]["measured"] = {"mine": [50.0, 60.0]}, {"mine": [45.0, 57.0], "more": [1.0, 2.0]}
     assert table4_transfer.gaps(rows, table4_transfer.measured) == {"MAE": {"mine": [-5.0, -3.0]}}
+
+
+def test_given_weights_keep_their_row_s_settings_and_colours_suffice(tmp_path):
+    rows = {row.key: row for row in table4_transfer.with_models(table4_transfer.ROWS, ["simmim=F", "a=F", "b=F"])}
+    assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F", "model": "init"}),)
+    assert rows["a"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
+    table = {"preset": "small", "rows": [
+        {"key": row.key, "name": row.name, "published": row.published, "measured": {"mine": [50.0 + i]},
+         "train_images": {"mine": 100}} for i, row in enumerate(rows.values())]}
+    (tmp_path / "table4.json").write_text(json.dumps(table))
+    table4_transfer.draw(tmp_path / "table4.json", tmp_path / "table4.png")
+    assert (tmp_path / "table4.png").stat().st_size > 5000
