@@ -42,11 +42,12 @@ def main(args):
     encoder, fingerprint = build_encoder(args, device)
     images, _ = load_sets(args, labelled=False)
     values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
-    place = Path(args.save_to or Path(args.output) / "extract_features" / f"{fingerprint[:10]}.npz")
+    about = f"{fingerprint[:10]}-{images.fingerprint()[:6]}-{args.img_size[0]}px-layer{args.layer}-{args.pooling}"
+    place = Path(args.save_to or Path(args.output) / "extract_features" / f"{about}.npz")
     if distributed.is_main():
         place.parent.mkdir(parents=True, exist_ok=True)
         files = np.array(names_of(images, args.data_path))
-        write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files))
+        write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files, about=about))
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
     return {"features": str(place), "images": len(values), "dim": values.shape[1]}

@@ -42,8 +42,12 @@ def build_encoder(args, device):
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
     vars(args).update({name: value for name, value in (weights.config or {}).items() if name in vars(args)})
+    pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
+    if pool == "avg" and args.pooling == "token" and not args.layer:
+        raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: probe that (--pooling avg), or a "
+                        f"block's output (--layer)")
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                      num_heads=args.num_heads, num_classes=0, global_pool="token")
+                      num_heads=args.num_heads, num_classes=0, global_pool=pool)
     print0(load_encoder(vit, weights, explained=unshared(vit, weights)))
     if not 0 <= args.layer <= len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
@@ -55,7 +59,8 @@ def features(vit, images, layer=0, pooling="token"):
     [(patches, prefix)] = vit.forward_intermediates(images, indices=[layer - 1 if layer else len(vit.blocks) - 1],
                                                     norm=layer == 0, output_fmt="NLC", return_prefix_tokens=True,
                                                     stop_early=True, intermediates_only=True)
-    return prefix[:, 0] if pooling == "token" else patches.mean(dim=1)
+    pooled = prefix[:, 0] if pooling == "token" else patches.mean(dim=1)
+    return pooled if layer or vit.fc_norm is None else vit.fc_norm(pooled)  # an identity but in averaging classifiers
 
 
 @torch.inference_mode()

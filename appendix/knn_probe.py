@@ -67,7 +67,7 @@ def main(args):
                   for images in (train_set, val_set))
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     result = knn_accuracy(train, labels, val, targets, len(train_set.classes), args.k, args.temperature)
-    return write_result("knn_probe", args, fingerprint, result)
+    return write_result("knn_probe", args, fingerprint, (train_set, val_set), result)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main(args):
     loss = fit_probe(probe, lambda epoch: view(epoch % max(1, args.views)), labels, args)
     result = {**probe_accuracy(probe, compute(val_set).to(device), targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")
-    return write_result("linear_probe", args, fingerprint, result)
+    return write_result("linear_probe", args, fingerprint, (train_set, val_set), result)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * velocity)
 
 
-def write_result(script, args, fingerprint, result):
+def write_result(script, args, fingerprint, data, result):
     """Writes outputs/<script>/<weights>-<hash>.json and prints the accuracy. Returns the result with `checkpoint`, the
     weights that were probed: what a row's next stage starts from.
     """
     folder = Path(args.output) / script
-    name = f"{args.data}-{args.model}-{fingerprint[:8]}-{settings_hash(vars(args), {'init': fingerprint})}"
+    prints = {"init": fingerprint, "data": [images.fingerprint() for images in data]}
+    name = f"{args.data}-{args.model}-{fingerprint[:8]}-{settings_hash(vars(args), prints)}"
     result = {**result, "run": str(folder / f"{name}.json"), "checkpoint": args.init}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every study of the appendix, one after the other; finished rows are skipped, an interrupted one continues.
+# Every study of the appendix but A.5 (appendix/a5_detection_settings.py, long), one after the other; finished rows are skipped, an interrupted one continues.
 #   bash appendix/reproduce.sh                                  # demo
 #   bash appendix/reproduce.sh --preset small --data-path DIR
 #   SEEDS="--seeds 0 1" TRANSFER="--dataset-path ROOT --dataset NAME" bash appendix/reproduce.sh --preset small --data-path DIR
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 for table in a1_recipes a2_mae_settings a3_mocov3_settings b5_dino_simmim; do
     ${LAUNCH:-python} "appendix/$table.py" "$@" ${SEEDS:-}
 done
-${LAUNCH:-python} appendix/a4_transfer_sweep.py "$@" ${SEEDS:-} ${TRANSFER:-}
 for figure in a6_cka_settings b1_stronger_references; do
     ${LAUNCH:-python} "appendix/$figure.py" "$@"
 done
+${LAUNCH:-python} appendix/a4_transfer_sweep.py "$@" ${SEEDS:-} ${TRANSFER:-}

@@ -22,7 +22,7 @@ def steps_per_epoch(images, batch_size):
     """Whole batches in an epoch; none is an error."""
     if len(images) < batch_size:
         raise DataError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
-                        f"lower --batch-size or choose --preset small")
+                        f"lower --batch-size, or choose --preset small if it is not")
     return len(images) // batch_size
 
 

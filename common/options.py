@@ -116,7 +116,8 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
 # The smallest and the largest value of settings that several scripts share
 RANGES = {"epochs": (1, None), "batch_size": (1, None), "micro_batch": (1, None), "patch_size": (1, None),
           "in_chans": (1, None), "num_heads": (1, None), "log_every": (1, None), "workers": (-1, None),
-          "seed": (0, None), "warmup_epochs": (0, None), "eval_every": (0, None), "num_images": (1, None),
+          "seed": (0, None), "local_crops": (0, None), "views": (0, None), "warmup_epochs": (0, None),
+          "eval_every": (0, None), "num_images": (1, None),
           "mask_ratio": (0, 1), "drop_path": (0, 1), "smoothing": (0, 1), "erasing": (0, 1), "crop_min": (0, 1)}
 
 
@@ -157,7 +158,9 @@ def announce(parser, args):
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
     if "preset" in usual:
-        print0(" ".join([f"# preset {args.preset}:", *words({**changed, "preset": None}), "(else the paper's values)"]))
+        flags = {action.dest: action.option_strings[0] for action in parser._actions}
+        said = words({**changed, "preset": None}, flags)
+        print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
 
 def stage_settings(name, explicit=None, row=None):

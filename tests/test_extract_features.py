@@ -1,5 +1,6 @@
 """appendix/extract_features.py: rows belong to their files, and are what the model itself gives."""
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -7,6 +8,7 @@ from appendix import extract_features
 from common.augment import eval_transform
 from common.checkpoint import save_torch
 from common.data import read_image
+from common.errors import UserError
 from common.options import resolve
 from common.vit import build_vit
 from tests.helpers import assert_close
@@ -31,3 +33,26 @@ def test_each_row_is_its_file_s_features(tmp_path):
         image = (eval_transform([32])(read_image(tmp_path / "images" / file)) - mean) / std
         with torch.no_grad():
             assert_close(row, vit.forward_head(vit.forward_features(image[None]), pre_logits=True)[0], 1e-5)
+
+
+def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path):
+    """Its classifier reads fc_norm of the mean: the head on our features gives the model's logits."""
+    torch.manual_seed(0)
+    vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5).eval()
+    torch.nn.init.normal_(vit.fc_norm.weight)
+    save_torch(tmp_path / "ft.pt", {"model": vit.state_dict(), "config": vit.config})
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "images" / "0.png")
+    given = {"init": str(tmp_path / "ft.pt"), "data_path": str(tmp_path / "images"), "device": "cpu", "workers": 0,
+             "output": str(tmp_path / "out")}
+
+    def extract(**more):
+        args = resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={**given, **more})
+        return np.load(extract_features.main(args)["features"])["features"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    image = (eval_transform([32])(read_image(tmp_path / "images" / "0.png")) - mean) / std
+    with torch.no_grad():
+        assert_close(vit.head(torch.from_numpy(extract(pooling="avg"))), vit(image[None]), 1e-5)
+    with pytest.raises(UserError, match="fine-tuned on the mean .*--pooling avg"):
+        extract()
+    assert extract(layer=3).shape == (1, 96) and len(list((tmp_path / "out" / "extract_features").iterdir())) == 2
