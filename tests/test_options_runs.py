@@ -344,7 +344,7 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder"),
     "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractal"),
     "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo",
-                        "12 images, fewer than one batch of 4096: lower --batch-size, or choose --preset small if it is not"),
+                        "12 images, fewer than one batch of 4096: lower --batch-size, or choose --preset small if"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
                             "patches of 16 px do not tile an image of 30 x 30 px: choose --img-size as multiples of"),
     "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'small', 'paper')"),
