@@ -17,10 +17,10 @@ from timm.models import VisionTransformer
 
 from common import options
 from common.checkpoint import save_json, save_torch, write_atomically
-from common.data import STATISTICS
+from common.data import channel_statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import DECODER, load_model, require_fit
+from common.formats import DECODER, load_model, read_weights, require_fit
 from common.mae import MAE
 from common.vit import eval_mode
 from common.weights import STEM, shape_config, vit_config
@@ -38,7 +38,7 @@ def build_parser():
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--decoder-heads", type=int, help="likewise")
     parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
-    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs, for timm; default ImageNet's")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs, for timm; default: as the file says")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
     return parser
 
@@ -111,12 +111,12 @@ def largest_difference(model, again, head=True):
 def main(args):
     """Writes the file or folder, reads it back, compares; returns {"output", "difference"}."""
     given = dict(num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size)
-    model = load_model(args.checkpoint, **given)
+    weights = read_weights(args.checkpoint)
+    model = load_model(weights, **given)
     if args.to == "timm":
-        mean, std = STATISTICS.get(model.config["in_chans"], (None, None))
-        if not (args.mean or mean) or not (args.std or std):
-            raise UserError(f"a model of {model.config['in_chans']} channels needs --mean and --std")
-        export_timm(model, args.output, args.mean or mean, args.std or std)
+        args.in_chans = model.config["in_chans"]
+        take_statistics(args, weights)
+        export_timm(model, args.output, **channel_statistics(args))
         again = timm.create_model(f"local-dir:{args.output}", pretrained=True)
     else:
         key, prefix = PREFIXES[args.to]

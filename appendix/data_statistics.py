@@ -3,8 +3,9 @@
     python appendix/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
     python appendix/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
 
-Below DIR (its train/ if there is one) every image is read as training would read it. The printed line fits --mean and
---std of every script; the paper keeps ImageNet's for all data sets. Writes statistics.json and unreadable.txt.
+Below DIR (its train/ if there is one) every image is read as training would read it. Pass the printed line to the
+pre-training (weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's.
+Writes statistics.json and unreadable.txt.
 """
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext

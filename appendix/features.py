@@ -12,7 +12,7 @@ import torch
 from common import distributed, options
 from common.augment import eval_transform
 from common.checkpoint import save_torch
-from common.data import statistics
+from common.data import statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_encoder, read_weights
@@ -41,7 +41,8 @@ def build_encoder(args, device):
     if not args.init:
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
-    vars(args).update({name: value for name, value in (weights.config or {}).items() if name in vars(args)})
+    options.take_config(args, weights.config)
+    take_statistics(args, weights)
     pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
     if pool == "avg" and args.pooling == "token" and not args.layer:
         raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: probe that (--pooling avg), or a "
@@ -85,7 +86,7 @@ def cached_features(encoder, fingerprint, images, args, device, transform=None, 
         settings["view"] = view
     key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)
     path = Path(args.output) / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    if distributed.broadcast_object(path.is_file()):
+    if distributed.broadcast_object(path.is_file() and not args.fresh):
         return torch.load(path, map_location="cpu", weights_only=True)["features"]
     values = extract(encoder, images, transform or eval_transform(args.img_size), args, device, view)
     if distributed.is_main():

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common import distributed, options
+from common.data import take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.vit import SIZES, build_vit, eval_mode
@@ -81,8 +82,9 @@ class Distilled(finetune.Supervised):
 
 
 def read_teacher(args, device):
-    """The teacher, ready to be asked, and the fingerprint of its weights."""
+    """The teacher, ready to be asked, and the fingerprint of its weights; it and the student see the same images."""
     weights = read_weights(args.teacher)
+    take_statistics(args, weights)
     if weights.model is None:
         raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/convert_checkpoint.py "
                         f"makes one from a checkpoint)")

@@ -14,10 +14,10 @@ import torch
 
 from common import distributed, options
 from common.augment import eval_transform
-from common.data import load_sets, statistics
+from common.data import load_sets, statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model
+from common.formats import load_model, read_weights
 from common.loader import seed_everything
 from common.mae import MAE
 from common.report import pyplot
@@ -76,11 +76,13 @@ def draw(arrays, path, title):
 def main(args):
     """Writes reconstruction.npz and reconstruction.png; returns their folder."""
     device = distributed.start(args.device)
-    model = load_model(args.checkpoint, num_heads=args.num_heads, decoder_heads=args.decoder_heads)
+    weights = read_weights(args.checkpoint)
+    model = load_model(weights, num_heads=args.num_heads, decoder_heads=args.decoder_heads)
     if not isinstance(model, MAE):
         raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = eval_mode(model, device)
     args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
+    take_statistics(args, weights)
     images, _ = load_sets(args, labelled=False)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
@@ -88,7 +90,7 @@ def main(args):
     batch = (torch.stack([transform(images.read(int(i))) for i in chosen]).to(device) - mean) / std
     masked, pasted, predicted = reconstruct(model, batch, torch.rand(len(batch), model.num_patches).to(device))
 
-    folder = Path(args.output) / "reconstruct" / Path(args.checkpoint).absolute().parent.name  # the run's name
+    folder = Path(args.output) / "reconstruct" / f"{Path(args.checkpoint).stem}-{weights.fingerprint[:10]}"
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: ((x * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for name, x in (
         ("input", batch), ("visible", masked), ("predicted", predicted), ("predicted + visible", pasted))}

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torchvision import datasets as tv
 
 from common.augment import to_uint8
-from common.distributed import once_per_node
+from common.distributed import once_per_node, print0
 from common.errors import UserError
 from common.fractals import fractal_set
 from common.vit import pair
@@ -190,10 +190,31 @@ def cifar(args, train):
     return ImageSet(args.data, cifar.data, np.asarray(cifar.targets), cifar.classes, args.in_chans)
 
 
-def statistics(args):
-    """Mean and std per channel as float tensors (C,), in 0..255: --mean and --std, or the usual ones."""
+def channel_statistics(args):
+    """{"mean", "std"}: a number per channel, in 0..1; --mean and --std, or the usual ones."""
     mean, std = STATISTICS.get(args.in_chans, ((0.5,) * args.in_chans, (0.25,) * args.in_chans))
-    mean, std = args.mean or mean, args.std or std
+    mean, std = list(args.mean or mean), list(args.std or std)
     if len(mean) != args.in_chans or len(std) != args.in_chans:
         raise DataError(f"--mean has {len(mean)} and --std {len(std)} numbers, --in-chans is {args.in_chans}")
-    return torch.tensor(mean) * 255, torch.tensor(std) * 255
+    return {"mean": mean, "std": std}
+
+
+def statistics(args):
+    """Mean and std per channel as float tensors (C,), in 0..255."""
+    return tuple(torch.tensor(values) * 255 for values in channel_statistics(args).values())
+
+
+def take_statistics(args, weights):
+    """Images are normalised as those were from which `weights` (or None) learnt, where they say so. Others asked for
+    by --mean and --std, or by a teacher before, are an error: the weights would see images of another brightness.
+    """
+    theirs = weights.statistics if weights else None
+    if not theirs or len(theirs["mean"]) != args.in_chans:
+        return
+    for name, ours in channel_statistics(args).items():
+        if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
+            if getattr(args, name):
+                raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
+                                f"leave --{name} out to take theirs")
+            print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
+            setattr(args, name, theirs[name])

@@ -146,7 +146,8 @@ def load_model(source, **overrides):
     """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
 
     Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, a non-square img_size); of our
-    files they may change mask_ratio, norm_pix and drop_path. A FormatError if one contradicts the source.
+    files they may change mask_ratio, norm_pix and drop_path. A FormatError if one contradicts the source. The model's
+    `statistics` are those of the images it learnt from, or None.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
@@ -158,11 +159,13 @@ def load_model(source, **overrides):
         if known and config.get(name) != value:
             raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
     if weights.model is not None:
+        weights.model.statistics = weights.statistics
         return weights.model
     config = {**(config or foreign_config(weights, given)), **given}
     model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     require_fit(source, model.state_dict(), weights.state)
     model.load_state_dict(weights.state)
+    model.statistics = weights.statistics
     return model
 
 

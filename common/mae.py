@@ -180,6 +180,26 @@ class MAE(nn.Module):
         return F.mse_loss(pred.float(), target)
 
 
+def add_arguments(parser):
+    """What every MAE pre-training can be told of the model and the recipe."""
+    group = parser.add_argument_group("masked autoencoder")
+    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
+    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
+    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
+    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
+    group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
+    group = parser.add_argument_group("recipe (Appendix A.2)")
+    group.add_argument("--epochs", type=int, default=400)
+    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases")
+    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
+    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
+    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=int, default=0)
+
+
 def build_mae(args):
     """The MAE of a command line."""
     return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,

@@ -4,6 +4,7 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 `PRESETS` lists only what demo and small change.
 """
 import argparse
+import difflib
 import importlib
 import shlex
 import sys
@@ -16,6 +17,13 @@ from common import data, distributed
 from common.distributed import print0
 from common.errors import UserError
 from common.vit import SIZES
+
+
+class Settings(argparse.Namespace):
+    """A run's settings, all in `vars`; beside them the names of those that the command line or a table row gave."""
+
+    __slots__ = ("explicit",)
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_NAMES = ("demo", "small", "paper")
@@ -45,8 +53,9 @@ def add_images(group, img_size=224):
     group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX",
                        help="side, or height and width")
     group.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
-    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
-    group.add_argument("--std", type=float, nargs="+", help="per channel, in 0..1; default ImageNet's")
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the "
+                       "initial weights say, else ImageNet's")
+    group.add_argument("--std", type=float, nargs="+", help="likewise")
 
 
 def add_model(parser, models=SIZES):
@@ -94,12 +103,14 @@ def explicit_arguments(parser, argv=None):
 
 
 def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
-    """The settings of a run, by the precedence above, as a Namespace. An unknown name is an error."""
+    """The settings of a run, by the precedence above. An unknown name is an error."""
     explicit, row = dict(explicit or {}), dict(row or {})
     settings = defaults(parser)
     unknown = sorted((set(explicit) | set(row)) - set(settings))
     if unknown:
-        raise SystemExit(f"{parser.prog} has no setting {', '.join(unknown)}; it has {', '.join(sorted(settings))}")
+        near = {name for word in unknown for name in difflib.get_close_matches(word, settings)}
+        meant = f"; perhaps {', '.join(sorted(near))}?" if near else ""
+        raise UserError(f"no setting {', '.join(unknown)}{meant} (--help lists them)")
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
     given.update(explicit_arguments(parser, words(given, flags)))
@@ -110,7 +121,16 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     settings.update(given)
     settings["preset"] = preset
     check_ranges(settings)
-    return argparse.Namespace(**settings)
+    settings = Settings(**settings)
+    settings.explicit = frozenset(given)
+    return settings
+
+
+def take_config(args, config):
+    """What a file of ours says of its model (None: nothing) takes the place of defaults, not of what was asked for."""
+    explicit = getattr(args, "explicit", ())
+    vars(args).update({name: value for name, value in (config or {}).items()
+                       if name in vars(args) and name not in explicit})
 
 
 # The smallest and the largest value of settings that several scripts share
@@ -168,7 +188,11 @@ def stage_settings(name, explicit=None, row=None):
     module = importlib.import_module(name)
     parser = module.build_parser()
     parser.prog = name
-    return module, parser, resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    try:
+        settings = resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    except UserError as error:
+        raise UserError(f"stage {name}: {error}") from None
+    return module, parser, settings
 
 
 def stage(name, explicit=None, row=None):

@@ -3,6 +3,7 @@
 The hash covers the settings that change the result; data, teachers and initial weights enter by content. A finished run
 is reused, an unfinished one continues with the same command, `--fresh` starts again.
 """
+import argparse
 import fcntl
 import hashlib
 import json
@@ -23,10 +24,12 @@ import torchvision
 
 from common import distributed
 from common.checkpoint import save_json, save_torch, write_atomically
+from common.data import channel_statistics
 from common.distributed import print0
+from common.errors import UserError
 from common.options import EXECUTION, ROOT
 
-WEIGHTS = "weights.pt"  # what a finished run leaves: {"model", "config"}
+WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
 BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset")
 # An argument that was added later, with the value at which a run is what it was before: it then stays out of the hash.
@@ -84,11 +87,16 @@ class Run:
         if distributed.is_main() and self.log_size() > size:
             os.truncate(self.log_path, size)
 
+    def weights(self, model):
+        """The content of a file of weights: all that is needed to use them elsewhere."""
+        return {"model": model.state_dict(), "config": model.config,
+                "statistics": channel_statistics(argparse.Namespace(**self.settings))}
+
     def finish(self, result, model):
         """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before."""
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
-            save_torch(self.folder / WEIGHTS, {"model": model.state_dict(), "config": model.config})
+            save_torch(self.folder / WEIGHTS, self.weights(model))
             save_json(self.folder / "result.json", {**result, "environment": environment()})
             for path in self.folder.glob("step-*.pt"):
                 path.unlink()
@@ -127,9 +135,12 @@ def open_run(script, name, args, fingerprints):
     run = Run(folder, settings)
     run.result = result
     print0(f"run {folder}" + (" (finished: reused)" if result else ""))
-    if result:
-        deliver(result, run.save_to)
     try:
+        if result and result.get("bad_images") and args.on_bad_image == "stop":
+            raise UserError(f"{folder} was finished with {result['bad_images']} unreadable images replaced: "
+                            f"--on-bad-image skip takes it as it is, --fresh repeats it")
+        if result:
+            deliver(result, run.save_to)
         yield run
     except BaseException:
         if lock and {path.name for path in folder.iterdir()} <= {"lock", "settings.json"}:  # nothing came of it

@@ -276,5 +276,4 @@ def note_evaluation(run, method, progress, step, epoch, result):
     if result[measure] > progress["best"].get(measure, -1.0):
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
-            best = {"model": method.model.state_dict(), "config": method.model.config}
-            checkpoint.save_torch(run.folder / "best.pt", best)
+            checkpoint.save_torch(run.folder / "best.pt", run.weights(method.model))

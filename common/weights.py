@@ -45,6 +45,7 @@ class Weights:
     fingerprint: str  # of `state`, whatever the file around it
     left_out: list  # names of tensors beside the model (D-MAE's teacher)
     model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
+    statistics: dict | None = None  # mean and std, per channel in 0..1, of the images, where the source says them
 
 
 def fingerprint(state):
@@ -85,7 +86,8 @@ def read_weights(source):
             share_table(state)
             if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
                 raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
-            return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out)
+            return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out,
+                           statistics=content.get("statistics") if config else None)
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
 
@@ -154,7 +156,8 @@ def read_timm(source):
         problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
         raise (HubError if hub else FormatError)(problem) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
-    return Weights(state, model.config, source, "timm", fingerprint(state), [], model)
+    statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
+    return Weights(state, model.config, source, "timm", fingerprint(state), [], model, statistics)
 
 
 def vit_config(vit):

@@ -16,7 +16,7 @@ from torch import nn
 
 from common import distributed, options
 from common.checkpoint import save_json
-from common.data import DataError
+from common.data import DataError, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_encoder, read_weights
@@ -172,7 +172,7 @@ def evaluate_only(args, device):
         raise FormatError(f"{args.init} is no detector: --eval-only takes the weights.pt of a run of detect.py")
     config = dict(content["config"])
     num_classes = config.pop("detector_classes")
-    vars(args).update(config)
+    vars(args).update(config | content.get("statistics", {}))
     _, val_set = load_detection_sets(args)
     if num_classes != len(val_set.classes):
         raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
@@ -198,6 +198,7 @@ def main(args):
     if args.eval_only:
         return evaluate_only(args, device)
     weights = read_weights(args.init) if args.init else None
+    take_statistics(args, weights)
     train_set, val_set = load_detection_sets(args)
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

@@ -15,7 +15,7 @@ from timm.data import Mixup
 
 from common import distributed, options
 from common.augment import train_transform
-from common.data import load_sets
+from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.evaluate import evaluator
@@ -144,10 +144,10 @@ def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, bui
 
 
 def evaluate_only(args, device, build):
-    """Accuracy of --init on the validation images; a file of ours says itself what model it holds."""
+    """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
-    if weights.config:
-        vars(args).update({name: value for name, value in weights.config.items() if name in vars(args)})
+    options.take_config(args, weights.config)
+    take_statistics(args, weights)
     [val_set] = load_sets(args, splits=("val",))
     vit = build(args, len(val_set.classes), weights, head="keep").to(device)
     result = evaluator(vit, val_set, args, device)()
@@ -169,6 +169,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
     args.model = model_name(args, weights)
+    take_statistics(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)
     start = "scratch" if weights is None else "init"

@@ -22,9 +22,11 @@ from common.loader import default_workers, eval_loader, to_device
 def predictions(model, images, device, workers=-1, batch_size=256):
     """The best class of every image, (N,) int64 on every rank: float32, resize and centre crop as in all evaluations.
 
-    model: on the device, in eval mode, with its `config`.
+    model: on the device, in eval mode, with its `config`; its `statistics`, where it has them, normalise the images.
     """
-    mean, std = (255 * torch.tensor(values, device=device) for values in STATISTICS[3])
+    statistics = getattr(model, "statistics", None)
+    mean, std = (255 * torch.tensor(values, device=device) for values in (statistics.values() if statistics else
+                                                                          STATISTICS[3]))
     loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size,
                          default_workers(workers, device), device, distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)

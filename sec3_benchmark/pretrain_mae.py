@@ -9,7 +9,7 @@ outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Kille
 """
 from common import distributed, options
 from common.loader import seed_everything
-from common.mae import MAEViews, build_mae
+from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
@@ -29,22 +29,7 @@ def build_parser():
     options.add_data(parser)
     subsets.add_argument(parser)
     options.add_model(parser)
-    group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
-    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
-    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
-    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
-    group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
-    group = parser.add_argument_group("recipe (Appendix A.2)")
-    group.add_argument("--epochs", type=int, default=400)
-    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases")
-    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     options.add_execution(parser)
     return parser
 

@@ -61,9 +61,11 @@ def with_models(rows, models):
     if odd:
         raise UserError(f"--models {odd[0]}: write NAME=CHECKPOINT")
     files = dict(text.split("=", 1) for text in models)
-    known = {row.key: row for row in rows}
+    known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
     given = {}
     for name, file in files.items():
+        if name not in known and name in keys:
+            raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
         row = known.get(name, Row(name, name, {}, (TRANSFER,)))
         module, settings = row.stages[-1]
         given[name] = replace(row, note=f"weights given: {Path(file).name}",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from common import distributed, options
 from common.augment import pretrain_transform
+from common.data import take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.evaluate import evaluator
@@ -98,6 +99,7 @@ def main(args):
         raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     weights = read_weights(args.init) if args.init else None
     args.model = model_name(args, weights)
+    take_statistics(args, weights)
     train_set, test_set = load_downstream(args)
     fingerprints = {"train": train_set.fingerprint(), "test": test_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

@@ -5,13 +5,14 @@ trained here if they are not there yet. Every model sees the same validation ima
 rank analyses; under torchrun the others only help to train.
 """
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import distributed, report, tables
+from common import distributed, options, report, tables
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
 from common.data import load_sets, statistics
@@ -107,7 +108,9 @@ def untrained(model, seed):
     """The same model with initial values."""
     seed_everything("weights", seed)
     if isinstance(model, MAE):
-        return MAE(**model.config)
+        twin = MAE(**model.config)
+        twin.statistics = model.statistics
+        return twin
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -136,15 +139,14 @@ def draw_images(labels, args):
 
 
 def preprocessing(model, args):
-    """Image size, mean and std (0..255) of a model: timm's own models say the latter, unless --mean is given. The crop
-    is the paper's for all models, so that a token shows each of them the same part of the image.
+    """Image size, mean and std (0..255) of a model: what its checkpoint says of the latter, unless --mean is given. The
+    crop is the paper's for all models, so that a token shows each of them the same part of the image.
     """
     _, grid, patch = geometry(model)
     size = [n * p for n, p in zip(grid, patch)]
-    theirs = getattr(model, "pretrained_cfg", None)
-    if args.mean or not theirs:
+    if args.mean or not getattr(model, "statistics", None):
         return size, *statistics(args)
-    return size, *(torch.tensor(theirs[key]) * 255 for key in ("mean", "std"))
+    return size, *(torch.tensor(model.statistics[key]) * 255 for key in ("mean", "std"))
 
 
 def batches(model, images, chosen, args, device):
@@ -167,6 +169,8 @@ def analyse(args, rows, script, measure):
     device = distributed.start(args.device)
     checkpoints = sources(args, rows, script)
     if args.dry_run:
+        print0("then this command, without --dry-run, with", shlex.join(options.words({"models": [
+            f"{name}={checkpoint}" for name, checkpoint in checkpoints.items()]})))
         return None
     first = next(iter(checkpoints))
     model = load(first, checkpoints, args, device)

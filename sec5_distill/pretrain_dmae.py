@@ -11,11 +11,11 @@ weights.pt holds the student and the map M, not the teacher; pass it to finetune
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
 from common import distributed, options
-from common.data import load_sets, statistics
+from common.data import load_sets, take_statistics
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
-from common.mae import MAEViews, build_mae
+from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
@@ -50,22 +50,7 @@ def build_parser():
                        help="hidden states to distil, 0 to depth; the paper: none")
     group.add_argument("--teacher-hidden-layers", type=int, nargs="*", metavar="L", help="default: the same numbers")
     group.add_argument("--hidden-weight", type=float, default=1.0, help="likewise")
-    group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
-    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
-    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
-    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
-    group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
-    group = parser.add_argument_group("recipe (Appendix A.2)")
-    group.add_argument("--epochs", type=int, default=400)
-    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases; on M too")
-    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     options.add_execution(parser)
     return parser
 
@@ -96,18 +81,6 @@ def pretrain_teacher(args):
     settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
                     decoder_heads=None, epochs=args.teacher_epochs or args.epochs, seed=0, fresh=False, save_to=None)
     return options.stage("sec3_benchmark.pretrain_mae", explicit=settings)["checkpoint"]
-
-
-def check_normalisation(weights, args):
-    """A teacher from timm says which mean and deviation its images had; the student's images are the same images."""
-    expected = getattr(weights.model, "pretrained_cfg", {})
-    mean, std = (values / 255 for values in statistics(args))
-    for name, ours in (("mean", mean), ("std", std)):
-        theirs = list(expected.get(name, ours))
-        if len(theirs) == len(ours) and max(abs(a - float(b)) for a, b in zip(theirs, ours)) > 1e-3:
-            raise UserError(f"{weights.source} was trained on images with {name} {theirs}, these have {ours.tolist()}: "
-                            f"pass --mean {' '.join(map(str, expected['mean']))} "
-                            f"--std {' '.join(map(str, expected['std']))}")
 
 
 def plainly(args, weights):
@@ -150,13 +123,14 @@ def main(args):
     args.teacher_model = args.teacher_epochs = None  # from here on only the teacher's content counts
     images, _ = load_sets(args, labelled=False)
     weights = read_weights(args.teacher)
-    check_normalisation(weights, args)
+    take_statistics(args, weights)  # the teacher sees the student's images
     identity = plainly(args, weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity}) as run:
         if run.result:
             return {**run.result, "teacher": args.teacher}
         model, teacher = build(args, weights)
+        # M decays like any other matrix
         optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,
                        MAEViews(args, model.model.num_patches), device)

@@ -11,7 +11,18 @@ import torch
 import torchvision
 from PIL import Image
 
-from common.data import EXTENSIONS, DataError, ImageSet, UnreadableImage, load_sets, read_image, statistics
+from common.data import (
+    EXTENSIONS,
+    STATISTICS,
+    DataError,
+    ImageSet,
+    UnreadableImage,
+    channel_statistics,
+    load_sets,
+    read_image,
+    statistics,
+    take_statistics,
+)
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
 
@@ -379,6 +390,23 @@ def test_statistics_are_per_channel_in_0_to_255():
 def test_wrong_counts_of_statistics_are_named(channels, mean, std, named):
     with pytest.raises(DataError, match=named):
         statistics(arguments(in_chans=channels, mean=mean, std=std))
+
+
+def test_statistics_travel_with_weights():
+    """Taken where nothing was said; the usual ones leave the arguments, so the run's identity, as they are."""
+    grey, usual = {"mean": [0.5] * 3, "std": [0.2] * 3}, dict(zip(("mean", "std"), map(list, STATISTICS[3])))
+    args = arguments(in_chans=3)
+    take_statistics(args, None)
+    take_statistics(args, SimpleNamespace(statistics=None, source="file"))
+    take_statistics(args, SimpleNamespace(statistics=usual, source="file"))
+    assert args.mean is None and args.std is None
+    take_statistics(args, SimpleNamespace(statistics=grey, source="file"))
+    assert channel_statistics(args) == grey
+    with pytest.raises(DataError, match=r"other learnt from images with mean \[0.485.* leave --mean out"):
+        take_statistics(args, SimpleNamespace(statistics=usual, source="other"))
+    narrow = arguments(in_chans=1)
+    take_statistics(narrow, SimpleNamespace(statistics=grey, source="file"))  # of other channels: nothing to take
+    assert narrow.mean is None
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path, monkeypatch):

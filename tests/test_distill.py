@@ -22,7 +22,6 @@ from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.mae import MAE, take
 from common.vit import SIZES, attention_logits, build_vit, choose_attention
-from common.weights import Weights
 from sec3_benchmark import pretrain_mae
 from sec5_distill import pretrain_dmae
 from sec5_distill.distillation import (
@@ -346,19 +345,14 @@ def test_the_same_teacher_as_a_timm_folder(distil, tmp_path):
     assert_same(weights(distil(teacher=str(tmp_path / "vit"))), weights(distil()))
 
 
-def test_other_normalisation_than_the_timm_teachers_is_refused():
-    args = options.resolve(pretrain_dmae.build_parser(), pretrain_dmae.PRESETS)
-    source = read_timm_like(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    with pytest.raises(UserError, match=r"--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"):
-        pretrain_dmae.check_normalisation(source, args)
-    args.mean = args.std = [0.5, 0.5, 0.5]
-    pretrain_dmae.check_normalisation(source, args)
-
-
-def read_timm_like(**cfg):
-    vit = build_vit("large", num_heads=5, **VIEW)
-    vit.pretrained_cfg = cfg
-    return Weights(vit.state_dict(), None, "timm:vit", "timm", "", [], vit)
+def test_the_student_sees_images_normalised_as_the_teachers_were(distil, tmp_path):
+    export_timm(larger(), tmp_path / "vit", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    taken, said = distil(teacher=str(tmp_path / "vit")), distil(teacher=str(tmp_path / "vit"), **statistics)
+    assert torch.load(taken["checkpoint"], weights_only=True)["statistics"] == statistics
+    assert_same(weights(taken), weights(said))
+    with pytest.raises(UserError, match=r"images with mean \[0.5, 0.5, 0.5\], here it is \[0.4, 0.4, 0.4\]"):
+        distil(teacher=str(tmp_path / "vit"), mean=[0.4, 0.4, 0.4])
 
 
 def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teacher_file):

@@ -151,7 +151,7 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     """Each stage takes the weights of the one before; evaluating the last gives the fine-tuning's accuracy again."""
     data = make_folder(tmp_path / "data", channels)
     common = settings(tmp_path, data, img_size=img_size, patch_size=patch, in_chans=channels)
-    pretrained = options.stage(PRETRAIN, explicit=common)
+    pretrained = options.stage(PRETRAIN, explicit={**common, "mean": [0.3] * channels})  # the file says it
     common["randaugment"] = "rand-m9-mstd0.5-inc1" if channels == 3 else "none"  # its operations are for colour images
     tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
     for told_by_the_file in ("img_size", "patch_size", "in_chans"):
@@ -166,6 +166,7 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     log = [json.loads(line) for line in open(f"{pretrained['run']}/log.jsonl")]
     assert [row["step"] for row in log] == [1, 2, 3] and all(np.isfinite(row["loss"]) for row in log)
     weights = read_weights(tuned["checkpoint"])
+    assert weights.statistics["mean"] == [0.3] * channels
     assert weights.state["patch_embed.proj.weight"].shape == (96, channels, patch, patch)
     assert weights.state["head.weight"].shape == (2, 96)
     height, width = img_size * 2 if len(img_size) == 1 else img_size

@@ -94,11 +94,11 @@ def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
     assert [tuple(part.shape) for part in parts] == [(6, 3, 16, 32), (6, 3, 16, 32), (5, 3, 16, 32)]
 
 
-def test_timms_own_models_say_how_their_images_are_normalised():
+def test_a_model_says_how_their_images_are_normalised():
     args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small"])
     model = build_vit("vit_demo", img_size=32, patch_size=8)
     assert study.preprocessing(model, args)[1].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
-    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
+    model.statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}  # as load_model has it from timm
     size, mean, _ = study.preprocessing(model, args)  # the crop is the same for all: tokens are compared by their place
     assert (size, mean.tolist()) == ([32, 32], [127.5] * 3)
 

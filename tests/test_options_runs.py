@@ -135,9 +135,9 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(SystemExit, match="finetune has no setting epochz; it has .*epochs"):
+    with pytest.raises(UserError, match="stage sec3_benchmark.finetune: no setting epochz; perhaps epochs"):
         options.stage("sec3_benchmark.finetune", row={"epochz": 3})
-    with pytest.raises(SystemExit, match="has no setting mask_ratio, mixup_x"):
+    with pytest.raises(UserError, match="no setting mask_ratio, mixup_x; perhaps .*mixup"):
         resolve(finetune.build_parser(), {}, explicit={"mixup_x": 1}, row={"mask_ratio": 0.5})
     with pytest.raises(SystemExit) as error:
         explicit_arguments(pretrain_mae.build_parser(), ["--epoch", "3"])  # no abbreviations
@@ -263,7 +263,8 @@ class Tiny(torch.nn.Linear):
 
 
 def run_settings(tmp_path, **settings):
-    return SimpleNamespace(**{"output": str(tmp_path), "fresh": False, "epochs": 3, "data_path": "/a", **settings})
+    return SimpleNamespace(**{"output": str(tmp_path), "fresh": False, "epochs": 3, "data_path": "/a", "in_chans": 3,
+                              "mean": None, "std": None, "on_bad_image": "stop", **settings})
 
 
 def test_data_and_weights_count_by_content_and_not_by_place(tmp_path):
@@ -305,6 +306,25 @@ def test_fresh_leaves_no_trace(tmp_path):
     with open_run("script", "name", run_settings(tmp_path, fresh=True), {}) as again:
         assert again.result is None and again.folder == run.folder
         assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "settings.json"]
+
+
+def test_a_run_with_replaced_images_is_reused_only_by_who_allows_it(tmp_path):
+    with open_run("script", "name", run_settings(tmp_path, on_bad_image="skip"), {}) as run:
+        run.finish({"top1": 1.0, "bad_images": 2}, Tiny(2, 2))
+    with pytest.raises(UserError, match="finished with 2 unreadable images replaced: --on-bad-image skip"):
+        with open_run("script", "name", run_settings(tmp_path), {}):
+            pass
+    with open_run("script", "name", run_settings(tmp_path, on_bad_image="skip"), {}) as again:
+        assert again.result["top1"] == 1.0
+
+
+def test_a_files_settings_give_way_to_what_was_asked_for():
+    """Those of the preset do not."""
+    args = resolve(finetune.build_parser(), finetune.PRESETS, explicit={"num_heads": 3}, row={"patch_size": 4})
+    options.take_config(args, {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7})
+    assert (args.num_heads, args.patch_size, args.img_size, args.model) == (3, 4, [48, 48], "vit_demo")
+    assert "explicit" not in vars(args) and not hasattr(args, "depth")
+    options.take_config(args, None)
 
 
 def test_a_run_in_use_names_the_other_process_and_is_left_alone(tmp_path):

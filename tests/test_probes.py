@@ -201,9 +201,10 @@ def test_features_are_computed_once(mae_file, tmp_path, monkeypatch):
     for changes in (dict(layer=3), dict(pooling="avg")):
         changed = SimpleNamespace(**{**vars(args), **changes})
         features.cached_features(vit, fingerprint, toy_images(), changed, CPU)
+    features.cached_features(vit, fingerprint, toy_images(), SimpleNamespace(**{**vars(args), "fresh": True}), CPU)
     features.cached_features(vit, "other weights", toy_images(), args, CPU)
     features.cached_features(vit, fingerprint, toy_images(5), args, CPU)
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("script", [knn_probe, linear_probe])

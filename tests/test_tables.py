@@ -88,7 +88,7 @@ def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
 
 @pytest.mark.parametrize(("argv", "error", "message"), [
     (["--set", "between.rate=1"], SystemExit, "no stage of this table: between; its stages are after, before"),
-    (["--set", "after.rat=1"], SystemExit, "after has no setting rat;"),
+    (["--set", "after.rat=1"], UserError, "stage .*after: no setting rat"),
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2")])
