@@ -36,14 +36,18 @@ BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "downloa
 ADDED_LATER = {}
 
 
-def settings_hash(settings, fingerprints):
-    """Ten hex digits for the settings that change the result. None and False say "not used" and stay out, so that a new
-    argument whose default is off leaves old hashes as they were.
+def identity(settings):
+    """The settings that change a run's result. None and False say "not used" and stay out, so that a new argument whose
+    default is off leaves the identity of old runs as it was.
     """
-    kept = {name: value for name, value in settings.items()
+    return {name: value for name, value in settings.items()
             if name not in EXECUTION + BY_CONTENT and value is not None and value is not False
             and (name not in ADDED_LATER or value != ADDED_LATER[name])}
-    text = json.dumps({**kept, "fingerprints": fingerprints}, sort_keys=True, default=str)
+
+
+def settings_hash(settings, fingerprints):
+    """Ten hex digits for a run's identity and the content of what it reads."""
+    text = json.dumps({**identity(settings), "fingerprints": fingerprints}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -1,0 +1,147 @@
+"""Is a run like the one that is kept as its reference? The loss step by step, the last evaluation, a picture of both.
+
+    python appendix/compare_runs.py                                        # every run in outputs/ that has a reference
+    python appendix/compare_runs.py --runs outputs/pretrain_mae/RUN --tolerance 0.01
+    python appendix/compare_runs.py --runs outputs/pretrain_mae/RUN --write sec3_benchmark/results/reference_NAME.jsonl
+
+A reference is a run's log, thinned to some 30 rows, below a line with its settings and where it was made. It serves all
+runs of the same settings. On the same kind of processor, with the same precision and threads, the curves are equal;
+elsewhere rounding lets them drift apart, more so after many steps. Writes compare_runs.json, .md and .png; the exit
+code is 1 if a loss is further away than --tolerance.
+"""
+import json
+import math
+from pathlib import Path
+
+from common import options, report
+from common.checkpoint import write_atomically
+from common.distributed import print0
+from common.errors import UserError
+from common.runs import identity
+
+PRESETS = {}
+ROWS = 30  # of a reference
+ABOUT = ("script", "fingerprints")  # what settings.json holds besides settings
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs; default: all in outputs/")
+    parser.add_argument("--references", nargs="+", metavar="FILE", help="default: reference_*.jsonl of every section")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="largest relative difference of a logged loss")
+    parser.add_argument("--write", metavar="FILE", help="keep the one run of --runs as a reference and leave")
+    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
+    return parser
+
+
+def read_lines(path):
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no log ({error}): give a run's folder or a reference_*.jsonl") from None
+
+
+def read_run(folder):
+    """{"script", "settings" (those of its identity), "data" (fingerprints)} of a run, and the rows of its log."""
+    stored = json.loads((Path(folder) / "settings.json").read_text())
+    settings = identity({name: value for name, value in stored.items() if name not in ABOUT})
+    about = {"script": stored["script"], "settings": settings, "data": stored["fingerprints"]}
+    return about, read_lines(Path(folder) / "log.jsonl")
+
+
+def write_reference(folder, path):
+    """Keeps the run's log, thinned, with the evaluations and the last row."""
+    about, rows = read_run(folder)
+    result = Path(folder) / "result.json"
+    if not result.exists():
+        raise UserError(f"{folder} is not finished: the same command continues it")
+    environment = json.loads(result.read_text())["environment"]
+    steps = list(losses_of(rows))
+    steps = {*steps[::math.ceil(len(steps) / ROWS)], steps[-1]}
+    kept = [{name: row[name] for name in ("step", "loss", "eval") if name in row} for row in rows
+            if "eval" in row or row["step"] in steps]
+    lines = [json.dumps(line) for line in ({**about, "environment": environment}, *kept)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    print0(f"{len(lines) - 1} rows written to {path}")
+
+
+def losses_of(rows):
+    """{step: loss}; the logged loss is the mean since the row before."""
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def compare(rows, reference):
+    """Largest relative difference of the loss over the steps that both have, its step, and both last evaluations."""
+    ours, theirs = losses_of(rows), losses_of(reference)
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        raise UserError("no step of the reference is in the run's log: log with --log-every 10, as the reference was")
+    away = {step: abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in shared}
+    worst = max(shared, key=away.get)
+    evaluations = [next((row["eval"] for row in reversed(log) if "eval" in row), {}) for log in (rows, reference)]
+    return {"steps": len(shared), "largest": away[worst], "at": worst, "loss": [ours[shared[-1]], theirs[shared[-1]]],
+            "evaluation": evaluations}
+
+
+def draw(curves, path):
+    """One panel a run: curves {name: (rows, reference)}."""
+    plt = report.pyplot()
+    columns = min(3, len(curves))
+    figure, axes = plt.subplots(math.ceil(len(curves) / columns), columns, squeeze=False, layout="constrained",
+                                figsize=(3.2 * columns, 2.4 * math.ceil(len(curves) / columns)))
+    for axis in axes.flat[len(curves):]:
+        axis.axis("off")
+    for axis, (name, logs) in zip(axes.flat, curves.items()):
+        for rows, label, style in zip(logs, ("run", "reference"), ("-", "o")):
+            loss = losses_of(rows)
+            axis.plot(list(loss), list(loss.values()), style, markersize=3, linewidth=1, label=label)
+        axis.set_title(name, fontsize=7)
+        axis.set(xlabel="step", ylabel="training loss")
+    axes.flat[0].legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def matching(args):
+    """Yields (folder, its rows, its description, the reference's description and rows) for runs with a reference."""
+    folders = args.runs or sorted(path.parent for path in Path(args.output).glob("*/*/result.json"))
+    files = args.references or sorted(options.ROOT.glob("*/results/reference_*.jsonl"))
+    references = [(about, rows) for about, *rows in map(read_lines, files)]
+    for folder in map(Path, folders):
+        about, rows = read_run(folder)
+        found = [(theirs, log) for theirs, log in references
+                 if (theirs["script"], theirs["settings"]) == (about["script"], about["settings"])]
+        if args.runs and not found:
+            raise UserError(f"{folder}: none of {len(references)} references has its settings; --write makes one")
+        for theirs, log in found[:1]:
+            yield folder, rows, about, theirs, log
+
+
+def main(args):
+    """Returns {run: what `compare` says}."""
+    if args.write:
+        if len(args.runs or ()) != 1:
+            raise UserError("--write keeps one run: name it by --runs")
+        return write_reference(args.runs[0], args.write)
+    results, curves, lines = {}, {}, []
+    for folder, rows, about, theirs, log in matching(args):
+        name = f"{about['script']}/{folder.name}"
+        results[name], curves[name] = compare(rows, log), (rows, log)
+        [top1, reference] = [f"{evaluation.get('top1', math.nan):.1f}" for evaluation in results[name]["evaluation"]]
+        lines.append([name, f"{results[name]['largest']:.2%}", results[name]["at"],
+                      "{:.4f} / {:.4f}".format(*results[name]["loss"]), f"{top1} / {reference}".replace("nan", "-"),
+                      "" if about["data"] == theirs["data"] else "other data"])
+    if not results:
+        raise UserError(f"no run in {args.output} has a reference: run a demo first, or --write one")
+    header = ["run", "largest difference of the loss", "at step", "last loss / reference", "top-1 / reference", ""]
+    folder = Path(args.output) / "compare_runs"
+    report.write_text(folder, "compare_runs", {"item": "compare_runs", "runs": results}, report.markdown(header, lines))
+    draw(curves, folder / "compare_runs.png")
+    if far := [name for name, result in results.items() if not result["largest"] <= args.tolerance]:
+        raise UserError(f"further away than --tolerance {args.tolerance}: {', '.join(far)}")
+    return results
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

@@ -1,0 +1,63 @@
+"""appendix/compare_runs.py: which reference belongs to a run, and how far the two are apart."""
+import json
+
+import pytest
+
+from appendix import compare_runs
+from common import options
+from common.errors import UserError
+
+
+def make_run(folder, losses, **settings):
+    """A finished run with a log of ten steps a row."""
+    folder.mkdir(parents=True)
+    stored = {"script": "toy", "epochs": 3, "output": str(folder), "fingerprints": {"data": "x"}, **settings}
+    (folder / "settings.json").write_text(json.dumps(stored))
+    rows = [{"step": 10 * i, "epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+    rows.append({"step": 10 * len(losses), "eval": {"top1": 12.5}})
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "result.json").write_text(json.dumps({"environment": {"date": "today"}}))
+    return folder
+
+
+def run(*argv):
+    return compare_runs.main(options.parse(compare_runs.build_parser(), argv=[str(word) for word in argv]))
+
+
+def test_a_run_is_compared_with_the_reference_of_its_settings(tmp_path):
+    losses = [2 / i for i in range(1, 101)]
+    for epochs in (3, 4):
+        source = make_run(tmp_path / f"first-{epochs}", losses if epochs == 3 else [1.0] * 100, epochs=epochs)
+        run("--runs", source, "--write", tmp_path / f"reference_{epochs}.jsonl")
+    references = [tmp_path / "reference_4.jsonl", tmp_path / "reference_3.jsonl"]
+    about, *rows = compare_runs.read_lines(references[1])
+    assert about["settings"] == {"epochs": 3} and about["environment"] == {"date": "today"}
+    assert 20 <= len(rows) <= 32 and rows[-1] == {"step": 1000, "eval": {"top1": 12.5}} and rows[-2]["step"] == 1000
+
+    losses[68] *= 1.03  # step 690, which the thinned reference has
+    again = make_run(tmp_path / "outputs" / "toy" / "again", losses)
+    make_run(tmp_path / "outputs" / "toy" / "unknown", losses, epochs=9)  # no reference: left out
+    result = run("--references", *references, "--output", tmp_path / "outputs")
+    assert list(result) == ["toy/again"]
+    steps = {row["step"] for row in rows if "loss" in row}
+    assert 690 in steps and result["toy/again"]["steps"] == len(steps)
+    assert result["toy/again"]["largest"] == pytest.approx(0.03) and result["toy/again"]["at"] == 690
+    assert (tmp_path / "outputs" / "compare_runs" / "compare_runs.png").stat().st_size > 1000
+    losses = [loss * 1.2 for loss in losses]
+    (again / "log.jsonl").write_text("".join(json.dumps({"step": 10 * i, "loss": x}) + "\n"
+                                             for i, x in enumerate(losses, 1)))
+    with pytest.raises(UserError, match="further away than --tolerance 0.05: toy/again"):
+        run("--references", *references, "--output", tmp_path / "outputs")
+
+
+def test_what_cannot_be_compared_says_why(tmp_path):
+    source = make_run(tmp_path / "a", [1.0, 0.5])
+    with pytest.raises(UserError, match=r"a: none of \d+ references has its settings"):
+        run("--runs", source, "--output", tmp_path)
+    (source / "result.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        run("--runs", source, "--write", tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match="--write keeps one run"):
+        run("--write", tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match="no run in .* has a reference"):
+        run("--output", tmp_path)
