@@ -207,6 +207,15 @@ def stage(name, explicit=None, row=None):
     return module.main(args)
 
 
+def named(texts, flag):
+    """["NAME=VALUE", ...] -> {NAME: VALUE}."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    wrong = [text for text, (name, value) in zip(texts, pairs) if not (name and value)]
+    if wrong or len({name for name, _ in pairs}) < len(pairs):
+        raise UserError(f"{flag} {' '.join(wrong or texts)}: write NAME=VALUE, each name once")
+    return dict(pairs)
+
+
 def words(settings, flags=None):
     """Settings as words of a command line; None and False are left out."""
     line = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from common import distributed, options, report
 from common.data import load_sets
 from common.distributed import print0
+from common.errors import UserError
 from common.weights import HubError
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
@@ -130,6 +131,12 @@ def run_rows(rows, args, demo, script, columns=None):
                 print0(args.needs_weights[row.key])
                 break
     return results if columns else {key: found[""] for key, found in results.items()}
+
+
+def require_weights(args):
+    """A figure has no place for a row whose weights the hub did not give."""
+    if args.needs_weights:
+        raise UserError("; ".join(args.needs_weights.values()))
 
 
 def explicit_settings(module, args, seed):

@@ -129,6 +129,11 @@ def parameter_count(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def final_norm(vit):
+    """The norm behind the last block: `norm`, or `fc_norm` in a classifier that averages its patch tokens first."""
+    return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+
+
 def eval_mode(model, device):
     """A model ready to be measured: on the device, in float32, dropout and drop path off."""
     return choose_attention(model.to(device=device, dtype=torch.float32), device).eval()

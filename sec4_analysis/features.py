@@ -16,6 +16,7 @@ import torch
 from timm.models import beit, vision_transformer
 from torch import nn
 
+from common import vit
 from common.errors import UserError
 from common.mae import MAE
 from common.vit import attention_logits
@@ -48,7 +49,7 @@ def final_norm(model, authors=False):
     if isinstance(model, MAE):
         untrained = nn.LayerNorm(model.norm.normalized_shape, eps=1e-6).to(model.norm.weight.device)
         return untrained if authors else model.norm
-    return model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    return vit.final_norm(model)
 
 
 def names(model):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import report, tables
+from common import options, report, tables
 from common.distributed import is_main
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
-from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, named
+from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
@@ -39,7 +39,7 @@ def parse(parser, argv=None):
 def starts(args):
     """{name: (stages that make the weights, the weights)}: given files, or the preset's pre-trainings."""
     if args.models:
-        return {name: ((), checkpoint) for name, checkpoint in named(args.models, "--models").items()}
+        return {name: ((), checkpoint) for name, checkpoint in options.named(args.models, "--models").items()}
     return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()}
 
 
@@ -63,8 +63,7 @@ def run_points(args, stage, panels, script):
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
     if args.dry_run:
         return None
-    if args.needs_weights:
-        raise UserError("; ".join(args.needs_weights.values()))
+    tables.require_weights(args)
     last = {key: [stages[-1] for stages in seeds] for key, seeds in results.items()}
     return [{"panel": title, "method": name, "k": k, "top1": [result["top1"] for result in last[row.key]],
              "run": [Path(result["run"]).name for result in last[row.key]]} for (title, name, k), row in rows.items()]

@@ -65,29 +65,21 @@ def parse(parser, argv=None):
     return tables.parse(parser, argv, presets=PRESETS, own=("batch_size",))
 
 
-def named(texts, flag):
-    """["NAME=VALUE", ...] -> {NAME: VALUE}."""
-    pairs = [text.partition("=")[::2] for text in texts]
-    wrong = [text for text, (name, value) in zip(texts, pairs) if not (name and value)]
-    if wrong or len({name for name, _ in pairs}) < len(pairs):
-        raise UserError(f"{flag} {' '.join(wrong or texts)}: write NAME=VALUE, each name once")
-    return dict(pairs)
-
-
 # Models
 
 def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
     if args.models:
-        return named(args.models, "--models")
+        return options.named(args.models, "--models")
     args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
+    tables.require_weights(args)
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
 
 def heads_of(args, checkpoints):
     """{name: number of heads} of --num-heads-of."""
-    heads = named(args.num_heads_of, "--num-heads-of")
+    heads = options.named(args.num_heads_of, "--num-heads-of")
     for name, number in heads.items():
         if name not in checkpoints or not number.isdigit():
             raise UserError(f"--num-heads-of {name}={number}: a number for one of {', '.join(checkpoints)}")

@@ -19,7 +19,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.mae import MAE, take
-from common.vit import choose_attention
+from common.vit import choose_attention, final_norm
 
 
 def attention_loss(student, teacher, head_map):
@@ -44,11 +44,6 @@ def block_logits(block, x):
     qk = F.linear(block.norm1(x), attention.qkv.weight[:rows], None if bias is None else bias[:rows])
     q, k = qk.view(B, N, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head dim)
     return (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
-
-
-def final_norm(encoder):
-    """What follows the last block: `norm`, or `fc_norm` in a classifier that averages the patch tokens."""
-    return encoder.fc_norm if isinstance(encoder.norm, nn.Identity) else encoder.norm
 
 
 def check_places(what, numbers, first, last, whose):

@@ -11,7 +11,6 @@ the low layers, and distilling the last block's attention mends the high ones. I
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
 from common import options, tables
-from common.errors import UserError
 from common.tables import Row
 from sec4_analysis import similarity
 from sec5_distill import pretrain_dmae
@@ -36,8 +35,7 @@ def own_models(args):
     results = tables.run_rows(rows, args, (), "fig6")
     if args.dry_run:
         return None
-    if args.needs_weights:
-        raise UserError("; ".join(args.needs_weights.values()))
+    tables.require_weights(args)
     heads = args.per_stage.get("pretrain_dmae", {}).get("teacher_heads")
     args.num_heads_of += [f"teacher={heads}"] if heads else []
     found = {key: seeds[0][-1] for key, seeds in results.items()}

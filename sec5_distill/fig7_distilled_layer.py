@@ -106,8 +106,7 @@ def main(args):
         results = tables.run_rows(rows, args, (), "fig7")
         if args.dry_run:
             return []
-        if args.needs_weights:
-            raise UserError("; ".join(args.needs_weights.values()))
+        tables.require_weights(args)
         report.write_table(path.parent, "fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
                            notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
     if not is_main():
