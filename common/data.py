@@ -104,6 +104,7 @@ def convert(image, in_chans):
         raise ValueError(f"an image file has 1 or 3 channels, --in-chans is {in_chans}: store such images as .npy")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # more than 8 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
+        # Mode I does not say its depth, so an image of it whose values stay below 256 is read as 8 bit
         scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
         scale = 255 if image.mode == "F" and values.max() <= 1 else scale
         image = Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
@@ -196,6 +197,8 @@ def channel_statistics(args):
     mean, std = list(args.mean or mean), list(args.std or std)
     if len(mean) != args.in_chans or len(std) != args.in_chans:
         raise DataError(f"--mean has {len(mean)} and --std {len(std)} numbers, --in-chans is {args.in_chans}")
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise DataError(f"--mean {mean} --std {std}: both are of values in 0..1, so divide those of bytes by 255")
     return {"mean": mean, "std": std}
 
 
@@ -205,8 +208,8 @@ def statistics(args):
 
 
 def take_statistics(args, weights):
-    """Images are normalised as those were from which `weights` (or None) learnt, where they say so. Others asked for
-    by --mean and --std, or by a teacher before, are an error: the weights would see images of another brightness.
+    """Uses the mean and std that the weights were trained with, if their file says them. If the user, or a teacher
+    before, asked for others, that is a DataError. With weights None nothing happens.
     """
     theirs = weights.statistics if weights else None
     if not theirs or len(theirs["mean"]) != args.in_chans:
@@ -214,7 +217,9 @@ def take_statistics(args, weights):
     for name, ours in channel_statistics(args).items():
         if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
             if getattr(args, name):
+                remedy = f"leave --{name} out to take theirs" if name in getattr(args, "explicit", (name,)) else \
+                    "choose a teacher and initial weights that agree"
                 raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
-                                f"leave --{name} out to take theirs")
+                                f"{remedy}")
             print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
             setattr(args, name, theirs[name])

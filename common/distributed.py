@@ -25,10 +25,10 @@ def start(device="auto"):
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
+            raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():
-            raise SystemExit(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
+            raise UserError(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
                              f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
@@ -67,8 +67,8 @@ def print0(*args, **kwargs):
 
 
 def barrier():
-    if dist.is_initialized():
-        broadcast_object(None)  # through gloo: a barrier on nccl would use the GPU
+    """Returns when every rank has arrived (through gloo, as a barrier on nccl would use the GPU)."""
+    all_max(0)
 
 
 def broadcast_object(value):

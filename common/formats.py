@@ -51,22 +51,25 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
     if keep_blocks is not None and not 0 <= keep_blocks <= depth:
         raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
     check_heads(weights, vit.blocks[0].attn.num_heads, notes)
-    aside = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
+    check_kind(weights, vit)
+    # 1. What of the source is wanted, and what of the model must be in it
+    ignored = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
     if "fc_norm.weight" in target:
-        aside += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
-
-    chosen, required = weights.state, [name for name in target if not name.startswith(FINAL)]
+        ignored += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
+    wanted, required = weights.state, [name for name in target if not name.startswith(FINAL)]
     if keep_blocks is not None:
-        chosen, required = leading_blocks(chosen, keep_blocks), leading_blocks(target, keep_blocks)
-        aside += FINAL + tuple(name for name in weights.state if name.startswith("blocks.") and name not in chosen)
-    state = {name: value for name, value in chosen.items() if name in target and not name.startswith(aside)}
+        wanted, required = leading_blocks(wanted, keep_blocks), leading_blocks(target, keep_blocks)
+        ignored += FINAL + tuple(name for name in weights.state if name.startswith("blocks.") and name not in wanted)
+    state = {name: value for name, value in wanted.items() if name in target and not name.startswith(ignored)}
+    # 2. Positions and channels are made to fit
     if "pos_embed" in state:
         state["pos_embed"] = fit_positions(weights, vit, notes)
     if STEM in state:
         state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
 
+    # 3. Whatever is left unexplained is an error
     missing = [name for name in required if name not in state]
-    unexpected = [name for name in weights.state if name not in target and not name.startswith(aside)]
+    unexpected = [name for name in weights.state if name not in target and not name.startswith(ignored)]
     missing, unexpected = ([name for name in names if not name.endswith(tuple(explained))]
                            for names in (missing, unexpected))
     require_fit(weights.source, target, state, missing, unexpected)
@@ -85,11 +88,30 @@ def check_heads(weights, num_heads, notes):
                           f"the functions are not. Pass --num-heads {theirs}")
 
 
+def check_kind(weights, vit):
+    """Says which argument to change where the source is a model of another size or kind."""
+    theirs, ours = weights.state[STEM].shape, vit.state_dict()[STEM].shape
+    if theirs[0] != ours[0]:
+        name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
+        raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
+                          + (f"pass --model {name}" if name else "no --model has that width"))
+    if theirs[2:] != ours[2:]:
+        raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
+                          f"pass --patch-size {theirs[2]}")
+    relative, wanted = (any(name.endswith(TABLE) for name in state) for state in (weights.state, vit.state_dict()))
+    if relative and not wanted:
+        model = "vit_tiny_rpe" if "pos_embed" in weights.state else "vit_tiny_simmim"
+        raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
+                          f"(finetune.py, transfer.py); other scripts take plain ViTs only")
+
+
 def keeps_head(weights, target, head, keep_blocks):
     """Whether the classifier is loaded: only with its classes, all blocks, and the norm whose output it reads."""
     theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
     norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
     fits = theirs == ours > 0 and norm in weights.state and keep_blocks is None
+    if head == "keep" and not theirs:
+        raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
     if head == "keep" and not fits:
         found = next((name for name in ("fc_norm.weight", "norm.weight") if name in weights.state), "no norm")
         raise FormatError(f"{weights.source} classifies {theirs} classes after {found}, the model {ours} after {norm}, "

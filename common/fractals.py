@@ -13,6 +13,7 @@ a small network neither fails nor finishes:
 An image depends on (seed, cls, index) and its size alone, not on its batch nor on a global generator.
 """
 import functools
+import math
 import operator
 import os
 import uuid
@@ -165,7 +166,7 @@ def paint(count, tone, noise, u, height, width):
 
 def draw(seed, classes, indices, height, width):
     """classes, indices (B,) -> images (B, H, W, 3) uint8. No sum crosses images, so the batch changes no byte."""
-    steps = BURN_IN - -POINTS_PER_PIXEL * height * width // CHAINS  # rounded up
+    steps = BURN_IN + math.ceil(POINTS_PER_PIXEL * height * width / CHAINS)
     u, choices, noise = draw_instances(seed, classes, indices, steps, height * width * 3)
     maps = np.stack([class_system(seed, cls) for cls in classes])
     tables, number = byte_tables(maps * (1 + JITTER * (2 * u["jitter"].reshape(maps.shape) - 1)))

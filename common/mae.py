@@ -153,11 +153,13 @@ class MAE(nn.Module):
         """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D). The class token joins after masking."""
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        x, states = torch.cat([cls_token, tokens], dim=1), [] if states is None else states
+        x = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
-            states.append(x)
+            if states is not None:
+                states.append(x)
             x = block(x)
-        states.append(x)
+        if states is not None:
+            states.append(x)
         return self.norm(x)
 
     def forward_decoder(self, latent, ids_shuffle, skip=0):

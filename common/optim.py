@@ -3,8 +3,8 @@ import math
 
 import torch
 
-from common.data import DataError
 from common.distributed import print0
+from common.errors import UserError
 
 
 def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_lr=0.0):
@@ -21,8 +21,8 @@ def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_l
 def steps_per_epoch(images, batch_size):
     """Whole batches in an epoch; none is an error."""
     if len(images) < batch_size:
-        raise DataError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
-                        f"lower --batch-size, or choose --preset small if it is not")
+        raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: "
+                        f"lower --batch-size, or pass --preset small, which is made for such a set")
     return len(images) // batch_size
 
 

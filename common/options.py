@@ -20,7 +20,7 @@ from common.vit import SIZES
 
 
 class Settings(argparse.Namespace):
-    """A run's settings, all in `vars`; beside them the names of those that the command line or a table row gave."""
+    """The settings of a run; `explicit`, which is not in `vars`, names those given by command line or table row."""
 
     __slots__ = ("explicit",)
 
@@ -36,7 +36,10 @@ def make_parser(description):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # without the usage, which fills a screen
-            self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+            remedy = "--help lists the arguments"
+            if "--set" in self._option_string_actions:
+                remedy += "; those of a stage are given by --set STAGE.KEY=VALUE"
+            self.exit(2, f"{self.prog}: error: {message} ({remedy})\n")
     return Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
@@ -95,6 +98,11 @@ def defaults(parser):
     return {action.dest: action.default for action in parser._actions if action.dest != "help"}
 
 
+def flags_of(parser):
+    """Every argument's name and flag."""
+    return {action.dest: action.option_strings[0] for action in parser._actions}
+
+
 def explicit_arguments(parser, argv=None):
     """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
     unset = object()
@@ -111,9 +119,8 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
         near = {name for word in unknown for name in difflib.get_close_matches(word, settings)}
         meant = f"; perhaps {', '.join(sorted(near))}?" if near else ""
         raise UserError(f"no setting {', '.join(unknown)}{meant} (--help lists them)")
-    flags = {action.dest: action.option_strings[0] for action in parser._actions}
     given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
-    given.update(explicit_arguments(parser, words(given, flags)))
+    given.update(explicit_arguments(parser, words(given, flags_of(parser))))
     preset = given.get("preset") or ("paper" if given.get("data_path") or given.get("dataset_path") else "demo")
     settings.update((presets or {}).get(preset, {}))
     named = {**settings, **given}
@@ -127,18 +134,20 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
 
 
 def take_config(args, config):
-    """What a file of ours says of its model (None: nothing) takes the place of defaults, not of what was asked for."""
+    """Copies what a checkpoint says of its model into `args`. What the command line or a table row gave is kept; with
+    config None nothing happens.
+    """
     explicit = getattr(args, "explicit", ())
     vars(args).update({name: value for name, value in (config or {}).items()
-                       if name in vars(args) and name not in explicit})
+                       if name in vars(args) and name not in explicit and value is not None})
 
 
 # The smallest and the largest value of settings that several scripts share
-RANGES = {"epochs": (1, None), "batch_size": (1, None), "micro_batch": (1, None), "patch_size": (1, None),
-          "in_chans": (1, None), "num_heads": (1, None), "log_every": (1, None), "workers": (-1, None),
-          "seed": (0, None), "local_crops": (0, None), "views": (0, None), "warmup_epochs": (0, None),
-          "eval_every": (0, None), "num_images": (1, None),
-          "mask_ratio": (0, 1), "drop_path": (0, 1), "smoothing": (0, 1), "erasing": (0, 1), "crop_min": (0, 1)}
+RANGES = {"epochs": (1, None), "iterations": (1, None), "batch_size": (1, None), "micro_batch": (1, None),
+          "patch_size": (1, None), "in_chans": (1, None), "num_heads": (1, None), "log_every": (1, None),
+          "workers": (-1, None), "seed": (0, None), "local_crops": (0, None), "views": (0, None),
+          "warmup_epochs": (0, None), "eval_every": (0, None), "num_images": (1, None), "mask_ratio": (0, 1),
+          "drop_path": (0, 1), "smoothing": (0, 1), "erasing": (0, 1), "crop_min": (0.001, 1)}
 
 
 def check_ranges(settings):
@@ -167,8 +176,10 @@ def start(main, parser, *presets_and_recipes, parse=parse):
         if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
-        line = str(error).rstrip().splitlines()[-1]  # of a loading process: the last line of its traceback
-        raise SystemExit(f"{parser.prog}: error: {line}") from None
+        text = str(error).strip()
+        if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        raise SystemExit(f"{parser.prog}: error: {' '.join(text.split())}") from None
     finally:
         distributed.stop()
 
@@ -178,8 +189,7 @@ def announce(parser, args):
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
     if "preset" in usual:
-        flags = {action.dest: action.option_strings[0] for action in parser._actions}
-        said = words({**changed, "preset": None}, flags)
+        said = words({**changed, "preset": None}, flags_of(parser))
         print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
 

@@ -56,6 +56,11 @@ def spread(values):
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def published(value):
+    """A published number, or "-" where no source gives one."""
+    return "-" if value in (None, {}) else value
+
+
 def duration(hours):
     """Mean hours as text in the unit that suits them, or "" for nothing."""
     if not hours:
@@ -93,8 +98,11 @@ def write_table(folder, item, args, columns, rows, notes=()):
     a row. Rows without a measurement are named below the table.
     """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
-    absent = "; ".join(f"{row['name']} ({row['published']}: {row['status']})" for row in rows if not row["measured"])
-    notes = [f"Not measured here (published: why): {absent}"] * bool(absent) + [note for note in notes if note]
+    absent = "; ".join(f"{row['name']} ({published(row['published'])}: {row['status']})"
+                       for row in rows if not row["measured"])
+    notes = [note for note in notes if note]
+    if absent:
+        notes = [f"Not measured here (published: why): {absent}", *notes]
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
                               "notes": list(notes)}, text)

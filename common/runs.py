@@ -32,7 +32,7 @@ from common.options import EXECUTION, ROOT
 WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
 BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset")
-# An argument that was added later, with the value at which a run is what it was before: it then stays out of the hash.
+# New arguments, and the default under which old runs stay valid: at that value they are left out of the hash.
 ADDED_LATER = {}
 
 
@@ -84,10 +84,13 @@ class Run:
                               f"continues from the last checkpoint") from error
 
     def log_size(self):
+        """Bytes."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def cut_log(self, size):
-        """Forgets the rows written after a checkpoint, so that a resumed log reads like an uninterrupted one."""
+        """Forgets the rows after the first `size` bytes, which are those written after the checkpoint that a run
+        resumes from, so that its log reads like an uninterrupted one.
+        """
         if distributed.is_main() and self.log_size() > size:
             os.truncate(self.log_path, size)
 
@@ -135,7 +138,7 @@ def open_run(script, name, args, fingerprints):
             problem = str(error)
     problem, result = distributed.broadcast_object((problem, result))
     if problem:
-        raise SystemExit(problem)
+        raise UserError(problem)
     run = Run(folder, settings)
     run.result = result
     print0(f"run {folder}" + (" (finished: reused)" if result else ""))

@@ -20,6 +20,7 @@ NOTES = {
     "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
+NO_LABELS = ("pretrain_", "transfer", "detect")  # stages that read none in --data-path
 PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
 
 
@@ -91,34 +92,30 @@ def chosen(rows, args, demo):
     for row in rows:
         if row.key in wanted and row not in runnable:
             why = "is not built yet" if not row.stages else f"needs --preset {' or '.join(row.presets)}"
-            raise SystemExit(f"--rows {row.key}: {row.name} {why}")
+            raise UserError(f"--rows {row.key}: {row.name} {why}")
     return [row for row in runnable if row.key in wanted]
 
 
 def run_rows(rows, args, demo, script, columns=None):
     """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or with
     columns, {key: {name: the same}}. Columns are {name: (the stage in place of the rows' last one, or None; settings
-    added to it)}. All that can be known to be wrong is found before the first stage starts: settings of later stages,
-    unlabelled data.
+    added to it)}. Wrong settings, missing data and missing weights are reported before the first stage starts.
     """
     distributed.start("cpu" if args.dry_run else args.device)
     endings = columns or {"": (None, {})}
     stages = {module.split(".")[-1] for row in rows for module, _ in [*row.stages, *endings.values()] if module}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown:
-        raise SystemExit(f"--set names no stage of this table: {', '.join(unknown)}; "
+        raise UserError(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
     results, done = {}, {}
-    cells = [(column, replace(row, name=f"{row.name} {column}".strip(),
-                              stages=(*row.stages[:-1], (stage or row.stages[-1][0], row.stages[-1][1] | added))))
-             for row in chosen(rows, args, demo) for column, (stage, added) in endings.items()
-             if column not in row.without]
+    cells = [(column, cell(row, column, stage, added)) for row in chosen(rows, args, demo)
+             for column, (stage, added) in endings.items() if column not in row.without]
     for _, row in cells:
-        for module, settings in row.stages:
-            explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
-            options.stage_settings(module, explicit, settings)
+        check_row(row, args)
     if args.data_path and not args.dry_run:
-        load_sets(args)
+        scripts = {module.split(".")[-1] for _, row in cells for module, _ in row.stages}
+        load_sets(args, labelled=not all(script.startswith(NO_LABELS) for script in scripts))
     for number, (column, row) in enumerate(cells, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(cells)}: {row.name}, seed {seed}")
@@ -131,6 +128,23 @@ def run_rows(rows, args, demo, script, columns=None):
                 print0(args.needs_weights[row.key])
                 break
     return results if columns else {key: found[""] for key, found in results.items()}
+
+
+def cell(row, column, stage, added):
+    """The row in one column of a table: its last stage, or `stage` in its place, with the settings `added`."""
+    module, settings = row.stages[-1]
+    return replace(row, name=f"{row.name} {column}".strip(),
+                   stages=(*row.stages[:-1], (stage or module, {**settings, **added})))
+
+
+def check_row(row, args):
+    """An error for settings that a stage does not have or cannot use, and for initial weights that are not there."""
+    for module, settings in row.stages:
+        explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
+        _, _, resolved = options.stage_settings(module, explicit, settings)
+        init = getattr(resolved, "init", None)
+        if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
+            raise UserError(f"{row.name}: no weights at {init}")
 
 
 def require_weights(args):
@@ -185,15 +199,15 @@ def summary(row, results, problem=None):
     """A row of an accuracy table from its stages' results, one list of stages per seed."""
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    return {"name": row.name, "published": row.published, "note": row.note, **row.extra,
-            "status": "run" if results else problem or "not chosen" if row.stages else "not built yet",
+    status = "run" if results else "not built yet" if not row.stages else problem or "not chosen"
+    return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
 
 
 COLUMNS = {
     "pre-training and recipe": lambda row: row["name"],
-    "published": lambda row: row["published"],
+    "published": lambda row: report.published(row["published"]),
     "measured": lambda row: report.spread(row["measured"]),
     "seeds": lambda row: row["seeds"] or "",
     "pre-training": lambda row: report.duration(row["pretrain_hours"]),

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, distributed, report
 from common.data import statistics
 from common.distributed import print0
+from common.errors import UserError
 from common.loader import StepSampler, Views, default_workers, seed_everything, to_device, train_loader
 from common.optim import set_learning_rate, steps_per_epoch
 from common.vit import choose_attention
@@ -70,14 +71,14 @@ def choose_precision(precision, device):
         flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         precision = "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
     if precision == "fp16" and device.type == "cpu":
-        raise SystemExit("--precision fp16 needs a GPU; on a CPU choose bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU; on a CPU choose bf16 or fp32")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def split_batch(batch_size, micro_batch, world):
     """Accumulation steps with which `world` ranks of at most `micro_batch` images make up the global batch exactly."""
     if batch_size % world:
-        raise SystemExit(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
+        raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
     per_rank = batch_size // world
     accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
     print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation}")
@@ -89,7 +90,7 @@ def check_execution(stored, now, allow_inexact):
     changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items()
                if stored.get(name) != value]
     if changed and not allow_inexact:
-        raise SystemExit(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
+        raise UserError(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
                          f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
 
 
@@ -140,6 +141,11 @@ class Snapshot:
     def restore(self, device):
         """Puts everything back as the newest whole checkpoint has it, the log included. Returns the step to do next."""
         saved = checkpoint.load_newest(self.run.folder)
+        step = saved["progress"]["step"] if saved else 0
+        newest, oldest = distributed.all_max(step, -step)
+        if newest != -oldest:
+            raise UserError(f"ranks read different checkpoints in {self.run.folder} (steps {-oldest} and {newest}): "
+                            f"start again, and see that all nodes share this folder")
         self.run.cut_log(saved["log_size"] if saved else 0)
         if saved is None:
             return 0
@@ -158,9 +164,9 @@ class Snapshot:
         self.resumed_at = self.saved_at = time.perf_counter()
         if distributed.is_main():
             checkpoint.save_step(self.run.folder, step, {
-                "model": self.method.model.state_dict(), "config": self.method.model.config,
-                "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "meter": self.meter.state(), "progress": self.progress,
+                **self.run.weights(self.method.model), "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "meter": self.meter.state(), "progress": self.progress,
                 "execution": self.execution, "log_size": self.run.log_size()})
 
     def seconds(self):
@@ -210,13 +216,13 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
 
             done, epoch = step + 1, (step + 1) / per_epoch
             evaluated = evaluate and (done == total or args.eval_every and done % (per_epoch * args.eval_every) == 0)
-            stopping, due = distributed.all_max(stop.received, snapshot.due())
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
                 meter.write(done, epoch, schedule(step))
             if evaluated:
                 guard.raise_if_bad()
                 note_evaluation(run, method, progress, done, epoch, evaluate())
+            stopping, due = distributed.all_max(stop.received, snapshot.due())  # an evaluation may take minutes
             if stopping or done < total and (due or evaluated):
                 guard.raise_if_bad()
                 progress["bad_images"] = sorted(bad_images.known)

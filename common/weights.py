@@ -4,6 +4,7 @@ Files are untrusted. Tensors, plain values and SAFE_GLOBALS are read and no code
 understood is a FormatError that names the file and a remedy. common/formats.py puts the tensors into models.
 """
 import argparse
+import difflib
 import hashlib
 import re
 from collections import OrderedDict
@@ -148,6 +149,9 @@ def read_timm(source):
     absent = [file for file in ("config.json", "model.safetensors") if not hub and not (Path(name) / file).is_file()]
     if absent:
         raise FormatError(f"{source} is a folder without {' and '.join(absent)}, so not timm's: give a file inside it")
+    if hub and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise FormatError(f"{source}: timm has no such model" + (f"; perhaps {', '.join(near)}?" if near else ""))
     try:
         model = timm.create_model(name if hub else f"local-dir:{name}", pretrained=True)
     except Exception as error:  # timm, the hub and the network share no class of errors

@@ -386,6 +386,8 @@ def test_statistics_are_per_channel_in_0_to_255():
 @pytest.mark.parametrize(("channels", "mean", "std", "named"), [
     (3, [0.5], None, "--mean has 1 and --std 3 numbers, --in-chans is 3"),
     (5, None, [0.2] * 4, "--mean has 5 and --std 4 numbers, --in-chans is 5"),
+    (3, [124, 116, 104], [58, 57, 57], "--mean .124, 116, 104. --std .*divide those of bytes by 255"),
+    (1, [0.4], [0.0], "--std .0.0.: both are of values in 0..1"),
 ])
 def test_wrong_counts_of_statistics_are_named(channels, mean, std, named):
     with pytest.raises(DataError, match=named):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from common.formats import load_encoder, load_model
 from common.mae import MAE
+from common.rpe import build_model
 from common.vit import build_vit, leading_blocks
 from common.weights import SAFE_GLOBALS, FormatError, fingerprint, read_weights
 from tests.helpers import assert_close, fill_by_name
@@ -332,7 +333,7 @@ def test_what_is_not_explained_is_refused_with_counts_and_the_model_stays_as_it_
         with pytest.raises(FormatError, match=message):
             load_encoder(vit, read_weights(saved(tmp_path / "a.pth", content)))
     for other in (classifier(patch_size=4), fill_by_name(build_vit("vit_tiny", img_size=32, patch_size=8))):
-        with pytest.raises(FormatError, match="other shapes"):
+        with pytest.raises(FormatError, match="pass --patch-size 4|pass --model vit_tiny"):
             load_encoder(vit, read_weights(own_file(tmp_path / "b.pt", other)))
     with pytest.raises(FormatError, match=r"unexpected 2 \(fc_norm"):  # pooled: its norm has no place before a token
         load_encoder(classifier(global_pool="token"), read_weights(own_file(tmp_path / "c.pt", classifier())))
@@ -342,6 +343,16 @@ def test_what_is_not_explained_is_refused_with_counts_and_the_model_stays_as_it_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("settings", "remedy"), [
+    ({"model": "vit_tiny"}, "a.pt is 192 wide and the model 96: pass --model vit_tiny"),
+    ({"patch_size": 16}, "a.pt has patches of 16 px and the model of 8: pass --patch-size 16"),
+    ({"model": "vit_demo_rpe"}, "a.pt has relative positions and the model has none: pass --model vit_tiny_rpe")])
+def test_another_size_or_kind_says_which_argument_to_change(tmp_path, settings, remedy):
+    source = own_file(tmp_path / "a.pt", build_model(**{**SMALL, "num_classes": 5, "num_heads": 12, **settings}))
+    with pytest.raises(FormatError, match=remedy):
+        load_encoder(classifier(), read_weights(source))
+
+
 def test_the_head_is_dropped_kept_or_kept_where_it_fits(tmp_path):
     source = classifier()
     weights = read_weights(own_file(tmp_path / "a.pt", source))

@@ -174,4 +174,4 @@ def test_common_stays_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in sorted((ROOT / "common").rglob("*.py"))}
     assert len(lines) > 15
     assert {file: count for file, count in lines.items() if count >= 300} == {}
-    assert sum(lines.values()) < 3100
+    assert sum(lines.values()) < 3200  # 3,100 until the MAE's arguments and NAME=VALUE came here from 5 scripts

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from common import distributed
 from common.augment import pretrain_transform
 from common.data import DataError, ImageSet, UnreadableImage
 from common.loader import (
@@ -239,6 +240,12 @@ def test_more_than_one_percent_of_bad_images_stops(damaged, tmp_path):
         watch.note(torch.tensor([20]))
     assert str(error.value).rsplit(" ", 1)[1] in map(str, tmp_path.iterdir())  # the list it points to is there
     BadImages(SimpleNamespace(folder=tmp_path), damaged).note(torch.tensor([-1, -1]))
+
+
+def test_one_percent_is_of_the_images_whatever_the_number_of_ranks(damaged, tmp_path, monkeypatch):
+    """After some epochs a rank has met every image, so every bad one."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    BadImages(SimpleNamespace(folder=tmp_path), damaged).note(torch.tensor([7, 11]))
 
 
 # Evaluation

@@ -331,7 +331,7 @@ def test_a_run_in_use_names_the_other_process_and_is_left_alone(tmp_path):
     with open_run("script", "name", run_settings(tmp_path), {}) as run:
         run.log({"step": 1})
         for fresh in (False, True):
-            with pytest.raises(SystemExit, match=f"{run.folder} is in use by process {os.getpid()} on .*stop it"):
+            with pytest.raises(UserError, match=f"{run.folder} is in use by process {os.getpid()} on .*stop it"):
                 with open_run("script", "name", run_settings(tmp_path, fresh=fresh), {}):
                     pass
         assert run.log_path.exists()
@@ -364,7 +364,7 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder"),
     "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractal"),
     "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo",
-                        "12 images, fewer than one batch of 4096: lower --batch-size, or choose --preset small if"),
+                        "12 images, fewer than one batch of 4096: lower --batch-size, or pass --preset small"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
                             "patches of 16 px do not tile an image of 30 x 30 px: choose --img-size as multiples of"),
     "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'small', 'paper')"),

@@ -22,6 +22,7 @@ from test_training import assert_same, log_rows
 
 from common import options
 from common.checkpoint import load_newest
+from common.errors import UserError
 from sec3_benchmark import pretrain_mae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +147,7 @@ def test_a_folder_in_use_names_its_process_and_is_free_once_that_is_killed(data,
     words = command(data, tmp_path, "pretrain_mae", "--workers", "2", "--epochs", "1000")
     process = start(words, tmp_path)
     wait_for_step(1, process, tmp_path)
-    with pytest.raises(SystemExit, match=f"is in use by process {process.pid} on {socket.gethostname()}"):
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on {socket.gethostname()}"):
         run_here(words)
     process.kill()
     process.wait()
@@ -201,6 +202,18 @@ def start_two_ranks(words, output):
     return [start(words, output, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
 
 
+def test_a_barrier_waits_for_every_rank(tmp_path):
+    """Not only for rank 0: the last of three arrives a second after the others."""
+    code = ("import time; from common import distributed; distributed.start('cpu'); distributed.barrier(); "
+            "time.sleep(distributed.rank() == 2); began = time.time(); distributed.barrier(); "
+            "print(f'rank {distributed.rank()} waited {time.time() - began:.2f}')")
+    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+    ranks = [start([sys.executable, "-c", code], tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "012"]
+    assert [rank.wait(WAIT) for rank in ranks] == [0, 0, 0], said(tmp_path)
+    waited = dict(line.split()[1::2] for line in said(tmp_path).splitlines() if line.startswith("rank"))
+    assert float(waited["0"]) > 0.8 and float(waited["1"]) > 0.8
+
+
 def assert_nearly_the_same(ours, theirs):
     """Equal up to the order of float32 sums; training moved the weights by some 1e-3. Biases of keys leave the loss as
     it is, so that their gradient is nothing but rounding, and AdamW makes steps of it: they may differ more.
@@ -227,7 +240,7 @@ def test_two_ranks_stop_together_and_equal_one_process(data, untouched, tmp_path
     assert launcher.wait(30) != 0 and first < newest(tmp_path) < TOTAL
     assert said(tmp_path).count("stopped by a signal") == 2 and f"after step {newest(tmp_path)} of" in said(tmp_path)
 
-    with pytest.raises(SystemExit, match="ranks 2 before, 1 now"):
+    with pytest.raises(UserError, match="ranks 2 before, 1 now"):
         run_here(words)
     run_to_the_end(launched, tmp_path)
     for name in ("mae", "mae accumulated"):

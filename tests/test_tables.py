@@ -82,15 +82,16 @@ def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
 def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     assert set(run("--rows", "all")) == {"plain", "one", "two"}
     for key, why in (("later", "nobody built it is not built yet"), ("big", "needs --preset paper")):
-        with pytest.raises(SystemExit, match=why):
+        with pytest.raises(UserError, match=why):
             run("--rows", key)
 
 
 @pytest.mark.parametrize(("argv", "error", "message"), [
-    (["--set", "between.rate=1"], SystemExit, "no stage of this table: between; its stages are after, before"),
+    (["--set", "between.rate=1"], UserError, "no stage of this table: between; its stages are after, before"),
     (["--set", "after.rat=1"], UserError, "stage .*after: no setting rat"),
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
+    (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
     (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2")])
 def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message):
     with pytest.raises(error, match=message):
@@ -136,4 +137,4 @@ def test_rows_that_were_not_run_stand_below_the_table(tmp_path, capsys):
                                                   "measured": lambda row: report.spread(row["measured"])}, rows)
     text = (tmp_path / "table9.md").read_text()
     assert "| a   | 1.5 ± 0.7 |" in text and "| b" not in text
-    assert "Not measured here (published: why): b (None: not chosen)" in text
+    assert "Not measured here (published: why): b (-: not chosen)" in text

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, options, report, training
+from common import checkpoint, distributed, options, report, training
 from common.augment import to_uint8
 from common.checkpoint import load_newest, steps_saved
 from common.data import ImageSet
 from common.errors import UserError
 from common.mae import DECODERS
 from common.optim import adamw, learning_rate, parameter_groups
-from common.runs import Run, open_run
+from common.runs import Run
 from common.training import Method, train
 from common.vit import SIZES
 from sec3_benchmark import finetune, pretrain_mae
@@ -377,29 +377,38 @@ def test_an_inexact_continuation_is_refused_unless_allowed(tmp_path, change):
         saved = load_newest(tmp_path)
         saved["execution"][change] = {"ranks": 8, "device": "cuda"}[change]
         checkpoint.save_step(tmp_path, 5, saved)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         fit(tmp_path, settings(**changes))
     fit(tmp_path, settings(**changes, allow_inexact=True))
     assert [row["step"] for row in log_rows(tmp_path)] == list(range(1, TOTAL + 1))
 
 
+def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
+    """A table must not go on to its next stage; the same command then finds nothing left to do."""
+    def evaluate(toy):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"top1": 1.0}
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path, settings(), evaluate=evaluate)
+    assert stopped.value.code == 75 and steps_saved(tmp_path)[0] == TOTAL
+    toy = fit(tmp_path, settings(), evaluate=lambda toy: pytest.fail("evaluated again"))
+    assert toy.result["last"]["top1"] == 1.0
+
+
+def test_ranks_with_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):
+    fit_until(3, tmp_path, settings())
+    monkeypatch.setattr(distributed, "all_max", lambda step, negative: [step, -1])  # another rank fell back to step 1
+    with pytest.raises(UserError, match=r"ranks read different checkpoints in .*steps 1 and 3"):
+        fit(tmp_path, settings())
+
+
 def test_impossible_batches_are_refused(tmp_path):
     with pytest.raises(ValueError, match="13 images, fewer than one batch of 16.*small"):
         fit(tmp_path, settings(batch_size=16))
-    with pytest.raises(SystemExit, match="4 cannot be shared equally by 3 ranks"):
+    with pytest.raises(UserError, match="4 cannot be shared equally by 3 ranks"):
         training.split_batch(4, 512, 3)
     cases = {(12, 512, 1): 1, (12, 5, 1): 3, (12, 4, 2): 2, (12, 1, 3): 4}  # global, micro, ranks: accumulation
     assert {numbers: training.split_batch(*numbers) for numbers in cases} == cases
-
-
-def test_a_folder_in_use_names_the_process(tmp_path):
-    args = settings(output=str(tmp_path))
-    with open_run("toy", "name", args, {}):
-        with pytest.raises(SystemExit, match=f"is in use by process {os.getpid()} on "):
-            with open_run("toy", "name", args, {}):
-                pass
-    with open_run("toy", "name", args, {}):  # free again
-        pass
 
 
 @pytest.fixture
