@@ -69,6 +69,7 @@ def objects(coco, image_id):
 
 
 def has_outline(annotation):
+    """Whether it has run lengths, or a polygon of three corners or more."""
     outline = annotation.get("segmentation")
     return bool(outline) and (isinstance(outline, dict) or any(len(polygon) >= 6 for polygon in outline))
 
@@ -84,6 +85,20 @@ def object_mask(annotation, height, width):
     return run_lengths.decode(outline).astype(bool)
 
 
+def read_annotations(path):
+    """pycocotools' index of an annotation file. Objects of categories that it does not list are an error."""
+    try:
+        coco = in_memory(json.loads(path.read_text()))
+        strange = {one["category_id"] for one in coco.anns.values()} - coco.cats.keys()
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is not whole, or no COCO annotations ({type(error).__name__}: {error}): fetch it "
+                        f"again") from None
+    if strange:
+        raise DataError(f"{path} lists {len(coco.cats)} categories, and some objects are of others (first: "
+                        f"{min(map(str, strange))}): fetch it again, or add them to its \"categories\"")
+    return coco
+
+
 def load_coco(root, in_chans=3):
     """Train and validation set of a COCO folder. Images without objects are kept for validation alone."""
     sets = []
@@ -92,7 +107,7 @@ def load_coco(root, in_chans=3):
         if not path.is_file():
             raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_train2017.json and "
                             f"instances_val2017.json, train2017/ and val2017/, or a folder coco/ with them")
-        coco = in_memory(json.loads(path.read_text()))
+        coco = read_annotations(path)
         ids = [i for i in sorted(coco.imgs) if split == "val" or objects(coco, i)]
         files = [str(Path(root) / f"{split}2017" / coco.imgs[i]["file_name"]) for i in ids]
         categories = [coco.cats[i]["name"] for i in sorted(coco.cats)]

@@ -25,7 +25,7 @@ from common.optim import adamw, learning_rate, steps_per_epoch
 from common.runs import open_run
 from common.training import Method, train, wrap
 from common.vit import build_vit
-from common.weights import FormatError, fingerprint, read_file
+from common.weights import FormatError, Weights, fingerprint, own_config, read_file
 from sec3_benchmark.coco import DetectionViews, detect_all, evaluator, load_coco, targets_of
 from sec3_benchmark.draw_detections import draw_detections
 from sec3_benchmark.mask_rcnn import MaskRCNN
@@ -165,27 +165,46 @@ def draw(model, images, args, device, folder):
     print0(f"drawn: {picture}")
 
 
+def read_detector(source):
+    """The Weights of a run of this script, heads and all; `config` holds BUILT_FROM and "detector_classes"."""
+    content = read_file(Path(source))
+    config, state = own_config(content) or {}, content.get("model")
+    if "detector_classes" not in config:
+        raise FormatError(f"{source} is no detector: --eval-only takes the weights.pt of a run of detect.py")
+    return Weights(state, config, str(source), "detector", fingerprint(state), [], statistics=content.get("statistics"))
+
+
+def take_detector(args, weights):
+    """The detector is built as its file says, and anything else asked for is an error. Only --proposals may differ: no
+    weight depends on it, whereas tables of relative positions have the size of the image.
+    """
+    fixed = set(getattr(args, "explicit", ())) - {"proposals"}
+    for name, theirs in weights.config.items():
+        if name in fixed and getattr(args, name) != theirs:
+            raise UserError(f"{weights.source} was built with {name} {theirs}, not {getattr(args, name)}: leave "
+                            f"--{name.replace('_', '-')} out")
+    options.take_config(args, weights.config)
+    take_statistics(args, weights)
+
+
 def evaluate_only(args, device):
     """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<fingerprint>/."""
-    content = read_file(Path(args.init))
-    if "detector_classes" not in content.get("config", {}):
-        raise FormatError(f"{args.init} is no detector: --eval-only takes the weights.pt of a run of detect.py")
-    config = dict(content["config"])
-    num_classes = config.pop("detector_classes")
-    vars(args).update(config | content.get("statistics", {}))
+    weights = read_detector(args.init)
+    take_detector(args, weights)
+    num_classes = weights.config["detector_classes"]
     _, val_set = load_detection_sets(args)
     if num_classes != len(val_set.classes):
         raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
     model = build_detector(args, num_classes)
-    model.load_state_dict(content["model"])
+    model.load_state_dict(weights.state)
     model = model.to(device)
     result = evaluator(model, val_set, args, device)()
-    report(result)
-    draw(model, val_set, args, device, Path(args.output) / "detect" / f"eval-{fingerprint(content['model'])[:10]}")
+    print_ap(result)
+    draw(model, val_set, args, device, Path(args.output) / "detect" / f"eval-{weights.fingerprint[:10]}")
     return result
 
 
-def report(result):
+def print_ap(result):
     print0(f"box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f} "
            f"(at IoU 0.5: {result['box_ap50']:.2f}, {result['mask_ap50']:.2f})")
 
@@ -205,6 +224,7 @@ def main(args):
     name = f"{train_set.name.split('-')[0]}-{args.model}-{'init' if weights else 'scratch'}-{args.iterations}it"
     with open_run("detect", name, args, fingerprints) as run:
         if run.result:
+            print_ap(run.result)
             return run.result
         seed_everything("weights", args.seed)
         model = build_detector(args, len(train_set.classes), weights).to(device)
@@ -214,7 +234,7 @@ def main(args):
                        DetectionViews(args.img_size, labels, args.jitter), device,
                        evaluate=evaluator(model, val_set, args, device))
         result.update({k: v for k, v in result["last"].items() if k != "epoch"}, best_box_ap=result["best"]["box_ap"])
-        report(result)
+        print_ap(result)
         draw(model, val_set, args, device, run.folder)
         return run.finish(result, model)
 

@@ -122,8 +122,8 @@ class Supervised(Method):
 
 
 def model_name(args, weights):
-    """--model; for "init" the architecture that the file of --init names."""
-    if args.model != "init":
+    """--model; for "init" (and None: evaluated as the file says) the architecture that the file of --init names."""
+    if args.model not in ("init", None):
         return args.model
     name = weights and weights.config and weights.config["model"]
     if not name:
@@ -135,6 +135,8 @@ def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, bui
     """The ViT of the command line with what `--init` and `--keep-blocks` put into it. `fresh`: endings of the names of
     further parts, which --init need not hold.
     """
+    if args.keep_blocks is not None and weights is None:
+        raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                 num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path)
     if weights is not None:
@@ -147,12 +149,18 @@ def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
     options.take_config(args, weights.config)
+    args.model = model_name(args, weights)
     take_statistics(args, weights)
     [val_set] = load_sets(args, splits=("val",))
     vit = build(args, len(val_set.classes), weights, head="keep").to(device)
     result = evaluator(vit, val_set, args, device)()
     print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
     return result
+
+
+def in_words(result):
+    """The accuracy of a run."""
+    return f"top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})"
 
 
 def main(args):
@@ -178,6 +186,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
     name = f"{args.data}-{args.model}-{start}-{args.recipe}-{args.epochs}ep"
     with open_run(script, name, args, fingerprints) as run:
         if run.result:
+            print0(in_words(run.result))
             return run.result
         seed_everything("weights", args.seed)
         vit = build(args, num_classes, weights, drop_path=args.drop_path).to(device)
@@ -187,7 +196,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
         result = train(run, args, method(vit, args, num_classes), optimizer, schedule, train_set, TrainViews(args),
                        device, evaluate=evaluator(vit, val_set, args, device))
         result.update(top1=result["last"]["top1"], top5=result["last"]["top5"], best_top1=result["best"]["top1"])
-        print0(f"top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})")
+        print0(in_words(result))
         return run.finish(result, vit)
 
 

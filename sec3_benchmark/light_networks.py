@@ -73,11 +73,11 @@ NETWORKS = [
 
 
 def build(network):
-    """The network without pre-trained weights, or why there is none."""
+    """(the network without pre-trained weights, None), or (None, why there is none)."""
     if network.ours:
-        return build_model(network.ours)
+        return build_model(network.ours), None
     if not timm.is_model(network.key):
-        return f"not in timm {timm.__version__}"
+        return None, f"not in timm {timm.__version__}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's about its own code
-        return timm.create_model(network.key, pretrained=False)
+        return timm.create_model(network.key, pretrained=False), None

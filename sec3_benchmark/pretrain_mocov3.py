@@ -89,30 +89,37 @@ class MoCoMethod(Method):
     def accumulate(self, step, engine):
         """The gradients of this rank's whole batch at once, whatever the number of micro-batches.
 
-        With several, no activations of the encoder are kept: its class tokens are computed without gradient, heads and
-        loss give each token its gradient, and each micro-batch is encoded again to pass it on.
+        With several, no activations of the encoder are kept: the first pass computes its class tokens without gradient,
+        heads and loss give each token its gradient, and a second pass encodes each micro-batch again to pass it on.
         """
+        several, base = engine.accumulation > 1, self.model.base_encoder
         self.model.update_momentum_encoder(self.momentum(step))  # before the keys
         batches = (engine.batch(step, micro) for micro in range(engine.accumulation))
         images = [torch.cat([batch["view1"], batch["view2"]]) for batch in batches]
-        base, again = self.model.base_encoder, engine.accumulation > 1
+
+        # First pass: the class tokens of all images, heads and loss on all of them at once.
         with engine.autocast(), torch.no_grad():
             key_tokens = [self.encode(self.model.momentum_encoder, views) for views in images]
         # Autocast remembers weights that it cast, without their gradient if there was none: one context for each pass.
-        with engine.autocast(), torch.set_grad_enabled(not again):
+        with engine.autocast(), torch.set_grad_enabled(not several):
             tokens = [self.encode(base, views) for views in images]
-        tokens = [token.requires_grad_() for token in tokens] if again else tokens
+        if several:
+            for token in tokens:
+                token.requires_grad_()
         with engine.autocast():
             queries = [self.model.queries(view) for view in by_view(tokens)]
             keys = [self.model.keys(view) for view in by_view(key_tokens)]
         loss = symmetric_loss(*queries, *keys, self.temperature)
         engine.backward(loss)
-        for views, token in zip(images, tokens) if again else ():
-            with engine.autocast():
-                encoded = self.encode(base, views)
-            encoded.backward(token.grad)
+
+        if several:  # second pass: with gradient now, one micro-batch at a time
+            for views, token in zip(images, tokens):
+                with engine.autocast():
+                    encoded = self.encode(base, views)
+                encoded.backward(token.grad)
+
         average_gradients(self.model)
-        engine.meter.add(loss=loss)
+        engine.log(loss=loss * engine.accumulation)  # log() takes a micro-batch's, this is the whole batch's
         return loss.detach()
 
 

@@ -33,13 +33,13 @@ def pretraining_images(args):
     """The images of --data and --subset. The subset enters a run's identity by its images, not by its name."""
     if args.subset is None:
         return load_sets(args, labelled=False)[0]
-    images = take(load_sets(args, splits=("train",))[0], args.subset)
+    images = part_of(load_sets(args, splits=("train",))[0], args.subset)
     print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
            f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")
     return images
 
 
-def take(images, subset, seed=SEED):
+def part_of(images, subset, seed=SEED):
     """The ImageSet's part `subset` ("1%", "lt" or a list file), in the order of the whole."""
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", subset)
     if percent:

@@ -87,7 +87,7 @@ def throughput(model, px, args, device):
     model = model.eval().to(device, memory_format=layout)
     images = torch.randn(args.batch_size, 3, px, px).to(device, memory_format=layout)
     model = torch.compile(model) if args.compile else model
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # float32 means float32
         seconds = batch_seconds(model, images, choose_precision(args.precision, device), args.warmup, args.repeats)
     torch.compiler.reset()
     return {"images_per_second": args.batch_size / statistics.median(seconds),
@@ -96,9 +96,9 @@ def throughput(model, px, args, device):
 
 def measure(network, chosen, args, device):
     """{"status", "params", and if chosen the throughput} of one network; without parameters if it cannot be built."""
-    model = build(network)
-    if isinstance(model, str):
-        return {"status": model}
+    model, problem = build(network)
+    if problem:
+        return {"status": problem}
     result = {"status": "measured" if chosen else "not chosen", "params": parameter_count(model)}
     try:
         return result | (throughput(model, network.px, args, device) if chosen else {})
@@ -128,11 +128,11 @@ def measure_all(wanted, args, device):
 
 def checkpoints(args):
     """--checkpoints as {row's key: file}."""
-    ours, given = [n.key for n in NETWORKS if n.ours], dict(text.partition("=")[::2] for text in args.checkpoints)
+    ours, given = [n.key for n in NETWORKS if n.ours], options.named(args.checkpoints, "--checkpoints")
     for key, file in given.items():
-        if key not in ours or not file:
-            raise UserError(f"--checkpoints {key}={file}: write ROW=FILE with a row of {', '.join(ours)}; of the "
-                            f"others only published accuracies are shown")
+        if key not in ours:
+            raise UserError(f"--checkpoints {key}={file}: name a row of {', '.join(ours)}; of the others only "
+                            f"published accuracies are shown")
     if given and not (args.imagenet or args.imagenet_v2):
         raise UserError("--checkpoints are evaluated on --imagenet or --imagenet-v2: give at least one of the two")
     if args.real_labels and not args.imagenet:

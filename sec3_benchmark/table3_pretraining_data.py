@@ -20,11 +20,12 @@ from common.errors import UserError
 from common.optim import steps_per_epoch
 from common.tables import PREVIOUS, Row
 from sec3_benchmark import subsets
+from sec3_benchmark.downstream import MOCO_FINETUNING
 
 FINETUNE = "sec3_benchmark.finetune"
 METHODS = {  # name, stage, what its fine-tuning changes
     "mae": ("MAE", "sec3_benchmark.pretrain_mae", {}),
-    "mocov3": ("MoCo-v3", "sec3_benchmark.pretrain_mocov3", {"layer_decay": 0.75}),
+    "mocov3": ("MoCo-v3", "sec3_benchmark.pretrain_mocov3", MOCO_FINETUNING),
 }
 DATA = {"1": "1%", "10": "10%", "lt": "lt", "full": None, "in21k": None}  # and the --subset of each
 NAMES = {"1": "1 %", "10": "10 %", "lt": "long-tailed", "full": "all", "in21k": "IN21K"}
@@ -49,9 +50,9 @@ def build_parser():
 
 def official_lists(args):
     """--lists as {part: file}."""
-    lists = dict(text.partition("=")[::2] for text in args.lists)
-    if wrong := [text for text, name in zip(args.lists, lists) if name not in filter(None, DATA.values())]:
-        raise UserError(f"--lists {wrong[0]}: write 1%=FILE, 10%=FILE or lt=FILE")
+    lists, parts = options.named(args.lists, "--lists"), [part for part in DATA.values() if part]
+    if wrong := [part for part in lists if part not in parts]:
+        raise UserError(f"--lists {wrong[0]}={lists[wrong[0]]}: the parts with a list are {', '.join(parts)}")
     return lists
 
 
@@ -84,7 +85,7 @@ def plan(row, args, full):
     if row.extra["part"] == "in21k":
         forced, part = {"data": "folder", "data_path": args.in21k}, image_tree(args.in21k, full.in_chans)
     elif subset:
-        part = subsets.take(full, subset)
+        part = subsets.part_of(full, subset)
         check_share(row, subset, len(part) / len(full))
     resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)[2]
     if len(part) < resolved.batch_size:

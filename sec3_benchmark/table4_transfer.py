@@ -56,14 +56,10 @@ def build_parser():
 
 
 def with_models(rows, models):
-    """The rows, those that --models names starting from the given weights, and a row for each other name."""
-    odd = [text for text in models if not all(text.partition("="))]
-    if odd:
-        raise UserError(f"--models {odd[0]}: write NAME=CHECKPOINT")
-    files = dict(text.split("=", 1) for text in models)
+    """The rows, those in `models` {name: file} starting from these weights, and a row for each other name."""
     known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
     given = {}
-    for name, file in files.items():
+    for name, file in models.items():
         if name not in known and name in keys:
             raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
         row = known.get(name, Row(name, name, {}, (TRANSFER,)))
@@ -127,10 +123,11 @@ def panel(axis, heading, gap, sizes, colours):
 
 def main(args):
     """Runs the chosen rows on the chosen sets; writes table4.json, .md and, from the json, .png; returns the rows."""
-    distributed.start(args.device)
-    rows, names = with_models(ROWS, args.models), downstream.chosen_sets(args)
-    if args.models:
-        args.rows = [*(args.rows or []), *(text.split("=", 1)[0] for text in args.models)]
+    distributed.start("cpu" if args.dry_run else args.device)
+    models = options.named(args.models, "--models")
+    rows, names = with_models(ROWS, models), downstream.chosen_sets(args)
+    if models:
+        args.rows = [*(args.rows or []), *models]
     results = tables.run_rows(rows, args, DEMO, "table4", downstream.stage_settings(names))
     if args.dry_run:
         return []

@@ -15,7 +15,6 @@ from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import take_statistics
 from common.distributed import print0
-from common.errors import UserError
 from common.evaluate import evaluator
 from common.formats import read_weights
 from common.loader import seed_everything
@@ -24,7 +23,7 @@ from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.downstream import FRACTALS, SETS, SETTINGS, load_downstream
-from sec3_benchmark.finetune import build_classifier, model_name
+from sec3_benchmark.finetune import build_classifier, in_words, model_name
 
 PRESETS = {
     "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
@@ -95,8 +94,6 @@ def schedule(args, images):
 def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
-    if args.keep_blocks is not None and not args.init:
-        raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     weights = read_weights(args.init) if args.init else None
     args.model = model_name(args, weights)
     take_statistics(args, weights)
@@ -106,6 +103,7 @@ def main(args):
     name = f"{args.dataset}-{args.model}-{'init' if weights else 'random'}-{args.epochs}ep"
     with open_run("transfer", name, args, fingerprints) as run:
         if run.result:
+            print0(f"{args.dataset}: {in_words(run.result)}")
             return run.result
         seed_everything("weights", args.seed)
         vit = build_classifier(args, len(train_set.classes), weights).to(device)
@@ -116,7 +114,7 @@ def main(args):
                        evaluate=evaluator(vit, test_set, args, device))
         result.update(top1=result["last"]["top1"], top5=result["last"]["top5"], best_top1=result["best"]["top1"],
                       train_images=len(train_set), classes=len(train_set.classes))
-        print0(f"{args.dataset}: top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})")
+        print0(f"{args.dataset}: {in_words(result)}")
         return run.finish(result, vit)
 
 

@@ -52,6 +52,24 @@ def check_places(what, numbers, first, last, whose):
         raise UserError(f"{what} {' '.join(map(str, outside))}: the {whose} has {first} to {last}")
 
 
+def check_pairs(depth, blocks, their_blocks, layers, their_layers):
+    """An error for what a student of this depth cannot distil: numbers that it lacks, lists that are no pairs."""
+    if not blocks and not layers:
+        raise UserError("nothing to distil: give --distill-blocks or --hidden-layers, or run pretrain_mae.py")
+    check_places("--distill-blocks", blocks, 1, depth, "student")
+    check_places("--hidden-layers", layers, 0, depth, "student")
+    for ours, theirs in ((blocks, their_blocks), (layers, their_layers)):
+        if len(ours) != len(theirs) or len(set(ours)) < len(ours):
+            raise UserError(f"the student's {list(ours)} and the teacher's {list(theirs)} are no pairs: give as "
+                            f"many of each, and none of the student's twice")
+
+
+def check_teacher_places(depth, blocks, layers):
+    """An error for numbers that a teacher of this depth lacks."""
+    check_places("--teacher-blocks", blocks, 1, depth, "teacher")
+    check_places("--teacher-hidden-layers", layers, 0, depth, "teacher")
+
+
 def grid_of(encoder):
     """Rows and columns of patches of an MAE or a timm ViT; an error for what cannot be a teacher."""
     if isinstance(encoder, MAE):
@@ -80,9 +98,8 @@ class Teacher(nn.Module):
 
     def __init__(self, encoder, blocks=(), layers=()):
         super().__init__()
-        (rows, columns), depth = grid_of(encoder), len(encoder.blocks)
-        check_places("--teacher-blocks", blocks, 1, depth, "teacher")
-        check_places("--teacher-hidden-layers", layers, 0, depth, "teacher")
+        rows, columns = grid_of(encoder)
+        check_teacher_places(len(encoder.blocks), blocks, layers)
         self.asked_blocks, self.asked_layers = tuple(blocks), tuple(layers)
         self.num_patches = rows * columns
         self.whole = max((*(number - 1 for number in blocks), *layers), default=0)  # blocks that must run whole
@@ -134,15 +151,8 @@ class DMAE(nn.Module):
 
     def __init__(self, student, teacher, blocks=(), layers=(), attention_weight=1.0, hidden_weight=1.0):
         super().__init__()
-        if not blocks and not layers:
-            raise UserError("nothing to distil: give --distill-blocks or --hidden-layers, or run pretrain_mae.py")
-        depth, heads, dim = len(student.blocks), student.config["num_heads"], student.pos_embed.shape[-1]
-        check_places("--distill-blocks", blocks, 1, depth, "student")
-        check_places("--hidden-layers", layers, 0, depth, "student")
-        for ours, theirs in ((blocks, teacher.asked_blocks), (layers, teacher.asked_layers)):
-            if len(ours) != len(theirs) or len(set(ours)) < len(ours):
-                raise UserError(f"the student's {list(ours)} and the teacher's {list(theirs)} are no pairs: give as "
-                                f"many of each, and none of the student's twice")
+        check_pairs(len(student.blocks), blocks, teacher.asked_blocks, layers, teacher.asked_layers)
+        heads, dim = student.config["num_heads"], student.pos_embed.shape[-1]
         self.model, self.config = student, student.config
         self.blocks, self.layers = tuple(blocks), tuple(layers)
         self.weights = {"attention": attention_weight, "hidden": hidden_weight}

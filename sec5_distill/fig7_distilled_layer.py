@@ -37,7 +37,8 @@ def build_parser():
 
 
 def parse(parser, argv=None):
-    args = tables.parse(parser, argv, own=("layers", "from_numbers"))
+    """The arguments; the rows of this table are the --layers, and all of them are run."""
+    args = tables.parse(parser, argv)
     args.rows = ["all"]
     return args
 

@@ -19,7 +19,15 @@ from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
-from sec5_distill.distillation import DMAE, Teacher, check_same_patches, visible_patches
+from common.vit import size_of
+from sec5_distill.distillation import (
+    DMAE,
+    Teacher,
+    check_pairs,
+    check_same_patches,
+    check_teacher_places,
+    visible_patches,
+)
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=5, batch_size=128,
@@ -73,6 +81,21 @@ class DMAEMethod(Method):
         return self.forward(images, noise, *self.teacher(*visible_patches(self.model.model, images, noise)))
 
 
+def places(args):
+    """The student's and the teacher's blocks, the student's and the teacher's hidden layers."""
+    blocks, layers = args.distill_blocks, args.hidden_layers or []
+    return (blocks, blocks if args.teacher_blocks is None else args.teacher_blocks,
+            layers, layers if args.teacher_hidden_layers is None else args.teacher_hidden_layers)
+
+
+def check_distillation(args):
+    """Finds what cannot be distilled now rather than after the long pre-training of an own teacher."""
+    blocks, their_blocks, layers, their_layers = places(args)
+    check_pairs(size_of(args.model)["depth"], blocks, their_blocks, layers, their_layers)
+    if args.teacher == "own":
+        check_teacher_places(size_of(args.teacher_model)["depth"], their_blocks, their_layers)
+
+
 def pretrain_teacher(args):
     """The weights file of the teacher that `--teacher own` asks for: seed 0 whatever the student's seed, so that all
     students share it; reused by --fresh runs too.
@@ -83,21 +106,24 @@ def pretrain_teacher(args):
     return options.stage("sec3_benchmark.pretrain_mae", explicit=settings)["checkpoint"]
 
 
-def plainly(args, weights):
-    """The teacher's identity: its tensors and, where it is not 12, its number of heads, which the tensors do not show.
-    Settings that say the default in other words become the default, so that the run is the same.
-    """
+def teacher_identity(args, weights):
+    """The teacher's tensors and, where it is not 12, its number of heads, which the tensors do not show."""
     known = (weights.config or {}).get("num_heads")
     heads = args.teacher_heads or known or 12
     if known and heads != known:
         raise UserError(f"{args.teacher} has {known} heads, not --teacher-heads {heads}: leave that out")
-    args.teacher_heads = None if known or heads == 12 else heads
+    return weights.fingerprint if heads == 12 else f"{weights.fingerprint}, {heads} heads"
+
+
+def drop_defaults(args, weights):
+    """Settings that say the default in other words become the default, so that the run is the same."""
+    if (weights.config or {}).get("num_heads") or args.teacher_heads in (0, 12):
+        args.teacher_heads = None
     if args.teacher_blocks == args.distill_blocks:
         args.teacher_blocks = None
     args.hidden_layers = args.hidden_layers or None
     if args.teacher_hidden_layers == args.hidden_layers:
         args.teacher_hidden_layers = None
-    return weights.fingerprint if heads == 12 else f"{weights.fingerprint}, {heads} heads"
 
 
 def build(args, weights):
@@ -108,23 +134,24 @@ def build(args, weights):
     student = build_mae(args)
     encoder = load_model(weights, num_heads=args.teacher_heads)
     check_same_patches(student, encoder)
-    teacher = Teacher(encoder, *(ours if theirs is None else theirs for ours, theirs in (
-        (args.distill_blocks, args.teacher_blocks), (args.hidden_layers or (), args.teacher_hidden_layers))))
+    blocks, their_blocks, layers, their_layers = places(args)
+    teacher = Teacher(encoder, their_blocks, their_layers)
     seed_everything("adapters", args.seed)
-    return DMAE(student, teacher, args.distill_blocks, args.hidden_layers or (), args.attention_weight,
-                args.hidden_weight), teacher
+    return DMAE(student, teacher, blocks, layers, args.attention_weight, args.hidden_weight), teacher
 
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
     device = distributed.start(args.device)
+    check_distillation(args)
     if args.teacher == "own":
         args.teacher = pretrain_teacher(args)
     args.teacher_model = args.teacher_epochs = None  # from here on only the teacher's content counts
     images, _ = load_sets(args, labelled=False)
     weights = read_weights(args.teacher)
     take_statistics(args, weights)  # the teacher sees the student's images
-    identity = plainly(args, weights)
+    identity = teacher_identity(args, weights)
+    drop_defaults(args, weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity}) as run:
         if run.result:

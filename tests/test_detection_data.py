@@ -78,6 +78,18 @@ def test_a_folder_that_is_not_coco_and_an_image_of_another_size_are_named(folder
         load_coco(folder)[0].read(0)
 
 
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"categories"', '"kinds"', "lists 0 categories, and some objects are of others .first: 3"),
+    ('"category_id": 90', '"category_id": 91', "lists 3 categories, and some objects are of others .first: 91"),
+    ('"category_id": 90', '"kind": 90', "no COCO annotations .KeyError: 'category_id'"),
+    ("{", "", "no COCO annotations .JSONDecodeError")])
+def test_annotations_that_cannot_be_right_are_named(folder, old, new, message):
+    path = folder / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=f"instances_train2017.json .*{message}"):
+        load_coco(folder)
+
+
 def test_masks_of_polygons_and_run_lengths():
     expected = np.zeros((40, 50), bool)
     expected[5:20, 10:30] = True

@@ -115,11 +115,38 @@ def test_a_run_leaves_pictures_and_is_evaluated_from_its_file(few_scenes, tmp_pa
         {path.name for path in folder.iterdir()}
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "eval" in row] == [2, 4, 5]  # two steps an epoch, and the end
-    again = detect.main(settings(tmp_path, init=result["checkpoint"], eval_only=True, channels=99))
+    again = detect.main(settings(tmp_path, init=result["checkpoint"], eval_only=True))
     assert {name: result[name] for name in again} == again
     [drawn] = (tmp_path / "detect").glob("eval-*/predictions.json")
     assert drawn.read_text() == (folder / "predictions.json").read_text() != "[]\n"
     assert detect.main(settings(tmp_path))["run"] == result["run"]  # reused
+
+
+def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
+    """What is asked for besides is an error, but for the number of proposals; presets and defaults are not asked for.
+    """
+    args = settings(tmp_path)
+    model = detect.build_detector(args, 4)
+    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    torch.save({"model": model.state_dict(), "config": model.config, "statistics": statistics}, tmp_path / "w.pt")
+    file = detect.read_detector(tmp_path / "w.pt")
+
+    def taken(**explicit):
+        args = options.resolve(detect.build_parser(), detect.PRESETS, explicit={"preset": "demo", **explicit})
+        detect.take_detector(args, file)
+        return vars(args)
+    for found in (taken(), taken(img_size=[48], channels=8, mean=[0.5, 0.5, 0.5])):
+        assert {name: found[name] for name in detect.BUILT_FROM} == {name: getattr(args, name)
+                                                                     for name in detect.BUILT_FROM}
+        assert {name: found[name] for name in statistics} == statistics
+    assert taken(proposals=7)["proposals"] == 7
+    for name, value, said in (("img_size", [96], r"img_size \[48\], not \[96\]: leave --img-size out"),
+                              ("channels", 99, "channels 8, not 99: leave --channels out"),
+                              ("pyramid", "topdown", "pyramid simple, not topdown: leave --pyramid out")):
+        with pytest.raises(UserError, match=f"w.pt was built with {said}"):
+            taken(**{name: value})
+    with pytest.raises(UserError, match=r"images with mean \[0.5, 0.5, 0.5\], here it is \[0.4, 0.5, 0.5\]"):
+        taken(mean=[0.4, 0.5, 0.5])
 
 
 def test_ranks_share_the_evaluation(few_scenes, tmp_path):

@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,6 +220,35 @@ def test_blocks_that_are_not_there_or_not_paired_are_refused():
             DMAE(student(), Teacher(larger(), theirs), blocks)
     with pytest.raises(UserError, match="nothing to distil"):
         DMAE(student(), Teacher(larger()))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"distill_blocks": [13]}, "--distill-blocks 13: the student has 1 to 12"),
+    ({"hidden_layers": [3, 13]}, "--hidden-layers 13: the student has 0 to 12"),
+    ({"teacher_blocks": [13]}, "--teacher-blocks 13: the teacher has 1 to 12"),
+    ({"teacher_hidden_layers": [1]}, "no pairs"), ({"distill_blocks": []}, "nothing to distil"),
+    ({"teacher_model": "none"}, "unknown model 'none'")])
+def test_mistakes_are_found_before_a_teacher_is_pre_trained(monkeypatch, settings, message):
+    monkeypatch.setattr(pretrain_dmae, "pretrain_teacher", None)  # whoever pre-trains now fails
+    explicit = {"preset": "demo", "device": "cpu", **settings}
+    args = options.resolve(pretrain_dmae.build_parser(), pretrain_dmae.PRESETS, explicit=explicit)
+    assert args.teacher == "own"
+    with pytest.raises(UserError, match=message):
+        pretrain_dmae.main(args)
+
+
+@pytest.mark.parametrize(("known", "asked", "identity", "left"), [
+    (None, None, "f", None), (None, 12, "f", None), (None, 5, "f, 5 heads", 5), (5, 5, "f, 5 heads", None),
+    (5, None, "f, 5 heads", None), (12, 12, "f", None)])
+def test_a_teachers_identity_and_the_settings_of_its_run(known, asked, identity, left):
+    """As in finished runs: heads count where they are not 12, and stand in the settings where no file says them."""
+    args = SimpleNamespace(teacher="t", teacher_heads=asked, distill_blocks=[3], teacher_blocks=[3], hidden_layers=[],
+                           teacher_hidden_layers=None)
+    weights = SimpleNamespace(config=known and {"num_heads": known}, fingerprint="f")
+    assert pretrain_dmae.teacher_identity(args, weights) == identity
+    pretrain_dmae.drop_defaults(args, weights)
+    assert vars(args) == dict(teacher="t", teacher_heads=left, distill_blocks=[3], teacher_blocks=None,
+                              hidden_layers=None, teacher_hidden_layers=None)
 
 
 # Whole runs, 8 steps of 4 images

@@ -157,7 +157,8 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     for told_by_the_file in ("img_size", "patch_size", "in_chans"):
         del common[told_by_the_file]
     common["data_path"] = str(only_val(tmp_path, data))
-    again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True})
+    model = {"model": "init"} if patch == 4 else {}  # the same, said or not
+    again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True, **model})
     assert tuned["last"]["images"] == again["images"] == 12
     assert tuned["top1"] == tuned["last"]["top1"] == again["top1"] <= tuned["best_top1"]
     assert tuned["top5"] == again["top5"] == 100
@@ -206,7 +207,7 @@ def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
     assert len({result["last"]["val_loss"] for result in runs}) == 3
 
 
-def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeypatch):
+def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeypatch, capsys):
     """By content: a copy of the images and of the weights is the same run, not trained again; other weights are not."""
     def stages(data, init=None):
         common = settings(tmp_path, data, img_size=[16], patch_size=8)
@@ -221,6 +222,7 @@ def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeyp
         found = stages(tmp_path / "elsewhere" / "data", str(tmp_path / "copied.pt"))
     assert [result["run"] for result in found] == [result["run"] for result in expected]
     assert found[1]["top1"] == expected[1]["top1"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"top-1 {found[1]['top1']:.2f} after the last epoch")
 
     content = torch.load(tmp_path / "copied.pt", weights_only=True)
     content["model"]["cls_token"] += 1
@@ -253,6 +255,7 @@ def test_a_skipped_image_is_reported_by_the_run(tmp_path):
 
 @pytest.mark.parametrize(("more", "error", "named"), [
     ({"eval_only": True}, ValueError, "--eval-only needs --init"),
+    ({"keep_blocks": 3}, ValueError, "--keep-blocks needs --init"),
     ({"in_chans": 1}, ValueError, "--randaugment none"),
     ({"batch_size": 3}, ValueError, "micro-batch has 3.*even"),
     ({"batch_size": 6, "micro_batch": 3}, ValueError, "micro-batch has 3.*even"),

@@ -136,19 +136,20 @@ def test_mistakes_about_the_variants_are_named(imagenet, tmp_path):
 
 @pytest.mark.parametrize("key", QUICK)
 def test_parameters_are_the_published_ones(key):
-    assert parameter_count(light_networks.build(NETWORKS[key])) / 1e6 == pytest.approx(NETWORKS[key].params, abs=0.0051)
+    model, problem = light_networks.build(NETWORKS[key])
+    assert problem is None and parameter_count(model) / 1e6 == pytest.approx(NETWORKS[key].params, abs=0.0051)
 
 
 def test_ours_is_the_papers_vit_tiny():
     """5,717,416 parameters, twelve heads, whichever way it was trained; DeiT-Tiny and its kin have three."""
     for key in ("scratch", "mae-300", "mae-1000"):
-        vit = light_networks.build(NETWORKS[key])
+        vit, _ = light_networks.build(NETWORKS[key])
         assert parameter_count(vit) == 5_717_416 and vit.blocks[0].attn.num_heads == 12
         assert NETWORKS[key].marks == ""
     starred = {key for key, network in NETWORKS.items() if "⋆" in network.marks}
     assert starred == {"deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"}
     for key in starred:
-        assert light_networks.build(NETWORKS[key]).blocks[0].attn.num_heads == 3
+        assert light_networks.build(NETWORKS[key])[0].blocks[0].attn.num_heads == 3
     assert [NETWORKS[key].top1 for key in ("scratch", "mae-300", "mae-1000", "mae-rpe")] == [75.8, 78.0, 78.5, 79.0]
 
 
@@ -161,7 +162,7 @@ def test_daggers_are_where_timm_says_distilled():
 
 
 def test_a_network_that_cannot_be_built_says_why():
-    assert light_networks.build(NETWORKS["edgevit"]) == f"not in timm {timm.__version__}"
+    assert light_networks.build(NETWORKS["edgevit"]) == (None, f"not in timm {timm.__version__}")
     args = SimpleNamespace(batch_size=1)
     assert table2.measure(NETWORKS["mobile_former"], True, args, CPU)["status"].startswith("not in timm")
 
@@ -178,7 +179,7 @@ class Watched(nn.Module):
     def forward(self, images):
         out = self.layer(images)
         self.calls.append((tuple(images.shape), images.is_contiguous(memory_format=torch.channels_last), out.dtype,
-                           self.training, torch.is_inference_mode_enabled()))
+                           self.training, torch.is_inference_mode_enabled(), torch.backends.cudnn.allow_tf32))
         return out
 
 
@@ -198,7 +199,7 @@ def test_networks_are_measured_as_the_table_says(channels_last, precision, dtype
                            precision=precision)
     model = Watched().train()
     result = table2.throughput(model, 32, args, CPU)
-    assert model.calls == [((4, 3, 32, 32), channels_last, dtype, False, True)] * 5
+    assert model.calls == [((4, 3, 32, 32), channels_last, dtype, False, True, False)] * 5  # TF32: off
     assert 0 < result["slowest"] <= result["images_per_second"] <= result["fastest"]
     words = table2.protocol(args, CPU)
     assert "batch 4" in words and "median of 3 batches after 2" in words and "not compiled" in words
@@ -277,8 +278,9 @@ def test_the_table_from_command_line_to_picture(imagenet, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--checkpoints", "resnet18=x"), "--checkpoints resnet18=x: write ROW=FILE with a row of scratch"),
-    (("--checkpoints", "mae-300"), "--checkpoints mae-300=: write ROW=FILE"),
+    (("--checkpoints", "resnet18=x"), "--checkpoints resnet18=x: name a row of scratch"),
+    (("--checkpoints", "mae-300"), "--checkpoints mae-300: write NAME=VALUE, each name once"),
+    (("--checkpoints", "mae-300=x", "mae-300=y"), "--checkpoints mae-300=x mae-300=y: write NAME=VALUE"),
     (("--checkpoints", "mae-300=x"), "give at least one of the two"),
     (("--real-labels", "real.json"), "give --imagenet too"),
     (("--repeats", "0"), "--repeats 0, --warmup 1: at least 1, at least 0")])

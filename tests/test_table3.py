@@ -46,18 +46,18 @@ def test_draws_are_nested_balanced_and_repeatable():
     images = labelled([30, 47, 33, 100, 25])
     before = set()
     for percent in ("3%", "4%", "10%", "25%", "50%"):  # of 235; 3% and 4% differ by the remainder alone
-        part = subsets.take(images, percent)
+        part = subsets.part_of(images, percent)
         assert before < set(part.images) < set(images.images)
         assert len(part) == int(235 * float(percent[:-1]) / 100) and np.ptp(counts(part)) <= 1
         assert all(f"n{label:08d}/" in file for file, label in zip(part.images, part.labels))
         assert part.images == [file for file in images.images if file in set(part.images)]  # in the whole's order
-        assert subsets.take(images, percent).images == part.images
+        assert subsets.part_of(images, percent).images == part.images
         before = set(part.images)
-    assert subsets.take(images, "10%", seed=1).images != subsets.take(images, "10%").images
+    assert subsets.part_of(images, "10%", seed=1).images != subsets.part_of(images, "10%").images
 
 
 def test_a_share_that_is_no_binary_fraction_keeps_its_last_image():
-    assert len(subsets.take(labelled([50, 50]), "29%")) == 29  # 0.29 * 100 is 28.999...
+    assert len(subsets.part_of(labelled([50, 50]), "29%")) == 29  # 0.29 * 100 is 28.999...
 
 
 def test_pixels_and_labels_of_an_array_stay_together():
@@ -65,7 +65,7 @@ def test_pixels_and_labels_of_an_array_stay_together():
     labels = np.arange(200) % 4
     images = ImageSet("array", np.repeat(labels, 48).reshape(200, 4, 4, 3).astype(np.uint8), labels, list(range(4)))
     for subset in ("10%", "lt"):
-        part = subsets.take(images, subset)
+        part = subsets.part_of(images, subset)
         assert (part.images[:, 0, 0, 0] == part.labels).all()
         assert part.fingerprint() != images.fingerprint() == ImageSet(*vars(images).values()).fingerprint()
 
@@ -85,10 +85,10 @@ def test_the_long_tail_has_imagenet_lts_profile():
 
 def test_the_long_tail_fits_any_set():
     images = labelled([105] * 40 + [3])
-    part = counts(subsets.take(images, "lt"))
+    part = counts(subsets.part_of(images, "lt"))
     assert part.min() >= 1 and part[40] <= 3 and part.max() < 105
     assert 0.06 < part.sum() / len(images) < 0.11  # ImageNet-LT has 9 % of ImageNet
-    assert len(set(subsets.take(images, "lt").images)) == part.sum()
+    assert len(set(subsets.part_of(images, "lt").images)) == part.sum()
 
 
 @pytest.mark.parametrize(("sizes", "subset", "message"), [
@@ -98,7 +98,7 @@ def test_the_long_tail_fits_any_set():
     ([5, 5], "0%", "less than one image")])
 def test_a_draw_that_cannot_be_is_refused(sizes, subset, message):
     with pytest.raises(UserError, match=message):
-        subsets.take(labelled(sizes), subset)
+        subsets.part_of(labelled(sizes), subset)
 
 
 # Listed
@@ -111,7 +111,7 @@ def test_both_official_forms_choose_the_images_they_name(tmp_path):
     (tmp_path / "lt.txt").write_text("".join(f"train/{f.parent.name}/{f.name} {int(f.parent.name[1:])}\n"
                                              for f in files))
     for name in ("1percent.txt", "lt.txt"):
-        part = subsets.take(images, str(tmp_path / name))
+        part = subsets.part_of(images, str(tmp_path / name))
         assert part.images == [str(file) for file in files]
         assert part.labels.tolist() == [images.labels[i] for i in wanted]
 
@@ -119,7 +119,7 @@ def test_both_official_forms_choose_the_images_they_name(tmp_path):
 def test_equal_names_in_two_folders_are_told_apart(tmp_path):
     images = ImageSet("folder", ["/d/train/a/0.png", "/d/train/b/0.png"], np.array([0, 1]), ["a", "b"])
     (tmp_path / "list").write_text("train/b/0.png 1\n")
-    assert subsets.take(images, str(tmp_path / "list")).images == ["/d/train/b/0.png"]
+    assert subsets.part_of(images, str(tmp_path / "list")).images == ["/d/train/b/0.png"]
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -132,14 +132,14 @@ def test_equal_names_in_two_folders_are_told_apart(tmp_path):
 def test_a_list_that_does_not_fit_is_refused_with_counts(content, message, tmp_path):
     (tmp_path / "list.txt").write_text(content)
     with pytest.raises(UserError, match=message):
-        subsets.take(labelled([3, 3]), str(tmp_path / "list.txt"))
+        subsets.part_of(labelled([3, 3]), str(tmp_path / "list.txt"))
 
 
 def test_a_list_needs_files(tmp_path):
     (tmp_path / "list.txt").write_text("n00000000_0.JPEG\n")
     array = ImageSet("fractals-train", np.zeros((4, 2, 2, 3), np.uint8), np.arange(4), list(range(4)))
     with pytest.raises(UserError, match="fractals-train has none; choose a percentage or lt"):
-        subsets.take(array, str(tmp_path / "list.txt"))
+        subsets.part_of(array, str(tmp_path / "list.txt"))
 
 
 # The table
@@ -231,8 +231,11 @@ def test_official_lists_take_the_place_of_draws(folder, capsys):
     assert (part["--subset"], part["--epochs"]) == (str(ten), "30")
     with pytest.raises(UserError, match="MAE, 1 %: .* holds 10 % of the images. suncet names its lists by the part w"):
         dry_run(folder, capsys, "mae-1", "--preset", "small", "--lists", f"1%={ten}")
-    with pytest.raises(UserError, match="--lists 5%=x: write 1%=FILE, 10%=FILE or lt=FILE"):
+    with pytest.raises(UserError, match="--lists 5%=x: the parts with a list are 1%, 10%, lt"):
         dry_run(folder, capsys, "mae-10", "--lists", "5%=x")
+    for words in (["10%"], ["10%="], [f"10%={ten}", "10%=other"]):
+        with pytest.raises(UserError, match="--lists 10%.*: write NAME=VALUE, each name once"):
+            dry_run(folder, capsys, "mae-10", "--lists", *words)
 
 
 def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):

@@ -199,6 +199,23 @@ def test_a_list_that_was_cut_short_is_noticed(tiny, tmp_path):
         load_downstream(asked("inat18", tmp_path))
 
 
+@pytest.mark.parametrize(("old", "new"), [('"annotations"', '"notes"'), ('"category_id"', '"category"'), ("{", "[{")])
+def test_a_list_of_other_entries_is_noticed(tiny, tmp_path, old, new):
+    tiny("inat18", tmp_path)
+    path = tmp_path / "inat2018" / "train2018.json"
+    path.write_text(path.read_text().replace(old, new, 1) + "]" * (new == "[{"))
+    with pytest.raises(DataError, match="iNat18 is not whole .*(KeyError|TypeError).* must hold inat2018/"):
+        load_downstream(asked("inat18", tmp_path))
+
+
+def test_a_category_that_training_lacks_is_noticed(tiny, tmp_path):
+    tiny("inat18", tmp_path)
+    path = tmp_path / "inat2018" / "val2018.json"
+    path.write_text(path.read_text().replace('"category_id": 7', '"category_id": 8'))
+    with pytest.raises(DataError, match="iNat18 is not whole .*KeyError: 8.* must hold inat2018/"):
+        load_downstream(asked("inat18", tmp_path))
+
+
 def test_another_number_of_images_or_classes_is_refused(tiny, tmp_path, monkeypatch):
     tiny("pets", tmp_path)
     monkeypatch.setitem(SETS, "pets", {**SETS["pets"], "images": (3_680, 3_669), "classes": 37})
@@ -284,7 +301,8 @@ def test_every_set_is_in_both_literals():
     assert set(downstream.SETTINGS) == {*SETS, *FRACTALS} and set(downstream.READERS) == set(SETS)
     assert PUBLISHED["random"]["inat18"] == 58.7 and PUBLISHED["mocov3"]["coco-mask"] == 35.1
     assert PUBLISHED["dmae"]["imagenet"] == 78.4 and PUBLISHED["mae"]["pets"] == 76.5
-    assert "imagenet" not in PUBLISHED["mae"]
+    assert {row: numbers.get("imagenet") for row, numbers in PUBLISHED.items()} == {
+        "random": None, "supervised": 75.8, "mocov3": 76.8, "mae": 78.0, "dino": 77.2, "simmim": 77.9, "dmae": 78.4}
 
 
 def rates(images, **settings):
@@ -412,6 +430,13 @@ def test_what_the_checkpoint_gives_and_keep_blocks(small, tmp_path):
         small(keep_blocks=1)
 
 
+def test_a_reused_run_says_its_accuracy(small, capsys):
+    first, said = small(), capsys.readouterr().out.splitlines()[-1]
+    assert small()["top1"] == first["top1"]
+    assert said == capsys.readouterr().out.splitlines()[-1]
+    assert said == f"mine: top-1 {first['top1']:.2f} after the last epoch (best {first['best_top1']:.2f})"
+
+
 def test_accumulation_changes_nothing_but_rounding(small):
     whole, parts = weights(small()), weights(small("parts", micro_batch=2))
     for name in whole:
@@ -494,9 +519,9 @@ def test_given_weights_are_transferred_and_nothing_is_pretrained(table, tmp_path
     assert "weights given: mae.pt" in rows["mae"]["note"]
     for row in (rows["random"], rows["mae"], rows["late"]):
         assert row["train_images"] == {"mine": 16, "more": 24} and list(row["measured"]) == ["mine", "more"]
-    for text in ("mae", "mae=", "=file"):
-        with pytest.raises(UserError, match="write NAME=CHECKPOINT"):
-            table("--models", text, "--datasets", "mine")
+    for words in (["mae"], ["mae="], ["=file"], ["mae=a", "mae=b"]):
+        with pytest.raises(UserError, match="--models .*: write NAME=VALUE, each name once"):
+            table("--models", *words, "--datasets", "mine")
 
 
 def test_a_dry_run_prints_commands_that_mean_the_same(table, capsys):
@@ -527,7 +552,8 @@ def test_gaps_are_differences_to_the_supervised_row():
 
 
 def test_given_weights_keep_their_row_s_settings_and_colours_suffice(tmp_path):
-    rows = {row.key: row for row in table4_transfer.with_models(table4_transfer.ROWS, ["simmim=F", "a=F", "b=F"])}
+    given = {"simmim": "F", "a": "F", "b": "F"}
+    rows = {row.key: row for row in table4_transfer.with_models(table4_transfer.ROWS, given)}
     assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F", "model": "init"}),)
     assert rows["a"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
     table = {"preset": "small", "rows": [
