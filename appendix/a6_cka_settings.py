@@ -25,7 +25,7 @@ VARIANTS = {  # name -> what differs from Figure 1's setting
     "mini-batches of 32": {"batch_size": 32},
     "mini-batches of 512": {"batch_size": 512},
     "a quarter of the images": {"num_images": 0.25},  # of --num-images
-    "other images": {"image_seed": 1},  # that many later
+    "other images": {"image_seed": 1},  # added to the seed
     "authors' order": {"order": "authors"},
     "low-passed": {"band": "low"},
     "high-passed": {"band": "high"},
@@ -64,16 +64,16 @@ def variant(args, models, change):
 
 def measure(args):
     """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or nothing where it leaves."""
-    distributed.start(args.device)
+    distributed.start("cpu" if args.dry_run else args.device)  # a login node has no GPU
     if args.order == "authors" or args.models and len(args.models) < 2:
         raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
     models = [f"{name}={checkpoint}" for name, checkpoint in study.sources(args, ROWS, "a6").items()]
+    if args.dry_run:
+        return None
     arrays, about = {}, {}
     for name, change in VARIANTS.items():
         band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
         print0(f"\n# {name}")
-        if args.dry_run:
-            return None
         try:  # every rank takes part in every variant, as they read the data together
             done = similarity.similarities(variant(args, models, change), (), "a6", band)
         except UserError as error:
@@ -85,7 +85,9 @@ def measure(args):
         if done:
             arrays |= {f"{model}: {name}": array for model, array in done[0].items()}
             about[name] = done[1]
-    return arrays and (arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about})
+    if not arrays:
+        return None
+    return arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about}
 
 
 def by_model(arrays):

@@ -107,6 +107,8 @@ def matching(args):
     """Yields (folder, its rows, its description, the reference's description and rows) for runs with a reference."""
     folders = args.runs or sorted(path.parent for path in Path(args.output).glob("*/*/result.json"))
     files = args.references or sorted(options.ROOT.glob("*/results/reference_*.jsonl"))
+    if not files:
+        raise UserError("no reference_*.jsonl in any results/: --write makes one")
     references = [(about, rows) for about, *rows in map(read_lines, files)]
     for folder in map(Path, folders):
         about, rows = read_run(folder)

@@ -5,9 +5,11 @@
     python appendix/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.pth.tar  # module.base_encoder.*
 
 Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm. A file of another project does not hold
-the number of heads; pass --num-heads (12 is assumed, and said). The plain and MoCo-v3's format cannot hold it either.
-Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with `out.pth?matching_heuristics=True`.
+the number of heads; pass --num-heads (12 is assumed, and said). The plain and MoCo-v3's format hold neither heads nor
+the mean and std of the images: where these are not the usual ones, what a reader must then pass is printed. Plain is
+what facebook's MAE and DeiT read, and detectron2's ViTDet with `out.pth?matching_heuristics=True`.
 """
+import argparse
 from pathlib import Path
 
 import safetensors.torch
@@ -21,7 +23,7 @@ from common.data import channel_statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import DECODER, load_model, read_weights, require_fit
-from common.mae import MAE
+from common.mae import DECODERS, MAE
 from common.vit import eval_mode
 from common.weights import STEM, shape_config, vit_config
 
@@ -38,7 +40,7 @@ def build_parser():
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--decoder-heads", type=int, help="likewise")
     parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
-    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs, for timm; default: as the file says")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs; default: as the file says")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
     return parser
 
@@ -47,10 +49,10 @@ def export_timm(model, folder, mean, std, class_names=None):
     """Writes config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     A classifier, or the encoder of an MAE: no classes, token pooling, its norm. mean, std: per channel, of the inputs.
-    TypeError or FormatError for a model that timm's plain ViT cannot be.
+    A UserError for a model that timm's plain ViT cannot be.
     """
     if not isinstance(model, MAE) and type(model) is not VisionTransformer:
-        raise TypeError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}")
+        raise UserError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}: give one of these")
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
              if not name.startswith(DECODER)}
     if isinstance(model, MAE):
@@ -63,8 +65,8 @@ def export_timm(model, folder, mean, std, class_names=None):
     args |= {"embed_dim": len(state[STEM]), "depth": len(model.blocks), "fc_norm": "fc_norm.weight" in state}
     classes, channels = args["num_classes"], args["in_chans"]
     if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
-        raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
-                         f"suit a model of {channels} channels and {classes} classes")
+        raise UserError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
+                        f"suit a model of {channels} channels and {classes} classes: give one for each, or none")
     rebuilt = timm.create_model(architecture, **args)  # a model with layer scale or query norms is refused here
     require_fit("the export", rebuilt.state_dict(), state)
 
@@ -90,6 +92,15 @@ def encoder_state(to, model):
     return {name: value for name, value in state.items() if to == "plain" or not name.startswith("head.")}
 
 
+def unsaid(config, statistics):
+    """Of a model, what a plain file does not say and its reader would take for something else: words to pass."""
+    usual = channel_statistics(argparse.Namespace(in_chans=config["in_chans"], mean=None, std=None))
+    assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
+               "img_size": config["img_size"][:1] * 2, **usual}  # a square image, as positions have it
+    own = {**config, **statistics}
+    return options.words({name: own[name] for name, value in assumed.items() if name in own and own[name] != value})
+
+
 def encode(model, images, head):
     """What a model computes: logits of a classifier, else normalised tokens, of an MAE those of all patches."""
     if isinstance(model, MAE):
@@ -113,10 +124,13 @@ def main(args):
     given = dict(num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size)
     weights = read_weights(args.checkpoint)
     model = load_model(weights, **given)
+    if model.config is None:
+        raise UserError(f"{args.checkpoint} is a {type(model).__name__}: ViTs and MAEs can be converted, no others")
+    args.in_chans = model.config["in_chans"]
+    take_statistics(args, weights)
+    statistics = channel_statistics(args)
     if args.to == "timm":
-        args.in_chans = model.config["in_chans"]
-        take_statistics(args, weights)
-        export_timm(model, args.output, **channel_statistics(args))
+        export_timm(model, args.output, **statistics)
         again = timm.create_model(f"local-dir:{args.output}", pretrained=True)
     else:
         key, prefix = PREFIXES[args.to]
@@ -127,6 +141,8 @@ def main(args):
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
     print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")
+    if args.to != "timm" and (words := unsaid(model.config, statistics)):
+        print0(f"the file cannot say so itself; pass to what reads it: {' '.join(words)}")
     return {"output": args.output, "difference": difference}
 
 

@@ -3,10 +3,12 @@
     python appendix/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
     python appendix/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
 
-Below DIR (its train/ if there is one) every image is read as training would read it. Pass the printed line to the
-pre-training (weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's.
-Writes statistics.json and unreadable.txt.
+Below DIR (its train/ if there is one) every image is read as training would read it; of val/ beside train/ only the
+unreadable files are listed, as mean and deviation are those of train/ alone. Pass the printed line to the pre-training
+(weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's. Writes
+statistics.json and unreadable.txt.
 """
+import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from common import options
 from common.checkpoint import save_json
-from common.data import UnreadableImage, image_tree
+from common.data import EXTENSIONS, ImageSet, UnreadableImage, image_tree
 from common.distributed import print0
 from common.errors import UserError
 
@@ -28,7 +30,7 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="any tree of images")
     parser.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
-    parser.add_argument("--num-images", type=int, help="a seeded draw of so many; default: all")
+    parser.add_argument("--num-images", type=int, help="a seeded draw of so many, of train/ and of val/; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="reading processes; 0: none")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
@@ -48,35 +50,61 @@ def sums(images, index):
     return np.concatenate([[pixels.shape[1]], pixels.sum(axis=1), np.square(pixels).sum(axis=1)])
 
 
+def read_all(images, indices, workers):
+    """Yields what `sums` says of each image."""
+    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+        read = partial(pool.map, chunksize=64) if pool else map
+        yield from tqdm(read(partial(sums, images), indices), total=len(indices), unit="image", disable=None)
+
+
 def statistics(images, indices, workers=0):
     """Mean (C,), std (C,) over all pixels of the images, each image weighing by its size; list of unreadable files."""
     total, unreadable = 0.0, []
-    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
-        read = partial(pool.map, chunksize=64) if pool else map
-        for result in tqdm(read(partial(sums, images), indices), total=len(indices), unit="image", disable=None):
-            if isinstance(result, str):
-                unreadable.append(result)
-            else:
-                total = total + result
+    for result in read_all(images, indices, workers):
+        if isinstance(result, str):
+            unreadable.append(result)
+        else:
+            total = total + result
     if len(unreadable) == len(indices):
         raise UserError(f"none of {len(indices)} images could be read, e.g. {unreadable[0]}")
     mean, square = np.split(total[1:] / total[0], 2)
     return mean, np.sqrt(np.maximum(square - mean**2, 0)), unreadable
 
 
+def draw(images, args):
+    """Indices of the images to read."""
+    return np.random.default_rng(args.seed).permutation(len(images))[:args.num_images].tolist()
+
+
+def unreadable_of_val(args):
+    """The unreadable files of DIR/val where DIR/train is what the statistics are of, and how many were read."""
+    folder = Path(args.data_path) / "val"
+    if not (Path(args.data_path) / "train").is_dir():  # then the whole tree is read, val/ too
+        return [], 0
+    paths = sorted(os.path.join(place, file) for place, _, files in os.walk(folder, followlinks=True)
+                   for file in files if file.lower().endswith(EXTENSIONS))
+    images = ImageSet("val", paths, None, [], args.in_chans)
+    chosen = draw(images, args)
+    return [found for found in read_all(images, chosen, args.workers) if isinstance(found, str)], len(chosen)
+
+
 def main(args):
-    """Returns {"mean", "std", "images", "unreadable"}."""
+    """Returns {"mean", "std", "images" (which these are of), "unreadable"}."""
     images = image_tree(args.data_path, args.in_chans)
-    indices = np.random.default_rng(args.seed).permutation(len(images))[:args.num_images]
-    mean, std, unreadable = statistics(images, indices.tolist(), args.workers)
-    result = {"mean": mean.tolist(), "std": std.tolist(), "images": len(indices) - len(unreadable),
-              "unreadable": unreadable}
+    indices = draw(images, args)
+    mean, std, unreadable = statistics(images, indices, args.workers)
+    used = len(indices) - len(unreadable)
+    of_val, read_of_val = unreadable_of_val(args)
+    unreadable += of_val
+    result = {"mean": mean.tolist(), "std": std.tolist(), "images": used, "unreadable": unreadable}
     folder = Path(args.output) / "data_statistics"
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "statistics.json", {**result, "data_path": args.data_path})
     (folder / "unreadable.txt").write_text("".join(f"{path}\n" for path in unreadable))
     print0(f"{result['images']} images: --mean {' '.join(f'{m:.4f}' for m in mean)} "
            f"--std {' '.join(f'{s:.4f}' for s in std)}")
+    if read_of_val:
+        print0(f"these are of train/ alone; {read_of_val} images of val/ were read too, {len(of_val)} are unreadable")
     print0(f"{len(unreadable)} unreadable" + (f", listed in {folder / 'unreadable.txt'}" if unreadable else ""))
     return result
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from appendix.features import add_arguments, build_encoder, extract
+from appendix.features import add_arguments, add_execution, build_encoder, extract
 from common import distributed, options
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
@@ -26,7 +26,7 @@ PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_
 
 def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
-    options.add_execution(parser)
+    add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz")
     return parser
 
 

@@ -3,6 +3,7 @@
     python appendix/finetune_distilled.py --teacher FOLDER                          # demo, from scratch
     python appendix/finetune_distilled.py --data-path IMAGENET --init FILE          # teacher timm:regnety_160.deit_in1k
     torchrun --nproc-per-node=8 appendix/finetune_distilled.py --data-path IMAGENET --init FILE --epochs 1000
+    python appendix/finetune_distilled.py --data-path IMAGENET --init FILE --eval-only    # without a teacher
 
 Published, all with the "ori" recipe: from scratch 75.9 (300 epochs) and 77.8 (1000), from MAE-Tiny 76.9 and 78.4. The
 head on the mean of the patches learns the labels, a second head on the class token the teacher's choice; their mean is
@@ -93,6 +94,8 @@ def read_teacher(args, device):
 
 def main(args):
     """Runs or continues the training; returns what finetune.py returns."""
+    if args.eval_only:  # nothing is learnt, so no teacher is fetched or decides how images are normalised
+        return finetune.train_classifier(args, "finetune_distilled", build_distilled, Distilled)
     teacher, fingerprint = read_teacher(args, distributed.start(args.device))
     print0(f"teacher {args.teacher}, {sum(p.numel() for p in teacher.parameters()):,} parameters")
     return finetune.train_classifier(args, "finetune_distilled", build_distilled, partial(Distilled, teacher=teacher),

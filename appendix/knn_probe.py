@@ -6,13 +6,13 @@
 
 Seconds after the features, which are computed once. Each of the k most similar training images (cosine) votes for its
 class with weight exp(similarity / T). No source gives the paper's models' kNN accuracy. Writes
-outputs/knn_probe/<weights>.json.
+outputs/knn_probe/<data>-<model>-<weights>-<hash>.json.
 """
 import torch
 import torch.nn.functional as F
 
-from appendix.features import add_arguments, build_encoder, cached_features
-from appendix.probes import write_result
+from appendix.features import add_arguments, add_execution, build_encoder, cached_features
+from appendix.probes import check_save_to, write_result
 from common import distributed, options
 from common.data import load_sets
 from common.errors import UserError
@@ -26,13 +26,13 @@ def build_parser():
     parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
     parser.add_argument("--temperature", type=float, default=0.07, help="T; the smaller, the more the nearest count")
     parser.add_argument("--seed", type=int, default=0, help="nothing is random here; tables pass it to every stage")
-    options.add_execution(parser)
+    add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 
 
 def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=65536):
-    """Scores (Q, classes) of queries (Q, D) from training features (N, D) and labels (N,), all rows of length 1. Exact:
-    the training set passes by in chunks, of which the best k so far are kept.
+    """Scores (Q, classes) of queries (Q, D) from training features (N, D) and labels (N,), all rows of length 1; the
+    nearest neighbour's vote is 1. Exact: the training set passes by in chunks, of which the best k so far are kept.
     """
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -42,7 +42,8 @@ def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=6553
         best, chosen = torch.cat([best, similarity], dim=1).topk(min(k, index.shape[1] + similarity.shape[1]), dim=1)
         index = torch.cat([index, places], dim=1).gather(1, chosen)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    return votes.scatter_add_(1, labels[index], (best / temperature).exp())
+    weights = ((best - best[:, :1]) / temperature).exp()  # less the largest: exp(1 / 0.011) is no float32
+    return votes.scatter_add_(1, labels[index], weights)
 
 
 def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature=0.07, batch=1024):
@@ -58,6 +59,7 @@ def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature
 
 def main(args):
     """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
+    check_save_to(args)
     device = distributed.start(args.device)
     encoder, fingerprint = build_encoder(args, device)
     train_set, val_set = load_sets(args)

@@ -8,7 +8,7 @@ Published: MAE-Tiny 23.4 on ImageNet-1k, by a protocol that no source gives. The
 token after the last norm, batch norm without scale, LARS at 0.1 x batch / 256, batch 16384, 90 epochs. It crops and
 flips at random in every epoch; here features are computed once, of the centre crop, or of --views random ones, used in
 turn, so that 90 of them are the official protocol. `--recipe quick` is AdamW for 20 epochs, ours. Seconds after the
-features. Writes outputs/linear_probe/<weights>.json.
+features. Writes outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
 """
 from functools import lru_cache, partial
 
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from appendix.features import add_arguments, build_encoder, cached_features
-from appendix.probes import LARS, write_result
+from appendix.features import add_arguments, add_execution, build_encoder, cached_features
+from appendix.probes import LARS, check_save_to, write_result
 from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import load_sets
@@ -44,7 +44,7 @@ def build_parser():
     group.add_argument("--base-lr", type=float, default=0.1, help="per 256 images: the peak is base * batch / 256")
     group.add_argument("--warmup-epochs", type=int, default=10, help="linear from 0")
     group.add_argument("--seed", type=int, default=0)
-    options.add_execution(parser)
+    add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 
 
@@ -90,6 +90,7 @@ def probe_accuracy(probe, val, targets):
 
 def main(args):
     """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
+    check_save_to(args)
     device = distributed.start(args.device)
     encoder, fingerprint = build_encoder(args, device)
     train_set, val_set = load_sets(args)

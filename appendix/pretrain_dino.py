@@ -81,7 +81,7 @@ class DINOMethod(Method):
         self.center = self.center.to(device)
 
     def before_step(self, step):
-        """The decay of the regularised group alone follows the schedule (trap 34)."""
+        """The decay of the regularised group alone follows the schedule: vectors and biases are never decayed."""
         decay = cosine(step, self.total_steps, self.args.weight_decay, self.args.weight_decay_end)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["regularised"] else 0.0

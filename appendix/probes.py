@@ -6,6 +6,7 @@ import torch
 from common import distributed
 from common.checkpoint import save_json
 from common.distributed import print0
+from common.errors import UserError
 from common.runs import deliver, environment, settings_hash
 
 
@@ -30,9 +31,16 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * velocity)
 
 
+def check_save_to(args):
+    """Before any work: --save-to hands on the probed weights, which must then be a file."""
+    if args.save_to and args.init and (args.init.startswith("timm:") or Path(args.init).is_dir()):
+        raise UserError(f"--save-to {args.save_to} copies the weights of --init, and {args.init} is not a file: leave "
+                        f"--save-to out")
+
+
 def write_result(script, args, fingerprint, data, result):
-    """Writes outputs/<script>/<weights>-<hash>.json and prints the accuracy. Returns the result with `checkpoint`, the
-    weights that were probed: what a row's next stage starts from.
+    """Writes outputs/<script>/<data>-<model>-<weights>-<hash>.json and prints the accuracy. Returns the result with
+    `checkpoint`, the weights that were probed: what a row's next stage starts from.
     """
     folder = Path(args.output) / script
     prints = {"init": fingerprint, "data": [images.fingerprint() for images in data]}

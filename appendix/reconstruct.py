@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import distributed, options
+from common import data, distributed, options
 from common.augment import eval_transform
 from common.data import load_sets, statistics, take_statistics
 from common.distributed import print0
@@ -27,8 +27,13 @@ PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
+    parser = options.make_parser(__doc__)  # without options.add_data: size and channels are the checkpoint's
+    parser.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
+    parser.add_argument("--data-path", metavar="DIR", help="where the data set lies")
+    parser.add_argument("--preset", choices=options.PRESET_NAMES, help="demo without a path to data, paper with one")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
+    parser.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the checkpoint says")
+    parser.add_argument("--std", type=float, nargs="+", help="likewise")
     parser.add_argument("--checkpoint", required=True, help="an MAE with its decoder")
     parser.add_argument("--decoder-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--num-heads", type=int, help="likewise")
@@ -48,7 +53,9 @@ def pixels_from(pred, patches, norm_pix):
 
 
 def reconstruct(model, images, noise):
-    """Images (B, C, H, W) -> masked images (grey where removed), reconstructions with the visible patches in place."""
+    """Images (B, C, H, W) -> three of that shape: masked images (grey where removed), reconstructions with the visible
+    patches in place, and what is predicted everywhere.
+    """
     pred, mask = model.reconstruct(images, noise)
     patches, mask = model.patchify(images), mask.unsqueeze(-1)
     predicted = pixels_from(pred, patches, model.norm_pix)

@@ -49,7 +49,8 @@ def minibatch_cka(batches):
     for x, y in batches:
         n = x.shape[-1]
         cross = cross + n * hsic(x, y)
-        own_x, own_y = (own + n * g.square().sum(dim=(1, 2)) / (n * (n - 3)) for own, g in ((own_x, x), (own_y, y)))
+        own_x = own_x + x.square().sum(dim=(1, 2)) / (n - 3)  # n times HSIC1 of each layer with itself
+        own_y = own_y + y.square().sum(dim=(1, 2)) / (n - 3)
     if (own_x == 0).any() or (own_y == 0).any():
         raise UserError("a layer gives every image the same features, so its similarity to others is not defined")
     return cross / torch.outer(own_x, own_y).sqrt()

@@ -10,6 +10,7 @@ The paper's claim (Section 4.1): accuracy rises with k everywhere, more so the s
 there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes fig4.json, .md and draws fig4.png.
 """
 from common import options
+from common.errors import UserError
 from sec3_benchmark import downstream
 from sec4_analysis import leading_blocks
 
@@ -27,6 +28,9 @@ def build_parser():
 
 def panels(args):
     """A panel for each data set."""
+    if downstream.COCO in (args.datasets or ()):
+        raise UserError(f"--datasets {downstream.COCO}: Figure 4 is about classification; leave it out "
+                        f"(sec3_benchmark/detect.py trains on it)")
     return {downstream.title(name): {"dataset": name, "dataset_path": args.dataset_path}
             for name in downstream.chosen_sets(args)}
 

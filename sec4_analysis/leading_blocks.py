@@ -10,20 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from common import options, report, tables
-from common.distributed import is_main
+from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
-from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN
+from common.vit import SIZES
+from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
 MOCO_DECAY = 0.75  # layer decay of MoCo-v3's fine-tuning, as in Table 1; transfer has it for every method
+DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
 
 
 def add_arguments(parser):
     group = parser.add_argument_group("leading blocks")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT",
-                       help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed")
+                       help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed. "
+                            f"Figure 2 fine-tunes those with moco in their NAME with layer decay {MOCO_DECAY}")
     group.add_argument("--blocks", type=int, nargs="+", default=[0, 3, 6, 9, 12], metavar="K", help="how many to keep")
     group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each point is run once per seed")
     group.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
@@ -39,8 +42,13 @@ def parse(parser, argv=None):
 def starts(args):
     """{name: (stages that make the weights, the weights)}: given files, or the preset's pre-trainings."""
     if args.models:
-        return {name: ((), checkpoint) for name, checkpoint in options.named(args.models, "--models").items()}
+        return {name: ((), checkpoint) for name, checkpoint in given_models(args).items()}
     return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()}
+
+
+def own_settings(stage, name):
+    """What the fine-tuning of a method changes, by its name."""
+    return {"layer_decay": MOCO_DECAY} if stage == FINETUNE and "moco" in name.lower() else {}
 
 
 def point_row(stage, settings, title, name, k, before, weights):
@@ -48,8 +56,7 @@ def point_row(stage, settings, title, name, k, before, weights):
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
         return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, settings),))
-    own = {"layer_decay": MOCO_DECAY} if stage == FINETUNE and "moco" in name.lower() else {}
-    settings = {**settings, **own, "init": weights, "keep_blocks": k}
+    settings = {**settings, **own_settings(stage, name), "init": weights, "keep_blocks": k}
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
 
@@ -57,7 +64,12 @@ def run_points(args, stage, panels, script):
     """Runs everything; panels {title: settings of the stage}. Returns points {"panel", "method", "k", "top1", "run"},
     lists over seeds, or None after a dry run.
     """
+    if wrong := [k for k in args.blocks if not 0 <= k <= DEPTH]:
+        raise UserError(f"--blocks {' '.join(map(str, wrong))}: the models have {DEPTH} blocks, so 0 to {DEPTH}")
     methods = starts(args)
+    for name in methods:
+        if own := own_settings(stage, name):
+            print0(f"{name}: fine-tuned with {' '.join(options.words(own))}, for its name has moco in it")
     rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name])
             for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)

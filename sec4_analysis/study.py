@@ -4,8 +4,8 @@ A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOIN
 trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
 """
+import argparse
 import math
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +67,28 @@ def parse(parser, argv=None):
 
 # Models
 
+def given_models(args, words=()):
+    """{name: checkpoint} of --models, `words` among the checkpoints. A file that is not there is named before the first
+    model is measured or trained; a dry run may name files that are still to be made.
+    """
+    models = options.named(args.models, "--models")
+    for name, checkpoint in models.items():
+        somewhere_else = checkpoint in words or checkpoint.startswith("timm:")
+        if not (args.dry_run or somewhere_else or Path(checkpoint).exists()):
+            raise UserError(f"--models {name}={checkpoint}: no weights at {checkpoint}; check the path, or give "
+                            f"timm:NAME for timm's hub")
+    return models
+
+
 def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
     if args.models:
-        return options.named(args.models, "--models")
+        return given_models(args, words=(RANDOM,))
     args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
     tables.require_weights(args)
+    if args.dry_run:
+        print0("\nthen this command without --dry-run: it finds these runs")
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
 
@@ -120,25 +135,26 @@ def draw_images(labels, args):
         rng = np.random.default_rng(args.seed if args.image_seed is None else args.image_seed)
         count = args.num_images
         order = rng.permutation(len(labels))
-        turn = np.empty(len(labels), int)  # the how-manieth of its class an image is in this order
+        turn = np.empty(len(labels), int)  # rank of each image within its class, in this random order
         for label in np.unique(labels):
             mine = order[labels[order] == label]
             turn[mine] = np.arange(len(mine))
         chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
     if len(chosen) < count or count < 1:
-        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}")
+        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}: "
+                        f"lower --num-images")
     return chosen
 
 
 def preprocessing(model, args):
-    """Image size, mean and std (0..255) of a model: what its checkpoint says of the latter, unless --mean is given. The
+    """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
     crop is the paper's for all models, so that a token shows each of them the same part of the image.
     """
     _, grid, patch = geometry(model)
-    size = [n * p for n, p in zip(grid, patch)]
-    if args.mean or not getattr(model, "statistics", None):
-        return size, *statistics(args)
-    return size, *(torch.tensor(model.statistics[key]) * 255 for key in ("mean", "std"))
+    theirs = getattr(model, "statistics", None) or {}
+    normalisation = {key: getattr(args, key) or theirs.get(key) for key in ("mean", "std")}
+    return [n * p for n, p in zip(grid, patch)], *statistics(
+        argparse.Namespace(in_chans=model.patch_embed.proj.in_channels, **normalisation))
 
 
 def batches(model, images, chosen, args, device):
@@ -158,11 +174,9 @@ def analyse(args, rows, script, measure):
     """{name: measure(model, batches)} for every model, and what a reader should know about it. None on ranks that are
     not needed any more, and after a dry run.
     """
-    device = distributed.start(args.device)
+    device = distributed.start("cpu" if args.dry_run else args.device)  # a login node has no GPU
     checkpoints = sources(args, rows, script)
     if args.dry_run:
-        print0("then this command, without --dry-run, with", shlex.join(options.words({"models": [
-            f"{name}={checkpoint}" for name, checkpoint in checkpoints.items()]})))
         return None
     first = next(iter(checkpoints))
     model = load(first, checkpoints, args, device)

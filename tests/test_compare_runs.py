@@ -50,8 +50,15 @@ def test_a_run_is_compared_with_the_reference_of_its_settings(tmp_path):
         run("--references", *references, "--output", tmp_path / "outputs")
 
 
-def test_what_cannot_be_compared_says_why(tmp_path):
+def test_what_cannot_be_compared_says_why(tmp_path, monkeypatch):
     source = make_run(tmp_path / "a", [1.0, 0.5])
+    monkeypatch.setattr(compare_runs.options, "ROOT", tmp_path)
+    for words in (("--runs", source), ()):
+        with pytest.raises(UserError, match=r"no reference_\*.jsonl in any results/: --write makes one"):
+            run(*words, "--output", tmp_path)
+    (tmp_path / "section" / "results").mkdir(parents=True)
+    run("--runs", make_run(tmp_path / "b", [1.0], epochs=9), "--write",
+        tmp_path / "section" / "results" / "reference_b.jsonl")
     with pytest.raises(UserError, match=r"a: none of \d+ references has its settings"):
         run("--runs", source, "--output", tmp_path)
     (source / "result.json").unlink()

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.formats import load_encoder, load_model
 from common.options import resolve
 from common.vit import build_vit
-from common.weights import FormatError, fingerprint, read_weights
+from common.weights import FormatError, Weights, fingerprint, read_weights
 from tests.helpers import assert_close, fill_by_name
 from tests.test_formats import autoencoder, classifier, images, latent, own_file
 
@@ -42,6 +42,29 @@ def test_moco_s_names_come_back_as_its_encoder(tmp_path):
     for model in (classifier(), autoencoder()):
         with pytest.raises(UserError, match="Choose --to plain"):
             convert(checkpoint=str(own_file(tmp_path / "b.pt", model)), to="mocov3", output=str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("to", ["plain", "mocov3"])
+def test_what_the_file_cannot_say_is_printed(tmp_path, capsys, to):
+    """Heads, mean and std, a size that is not square: told so, a reader computes what the original does."""
+    vit = classifier(num_heads=6, img_size=(16, 64), global_pool="token")
+    statistics = {"mean": [0.5, 0.4, 0.3], "std": [0.229, 0.224, 0.225]}
+    torch.save({"model": vit.state_dict(), "config": vit.config, "statistics": statistics}, tmp_path / "a.pt")
+    convert(checkpoint=str(tmp_path / "a.pt"), to=to, output=str(tmp_path / "out.pth"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith("what reads it: --num-heads 6 --img-size 16 64 --mean 0.5 0.4 0.3")
+    usual = own_file(tmp_path / "b.pt", classifier(num_heads=12, global_pool="token"))
+    convert(checkpoint=str(usual), to=to, output=str(tmp_path / "out.pth"))
+    assert "what reads it" not in capsys.readouterr().out
+
+
+def test_other_models_are_refused_in_one_line(tmp_path, monkeypatch):
+    resnet = timm.create_model("resnet10t")
+    resnet.config = None  # as read_weights leaves it
+    weights = Weights(resnet.state_dict(), None, "timm:resnet10t", "timm", "", [], resnet)
+    monkeypatch.setattr(convert_checkpoint, "read_weights", lambda source: weights)
+    with pytest.raises(UserError, match="timm:resnet10t is a ResNet"):
+        convert(checkpoint="timm:resnet10t", to="timm", output=str(tmp_path / "out"))
 
 
 def test_the_script_refuses_another_function(tmp_path, monkeypatch):
@@ -112,12 +135,12 @@ def test_export_of_an_encoder(tmp_path):
 
 
 def test_export_refuses_what_timm_s_plain_vit_cannot_be(tmp_path):
-    for model, error in ((timm.create_model("deit_tiny_distilled_patch16_224"), TypeError),
+    for model, error in ((timm.create_model("deit_tiny_distilled_patch16_224"), UserError),
                          (timm.create_model("vit_tiny_patch16_224", init_values=0.1, depth=1), FormatError),
                          (timm.create_model("vit_tiny_patch16_224", no_embed_class=True, depth=1), FormatError)):
         with pytest.raises(error):
             export_timm(model, tmp_path / "out", (0.5,) * 3, (0.5,) * 3)
     for mean, names in (((0.5,), None), ((0.5,) * 3, ["a"])):
-        with pytest.raises(ValueError, match="do not suit"):
+        with pytest.raises(UserError, match="do not suit"):
             export_timm(classifier(), tmp_path / "out", mean, (0.5,) * 3, names)
     assert not (tmp_path / "out").exists()

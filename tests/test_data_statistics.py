@@ -44,3 +44,17 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     (tmp_path / "a" / "1.png").unlink()
     with pytest.raises(UserError, match="none of 1 images could be read"):
         run(tmp_path / "a", tmp_path)
+
+
+def test_of_val_beside_train_the_unreadable_alone(tmp_path, capsys):
+    """A class may be called train, too; the statistics are those of train/."""
+    for place, colour in (("train/x/1", 51), ("val/x/1", 255), ("val/train/1", 255)):
+        (tmp_path / "a" / place).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (colour,) * 3).save(tmp_path / "a" / f"{place}.png")
+    broken = [tmp_path / "a" / place / "2.png" for place in ("train/x", "val/train", "val/x")]
+    for path in broken:
+        path.write_bytes(b"not an image")
+    result = run(tmp_path / "a", tmp_path)
+    assert result["mean"] == pytest.approx([0.2] * 3) and result["images"] == 1
+    assert sorted(result["unreadable"]) == [str(path) for path in broken]
+    assert "of train/ alone; 4 images of val/ were read too, 2 are unreadable" in capsys.readouterr().out

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
+from PIL import Image
 from test_rpe import noisy
 
 from appendix import finetune_distilled
 from appendix.convert_checkpoint import export_timm
 from appendix.finetune_distilled import Distilled, DistilledViT, build_distilled
 from common import options, report
-from common.augment import to_uint8
+from common.augment import eval_transform, to_uint8
 from common.data import ImageSet
 from common.errors import UserError
 from common.formats import read_weights
@@ -130,6 +131,24 @@ def test_a_run(tmp_path, monkeypatch):
         run("other")
     with pytest.raises(UserError, match="give timm:NAME or a timm folder"):
         run("out/" + first["checkpoint"].split("/out/")[1])
+
+
+def test_an_evaluation_needs_no_teacher(tmp_path, monkeypatch):
+    """It is neither read nor asked how images are normalised; heads and mean over both are those of the file."""
+    vit = distilled(num_classes=2)
+    torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "distilled.pt")
+    pixels = np.random.RandomState(0).randint(0, 256, (40, 12, 12, 3), dtype=np.uint8)
+    monkeypatch.setattr(finetune, "load_sets",
+                        lambda args, splits: [ImageSet("toy", pixels, np.arange(40) % 2, [0, 1])])
+    monkeypatch.setattr(finetune_distilled, "read_teacher", lambda *args: pytest.fail("the teacher was read"))
+    result = finetune_distilled.main(settings(
+        init=str(tmp_path / "distilled.pt"), eval_only=True, teacher="no/where", precision="fp32", preset="small"))
+    transform = eval_transform([12])
+    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        hits = vit((images - mean) / std).argmax(dim=1) == torch.arange(40) % 2
+    assert result["images"] == 40 and result["top1"] == pytest.approx(100 * hits.float().mean().item())
 
 
 def test_the_recipe_is_ori():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from appendix import a6_cka_settings
 from common.checkpoint import save_torch
 from common.mae import MAE
 from common.vit import build_vit
@@ -80,7 +81,7 @@ def test_the_authors_order_is_class_by_class_in_whole_batches_until_there_are_mo
 
 
 def test_more_images_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="--num-images 11 needs 11 images, the validation set has 10"):
+    with pytest.raises(ValueError, match="--num-images 11 needs 11 images, the validation set has 10: lower --num-im"):
         draw(np.arange(10), num_images=11)
 
 
@@ -101,6 +102,9 @@ def test_a_model_says_how_their_images_are_normalised():
     model.statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}  # as load_model has it from timm
     size, mean, _ = study.preprocessing(model, args)  # the crop is the same for all: tokens are compared by their place
     assert (size, mean.tolist()) == ([32, 32], [127.5] * 3)
+    args.std = [0.25, 0.2, 0.1]  # alone: the mean is still the checkpoint's
+    _, mean, std = study.preprocessing(model, args)
+    assert mean.tolist() == [127.5] * 3 and std.tolist() == pytest.approx([63.75, 51, 25.5])
 
 
 # Figures 1, 3, 5 and the maps
@@ -181,10 +185,28 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
                "--set", "finetune.epochs=30", models=False) == {}
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("python ")]
+    assert printed.splitlines()[-1] == "then this command without --dry-run: it finds these runs"
     assert sum("pretrain_mae.py" in line for line in commands) == 1  # shared by MAE and MAE fine-tuned
     assert all("--preset small" in line for line in commands)
     assert not any("--num-images" in line or "--batch-size" in line for line in commands)
     assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
+
+
+@pytest.mark.parametrize("module", [fig1_layer_similarity, a6_cka_settings], ids=["fig1", "a6"])
+def test_a_dry_run_needs_neither_the_gpu_nor_the_files(module, tmp_path, monkeypatch, capsys):
+    """As on a cluster's login node, from where the jobs are sent."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--dry-run", "--device", "cuda", "--output", str(tmp_path)]
+    assert module.main(study.parse(module.build_parser(), words)) == {}
+    assert "it finds these runs" in capsys.readouterr().out
+    assert module.main(study.parse(module.build_parser(), [*words, "--models", "A=later.pt", "B=too.pt"])) == {}
+
+
+def test_all_models_are_looked_for_before_the_first_is_measured(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="--models B=no/where.pt: no weights at no/where.pt"):
+        run(fig1_layer_similarity, place, tmp_path, "--models", f"A={place / 'vit.pt'}", "twin=random",
+            "hub=timm:vit_tiny_patch16_224", "B=no/where.pt", models=False)
 
 
 def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_path):
@@ -237,9 +259,11 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
     parser = fig2_leading_blocks.build_parser()
     assert fig2_leading_blocks.main(leading_blocks.parse(parser, ["--data-path", "X", "--dry-run", "--seeds", "0", "1",
                                                                  "--output", str(tmp_path)])) == []
-    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line.startswith("python ")]
     tuned = [line for line in commands if "finetune.py" in line]
     assert all("--epochs 100" in line and "--preset paper" in line for line in tuned)
+    assert "MoCo-v3: fine-tuned with --layer-decay 0.75, for its name has moco in it" in printed
     assert sum("pretrain_mae.py" in line for line in commands) == 2
     assert sum("--init" not in line for line in tuned) == 2  # k = 0
 
@@ -251,6 +275,17 @@ def test_figure_4_transfers_to_every_set(tmp_path, capsys):
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
     assert [("--dataset fractals-small" in line, "--keep-blocks 5" in line) for line in commands] == [
         (True, False), (True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("module", "words", "message"), [
+    (fig2_leading_blocks, ["--blocks", "0", "13"], "--blocks 13: the models have 12 blocks, so 0 to 12"),
+    (fig2_leading_blocks, ["--models", "B=random"], "--models B=random: no weights at random"),
+    (fig4_leading_blocks_small_data, ["--datasets", "fractals-small", "coco"], "--datasets coco: Figure 4 is about"),
+])
+def test_mistakes_of_leading_blocks_are_named_before_anything_runs(tmp_path, monkeypatch, module, words, message):
+    monkeypatch.setattr(leading_blocks.tables, "run_rows", lambda *args: pytest.fail("a stage was started"))
+    with pytest.raises(ValueError, match=message):
+        module.main(leading_blocks.parse(module.build_parser(), [*words, "--output", str(tmp_path)]))
 
 
 def test_a_random_twin_has_the_first_model_s_heads(place):

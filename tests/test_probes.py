@@ -28,23 +28,24 @@ CPU = torch.device("cpu")
 # Nearest neighbours
 
 def brute_force_vote(train, labels, query, num_classes, k, temperature):
-    """Scores of one query, by sorting every training image."""
+    """Scores of one query, by sorting every training image; the best one's vote is 1."""
     similarity = [(float(row @ query), int(label)) for row, label in zip(train, labels)]
     scores = [0.0] * num_classes
     for value, label in sorted(similarity, reverse=True)[:k]:
-        scores[label] += math.exp(value / temperature)
+        scores[label] += math.exp((value - max(similarity)[0]) / temperature)
     return scores
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 10, 1000])
-def test_knn_equals_a_brute_force_loop(chunk):
+@pytest.mark.parametrize(("chunk", "temperature"), [(1, 0.07), (7, 0.07), (10, 0.07), (1000, 0.07), (7, 0.005)])
+def test_knn_equals_a_brute_force_loop(chunk, temperature):
+    """Also where exp(similarity / temperature) is more than float32 holds."""
     torch.manual_seed(0)
     train, queries = (F.normalize(torch.randn(n, 5), dim=1) for n in (50, 8))
     labels = torch.randint(0, 4, (50,))
-    ours = vote(train, labels, queries, 4, k=20, temperature=0.07, chunk=chunk)
+    ours = vote(train, labels, queries, 4, k=20, temperature=temperature, chunk=chunk)
     for scores, query in zip(ours, queries):
-        expected = brute_force_vote(train, labels, query, 4, 20, 0.07)
-        torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+        expected = brute_force_vote(train, labels, query, 4, 20, temperature)
+        torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_knn_accuracy_counts_each_query_once():
@@ -218,6 +219,18 @@ def test_the_scripts(mae_file, tmp_path, monkeypatch, script):
     assert result["top1"] == 100 and result["checkpoint"] == str(mae_file[1])
     assert json.loads(Path(result["run"]).read_text())["top1"] == 100
     assert distributed.world_size() == 1
+
+
+@pytest.mark.parametrize("script", [knn_probe, linear_probe])
+def test_only_a_file_of_weights_can_be_handed_on(mae_file, tmp_path, monkeypatch, script):
+    """Known before any work; what holds for training alone is not offered."""
+    monkeypatch.setattr(script, "build_encoder", lambda *args: pytest.fail("work was begun"))
+    for source in ("timm:vit_tiny_patch16_224", str(tmp_path)):
+        args = options.resolve(script.build_parser(), {}, explicit=dict(init=source, save_to=str(tmp_path / "w.pt")))
+        with pytest.raises(UserError, match="is not a file: leave --save-to out"):
+            script.main(args)
+    with pytest.raises(UserError, match="no setting on_bad_image"):
+        options.resolve(script.build_parser(), {}, explicit=dict(init="x", on_bad_image="skip"))
 
 
 def test_mistakes(mae_file, tmp_path, monkeypatch):

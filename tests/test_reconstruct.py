@@ -53,6 +53,17 @@ def test_the_script_writes_numbers_and_picture(saved, tmp_path):
     assert (Path(folder) / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_checkpoint_alone_says_size_and_channels(saved, tmp_path):
+    """One channel, not square: the generated images come so too, and there is no option to say otherwise."""
+    folder = reconstruct.main(saved(MAE("vit_demo", img_size=(16, 32), patch_size=8, in_chans=1)))["folder"]
+    with np.load(f"{folder}/reconstruction.npz") as arrays:
+        assert arrays["input"].shape == (2, 16, 32, 1)
+    for name, value in (("img_size", [64]), ("in_chans", 3)):
+        with pytest.raises(ValueError, match=f"no setting {name}"):
+            options.resolve(reconstruct.build_parser(), reconstruct.PRESETS,
+                            explicit={"checkpoint": "x", name: value})
+
+
 def test_a_classifier_cannot_reconstruct(saved):
     with pytest.raises(ValueError, match="no MAE decoder"):
         reconstruct.main(saved(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=2)))

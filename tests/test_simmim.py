@@ -57,7 +57,7 @@ def test_parameter_counts():
 @pytest.mark.parametrize("model", ["vit_demo_simmim", "vit_demo"])
 def test_forward_by_hand(model):
     """Hidden patches become the token before the positions, all are encoded, and pixels come out (channel, row, column)
-    from the 1x1 convolution (trap 27); the loss sees hidden pixels only.
+    from the 1x1 convolution; the loss sees hidden pixels only.
     """
     simmim = noisy(SimMIM(model, **SMALL))
     images, mask = torch.randn(3, 3, 16, 8), torch.stack([random_mask((4, 2), 1) for _ in range(3)])
