@@ -133,13 +133,19 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     return settings
 
 
-def take_config(args, config):
-    """Copies what a checkpoint says of its model into `args`. What the command line or a table row gave is kept; with
-    config None nothing happens.
+SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
+
+
+def take_config(args, config, names=None):
+    """Copies what a checkpoint says of its model (of `names` alone, if given) into `args`, and prints it. What the
+    command line or a table row gave is kept; with config None nothing happens.
     """
     explicit = getattr(args, "explicit", ())
-    vars(args).update({name: value for name, value in (config or {}).items()
-                       if name in vars(args) and name not in explicit and value is not None})
+    taken = {name: value for name, value in (config or {}).items() if value is not None and name not in explicit
+             and name in (names or vars(args)) and vars(args).get(name, value) != value}
+    if taken:
+        print0("as the weights say:", *words(taken))
+    vars(args).update(taken)
 
 
 # The smallest and the largest value of settings that several scripts share

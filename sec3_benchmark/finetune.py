@@ -176,6 +176,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
     if args.eval_only:
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
+    options.take_config(args, weights and weights.config, options.SHAPE)
     args.model = model_name(args, weights)
     take_statistics(args, weights)
     train_set, val_set = load_sets(args)

@@ -95,6 +95,7 @@ def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
     weights = read_weights(args.init) if args.init else None
+    options.take_config(args, weights and weights.config, options.SHAPE)
     args.model = model_name(args, weights)
     take_statistics(args, weights)
     train_set, test_set = load_downstream(args)

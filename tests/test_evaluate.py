@@ -153,9 +153,9 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     common = settings(tmp_path, data, img_size=img_size, patch_size=patch, in_chans=channels)
     pretrained = options.stage(PRETRAIN, explicit={**common, "mean": [0.3] * channels})  # the file says it
     common["randaugment"] = "rand-m9-mstd0.5-inc1" if channels == 3 else "none"  # its operations are for colour images
-    tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
     for told_by_the_file in ("img_size", "patch_size", "in_chans"):
         del common[told_by_the_file]
+    tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
     common["data_path"] = str(only_val(tmp_path, data))
     model = {"model": "init"} if patch == 4 else {}  # the same, said or not
     again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True, **model})
