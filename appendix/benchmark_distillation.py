@@ -84,7 +84,7 @@ def measure(precision, args, device):
     for step in steps.values():
         step()
     turns = [{version: seconds(step) for version, step in steps.items()} for _ in range(args.turns)]
-    del steps
+    del steps, step
     return {version: {"seconds": statistics.median(turn[version] for turn in turns),
                       "ratio": statistics.median(turn[version] / turn["D-MAE"] for turn in turns),
                       "peak_gib": peak_memory(version, precision, args, device, __file__, make_step)}

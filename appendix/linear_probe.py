@@ -69,7 +69,7 @@ def fit_probe(probe, view_of, labels, args):
         epoch, first = step // steps, step % steps * args.batch_size
         if first == 0:
             order = torch.from_numpy(epoch_order(N, args.seed, epoch)).to(labels.device)
-            view = view_of(epoch).to(labels.device)
+            view = view_of(epoch)
         chosen = order[first:first + args.batch_size]
         set_learning_rate(optimizer, learning_rate(step, peak=args.base_lr * args.batch_size / 256,
                                                    total_steps=args.epochs * steps,
@@ -99,7 +99,7 @@ def main(args):
 
     @lru_cache(maxsize=1)  # of 90 views, one in memory
     def view(number):
-        return compute(train_set, transform=crop, view=number) if args.views else compute(train_set)
+        return (compute(train_set, transform=crop, view=number) if args.views else compute(train_set)).to(device)
 
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     seed_everything("weights", args.seed)

@@ -3,6 +3,7 @@
 With one process every function here is a plain no-op, so that scripts read the same on a laptop and on a cluster.
 """
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -19,6 +20,9 @@ def start(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and os.path.exists("/dev/nvidia0"):
+            raise UserError("there is an NVIDIA GPU, but PyTorch cannot use it: is its driver too old for this PyTorch "
+                            "(`python -c 'import torch; torch.zeros(1).cuda()'` says)? --device cpu goes on without")
     try:
         device = torch.device(device)
     except RuntimeError:
@@ -26,13 +30,17 @@ def start(device="auto"):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--device {device} under torchrun would put all ranks on one GPU: leave it out and choose "
+                            f"GPUs by CUDA_VISIBLE_DEVICES")
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():
             raise UserError(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
                              f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products are so by default
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also where the environment says otherwise
+        torch.set_float32_matmul_precision("highest")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))
@@ -42,6 +50,16 @@ def start(device="auto"):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon(text):
+    """Ends this process with exit code 1. One of several ranks leaves at once and torchrun ends the others: to take the
+    group down in order, nccl would wait for them, and they wait for this rank.
+    """
+    if world_size() == 1:
+        raise SystemExit(text)
+    print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def rank():

@@ -101,21 +101,21 @@ def outlive_signals(worker):
 
 
 def default_workers(workers, device):
-    """Loading processes of this rank: its share of the cores, at most 8. On a CPU the model wants the cores itself: its
+    """Loading processes of this rank: its share of the cores, at most 32. On a CPU the model wants the cores: its
     threads wait for each other busily, so a loading process that takes a core from one of them stops them all.
     """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
+    return min(32, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
 
 
 def train_loader(views, sampler, workers, device):
     """Micro-batches of `views` in the sampler's order; images stay uint8. A transform may bring its own `collate`."""
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
                       collate_fn=getattr(views.transform, "collate", None),
-                      prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
+                      prefetch_factor=2 if workers else None, worker_init_fn=outlive_signals)
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):

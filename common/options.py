@@ -8,6 +8,7 @@ import difflib
 import importlib
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -185,7 +186,11 @@ def start(main, parser, *presets_and_recipes, parse=parse):
         text = str(error).strip()
         if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
             text = text.splitlines()[-1].split(": ", 1)[-1]
-        raise SystemExit(f"{parser.prog}: error: {' '.join(text.split())}") from None
+        distributed.abandon(f"{parser.prog}: error: {' '.join(text.split())}")
+    except Exception:
+        if distributed.world_size() == 1:
+            raise
+        distributed.abandon(traceback.format_exc())
     finally:
         distributed.stop()
 

@@ -96,7 +96,7 @@ class Run:
 
     def weights(self, model):
         """The content of a file of weights: all that is needed to use them elsewhere."""
-        return {"model": model.state_dict(), "config": model.config,
+        return {"model": {name: value.cpu() for name, value in model.state_dict().items()}, "config": model.config,
                 "statistics": channel_statistics(argparse.Namespace(**self.settings))}
 
     def finish(self, result, model):

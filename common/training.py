@@ -1,5 +1,6 @@
 """The one training loop. Steps, not epochs, drive it; every method of the paper goes through it."""
 import time
+import warnings
 from contextlib import closing, nullcontext
 
 import torch
@@ -94,14 +95,25 @@ def check_execution(stored, now, allow_inexact):
                          f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
 
 
+def place_of(device):
+    """What of a device decides on the last bit: of a CPU its number of threads, of a GPU which one it is."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": "cpu", "threads": torch.get_num_threads()}
+
+
 def wrap(model, device, dtype, compiled):
     """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
     choose_attention(model, device, dtype)
     if compiled:
         model = torch.compile(model)
     if distributed.world_size() > 1:
+        # Else DDP sorts its buckets anew after its first step. Sums over more than two ranks then have another order,
+        # and a resumed run, whose first step comes later, would not end in the same bits.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+                                        gradient_as_bucket_view=True, broadcast_buffers=False,
+                                        find_unused_parameters=True)
     return model
 
 
@@ -153,7 +165,8 @@ class Snapshot:
         self.method.model.load_state_dict(saved["model"])
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where it was not used, as in float32
+            self.scaler.load_state_dict(saved["scaler"])
         self.meter.restore(saved["meter"], device)
         self.progress = saved["progress"]
         print0(f"continuing after step {self.progress['step']}")
@@ -168,6 +181,7 @@ class Snapshot:
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "meter": self.meter.state(), "progress": self.progress,
                 "execution": self.execution, "log_size": self.run.log_size()})
+        distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
 
     def seconds(self):
         """Seconds spent training so far, those before a resume included."""
@@ -194,15 +208,17 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     guard = Guard(run, optimizer, scaler, schedule, device)
     meter = Meter(run, total, args.batch_size)
     snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
-        "device": device.type, "ranks": distributed.world_size(), "threads": torch.get_num_threads(),
-        "accumulation": accumulation, "precision": str(dtype or torch.float32), "compile": args.compile})
+        **place_of(device), "ranks": distributed.world_size(), "accumulation": accumulation,
+        "precision": str(dtype or torch.float32), "compile": args.compile})
+    print0(", ".join(f"{name} {value}" for name, value in snapshot.execution.items()))
     start = snapshot.restore(device)
     progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
     method.prepare(device, dtype, args.compile)
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
     engine = Engine(args, device, dtype, scaler, accumulation, batches, meter)
 
-    with StopSignals() as stop, meter.bar(start), explain_memory(args.micro_batch), closing(batches):
+    micro_batch = args.batch_size // distributed.world_size() // accumulation
+    with StopSignals() as stop, meter.bar(start), explain_memory(micro_batch), closing(batches):
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()

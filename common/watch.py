@@ -1,4 +1,5 @@
 """What watches a training run: the log and progress bar, stop signals, non-finite values, unreadable images, memory."""
+import math
 import signal
 import time
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ class Meter:
         sums = distributed.all_sum(torch.stack([self.sums[name] for name in names])).tolist()
         means = {name: value / self.steps / distributed.world_size() for name, value in zip(names, sums)}
         speed, waiting = self.timed * self.batch_size / (now - self.since), self.waited / (now - self.since)
-        self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **means,
+        kept = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16's first steps
+        self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **kept,
                       "images_per_second": round(speed, 1), "waiting": round(waiting, 3)})
         self.show(step, means["loss"], lr, speed, waiting, now)
         self.sums, self.steps, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
@@ -156,7 +158,7 @@ def explain_memory(micro_batch):
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(f"out of memory with --micro-batch {micro_batch}: try --micro-batch "
+            raise MemoryError(f"out of memory with {micro_batch} images at once: try --micro-batch "
                               f"{max(1, micro_batch // 2)}; the global batch stays the same "
                               f"({str(error).splitlines()[0]})") from error
         raise

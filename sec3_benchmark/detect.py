@@ -216,6 +216,8 @@ def main(args):
         raise UserError("--eval-only needs --init, the detector to evaluate")
     if args.eval_only:
         return evaluate_only(args, device)
+    if args.deterministic and device.type == "cuda":
+        raise UserError("--deterministic: on a GPU the backward pass of ROIAlign adds in no fixed order; leave it out")
     weights = read_weights(args.init) if args.init else None
     take_statistics(args, weights)
     train_set, val_set = load_detection_sets(args)

@@ -44,7 +44,9 @@ def erase(images, boxes, seeds):
             places.append((index, slice(None), slice(top, top + h), slice(left, left + w)))
             noise.append(torch.randn(channels * h * w, generator=generator.manual_seed(int(seed)), dtype=torch.float32))
     if places:
-        moved = torch.cat(noise).to(images.device, images.dtype, non_blocking=True)  # without waiting for the device
+        moved = torch.cat(noise)
+        moved = moved.pin_memory() if images.is_cuda else moved  # the copy then does not wait for the device
+        moved = moved.to(images.device, images.dtype, non_blocking=True)
         for place, values in zip(places, moved.split([len(values) for values in noise])):
             images[place] = values.view_as(images[place])
     return images

@@ -70,7 +70,8 @@ class AllSum(torch.autograd.Function):
 class GlobalBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d whose statistics are those of all ranks' rows together, equally many on each: (B, C) -> (B, C).
 
-    It differentiates through the sums over ranks, on any backend; PyTorch's SyncBatchNorm refuses CPU tensors.
+    It differentiates through the sums over ranks, on any backend. PyTorch's SyncBatchNorm refuses CPU tensors, and on
+    GPUs waits for the device three times a layer.
     """
 
     def forward(self, x):
@@ -129,8 +130,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_momentum_encoder(self, m):
         """Every parameter becomes m * itself + (1 - m) * the base encoder's. Buffers of batch norm are its own."""
-        for ours, theirs in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
-            ours.lerp_(theirs, 1 - m)
+        torch._foreach_lerp_(list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), 1 - m)
 
 
 def init_encoder(vit):

@@ -10,7 +10,6 @@ names; finetune.py --init takes the base encoder from it. The loss starts near 4
 from functools import partial
 
 import torch
-from torch import nn
 
 from common import distributed, options
 from common.errors import UserError
@@ -82,8 +81,6 @@ class MoCoMethod(Method):
     def prepare(self, device, dtype, compiled):
         """No DistributedDataParallel: it averages in the backward pass, and here there are several in a step."""
         choose_attention(self.model, device, dtype)
-        if device.type == "cuda" and distributed.world_size() > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, the parameters stay the same objects
         self.encode = torch.compile(class_tokens) if compiled else class_tokens
 
     def accumulate(self, step, engine):

@@ -46,11 +46,15 @@ class Clock:
         self.device, self.seconds = device, 0.0
 
     def __enter__(self):
+        self.wait()
         self.began = time.perf_counter()
 
-    def __exit__(self, *_):
+    def wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def __exit__(self, *_):
+        self.wait()
         self.seconds += time.perf_counter() - self.began
 
 

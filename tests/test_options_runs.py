@@ -184,7 +184,7 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [loader.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
-    assert loader.default_workers(-1, gpu) == 8
+    assert loader.default_workers(-1, gpu) == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert loader.default_workers(-1, gpu) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")

@@ -202,16 +202,67 @@ def start_two_ranks(words, output):
     return [start(words, output, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
 
 
+def start_ranks(world, code, output):
+    """As many processes as torchrun would start, each running the code."""
+    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    return [start([sys.executable, "-c", code], output, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+            for rank in range(world)]
+
+
 def test_a_barrier_waits_for_every_rank(tmp_path):
     """Not only for rank 0: the last of three arrives a second after the others."""
-    code = ("import time; from common import distributed; distributed.start('cpu'); distributed.barrier(); "
-            "time.sleep(distributed.rank() == 2); began = time.time(); distributed.barrier(); "
-            "print(f'rank {distributed.rank()} waited {time.time() - began:.2f}')")
-    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
-    ranks = [start([sys.executable, "-c", code], tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "012"]
+    ranks = start_ranks(3, """
+import time
+from common import distributed
+distributed.start("cpu")
+distributed.barrier()
+time.sleep(distributed.rank() == 2)
+began = time.time()
+distributed.barrier()
+print(f"rank {distributed.rank()} waited {time.time() - began:.2f}\\n", end="", flush=True)
+""", tmp_path)
     assert [rank.wait(WAIT) for rank in ranks] == [0, 0, 0], said(tmp_path)
     waited = dict(line.split()[1::2] for line in said(tmp_path).splitlines() if line.startswith("rank"))
     assert float(waited["0"]) > 0.8 and float(waited["1"]) > 0.8
+
+
+def test_the_first_step_sums_over_ranks_as_every_other(tmp_path):
+    """A resumed run's first step is another's fifth: with four ranks the order of a sum shows in its last bits."""
+    ranks = start_ranks(4, """
+import torch
+from common import distributed, training
+from common.mae import MAE
+device = distributed.start("cpu")
+torch.manual_seed(0)
+model = MAE("vit_demo", img_size=24, patch_size=6)
+forward = training.wrap(model, device, None, False)
+torch.manual_seed(distributed.rank())
+images, noise, gradients = torch.randn(2, 3, 24, 24), torch.rand(2, 16), []
+for step in range(3):
+    model.zero_grad()
+    forward(images, noise).backward()
+    gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+distributed.stop()
+""", tmp_path)
+    assert [rank.wait(WAIT) for rank in ranks] == [0] * 4, said(tmp_path)
+
+
+def test_a_rank_that_fails_alone_leaves_at_once_with_its_message(tmp_path):
+    """The other one waits for it, and does not learn of it by a time limit."""
+    ranks = start_ranks(2, """
+from common import distributed, options
+from common.errors import UserError
+def main(args):
+    distributed.start("cpu")
+    distributed.barrier()
+    if distributed.rank() == 1:
+        raise UserError("no such thing on this node")
+    distributed.barrier()
+options.start(main, options.make_parser("toy"), {}, parse=lambda parser, presets: options.Settings())
+""", tmp_path)
+    assert ranks[1].wait(30) == 1 and ranks[0].wait(30) != 0, said(tmp_path)
+    assert "rank 1: -c: error: no such thing on this node" in said(tmp_path)
 
 
 def assert_nearly_the_same(ours, theirs):
