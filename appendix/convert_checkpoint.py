@@ -18,6 +18,7 @@ import torch
 from timm.models import VisionTransformer
 
 from common import options
+from common.augment import CROP_PCT
 from common.checkpoint import save_json, save_torch, write_atomically
 from common.data import channel_statistics, take_statistics
 from common.distributed import print0
@@ -71,7 +72,7 @@ def export_timm(model, folder, mean, std, class_names=None):
     require_fit("the export", rebuilt.state_dict(), state)
 
     data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),
-            "num_classes": classes, "crop_pct": 0.875, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
+            "num_classes": classes, "crop_pct": CROP_PCT, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
             "classifier": "head"}
     content = {"architecture": architecture, "num_classes": classes, "num_features": args["embed_dim"],
                "global_pool": args["global_pool"], "model_args": args, "pretrained_cfg": data}

@@ -46,7 +46,10 @@ def train_transform(size, scale=(0.08, 1.0), interpolation="bicubic", randaugmen
     return Compose([*steps, to_uint8])
 
 
-def eval_transform(size, crop_pct=0.875):
+CROP_PCT = 0.875  # of each side, in every evaluation of the paper
+
+
+def eval_transform(size, crop_pct=CROP_PCT):
     """Bicubic resize until the image just covers floor(size / crop_pct), then the central `size`: 256, then 224."""
     size = pair(size)
     if not 0 < crop_pct <= 1:

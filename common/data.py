@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets as tv
 
-from common.augment import to_uint8
+from common.augment import CROP_PCT, to_uint8
 from common.distributed import once_per_node, print0
 from common.errors import UserError
 from common.fractals import fractal_set
@@ -167,8 +167,8 @@ def load_sets(args, labelled=True, splits=("train", "val")):
 
 
 def fractals(args, splits):
-    """{split: images per class} of the embedded data, so large that the evaluation's resize (0.875) finds its size."""
-    size = tuple(int(side / 0.875) for side in pair(args.img_size))
+    """{split: images per class} of the embedded data, so large that the evaluation's resize finds its size."""
+    size = tuple(int(side / CROP_PCT) for side in pair(args.img_size))
     sets = []
     for split, per_class in splits.items():
         with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
