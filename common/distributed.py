@@ -47,6 +47,13 @@ def start(device="auto"):
     return device
 
 
+def place_of(device):
+    """What of a device decides on the last bit: of a CPU its number of threads, of a GPU which one it is."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": "cpu", "threads": torch.get_num_threads()}
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -95,13 +95,6 @@ def check_execution(stored, now, allow_inexact):
                          f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
 
 
-def place_of(device):
-    """What of a device decides on the last bit: of a CPU its number of threads, of a GPU which one it is."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": "cpu", "threads": torch.get_num_threads()}
-
-
 def wrap(model, device, dtype, compiled):
     """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
     choose_attention(model, device, dtype)
@@ -208,7 +201,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     guard = Guard(run, optimizer, scaler, schedule, device)
     meter = Meter(run, total, args.batch_size)
     snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
-        **place_of(device), "ranks": distributed.world_size(), "accumulation": accumulation,
+        **distributed.place_of(device), "ranks": distributed.world_size(), "accumulation": accumulation,
         "precision": str(dtype or torch.float32), "compile": args.compile})
     print0(", ".join(f"{name} {value}" for name, value in snapshot.execution.items()))
     start = snapshot.restore(device)

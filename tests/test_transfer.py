@@ -322,7 +322,7 @@ def test_the_rate_is_per_512_images_unless_it_is_absolute():
 def test_impossible_schedules_are_refused():
     with pytest.raises(UserError, match="--warmup-epochs 10 leaves nothing of --epochs 7"):
         resolved(dataset="cifar100", epochs=7)
-    with pytest.raises(DataError, match="set has 511 images, fewer than one batch of 512"):
+    with pytest.raises(UserError, match="set has 511 images, fewer than one batch of 512"):
         rates(511)
 
 
@@ -444,7 +444,7 @@ def test_accumulation_changes_nothing_but_rounding(small):
 
 
 def test_a_set_smaller_than_a_batch_is_an_error_that_names_both(small):
-    with pytest.raises(DataError, match="folder has 16 images, fewer than one batch of 32: lower --batch-size"):
+    with pytest.raises(UserError, match="folder has 16 images, fewer than one batch of 32: lower --batch-size"):
         small(batch_size=32)
 
 
