@@ -10,13 +10,14 @@ is in a source that we read.
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.downstream import MOCO_FINETUNING
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
 DEMO = ("base", "stop-grad", "token")
 
 
 def row(key, name, published=None, pretrain=None, presets=options.PRESET_NAMES, **finetune):
-    stages = ((PRETRAIN, pretrain or {}), (FINETUNE, {"init": PREVIOUS, "layer_decay": 0.75, **finetune}))
+    stages = ((PRETRAIN, pretrain or {}), (FINETUNE, {"init": PREVIOUS, **MOCO_FINETUNING, **finetune}))
     return Row(key, name, published, stages, presets=presets)
 
 

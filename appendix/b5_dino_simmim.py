@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common import options, report, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.downstream import MOCO_FINETUNING
 
 FINETUNE, KNN, LINEAR = "sec3_benchmark.finetune", "appendix.knn_probe", "appendix.linear_probe"
 DEMO = ("mae", "simmim", "dino")
@@ -32,7 +33,7 @@ def row(key, name, published, pretrain, crops, pooling="token", linear=None, **f
 ROWS = [
     row("mae", "MAE", 78.0, "sec3_benchmark.pretrain_mae", "1, a quarter of it", linear=23.4),
     row("mocov3", "MoCo-v3", 76.8, "sec3_benchmark.pretrain_mocov3", "2, and 2 by the momentum encoder",
-        layer_decay=0.75),
+        **MOCO_FINETUNING),
     row("simmim", "SimMIM", 77.9, "appendix.pretrain_simmim", "1", pooling="avg", model="init"),
     row("dino", "DINO", 77.2, "appendix.pretrain_dino", "2 and 8 small (demo: 4), and 2 by the teacher"),
 ]

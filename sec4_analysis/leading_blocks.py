@@ -14,11 +14,11 @@ from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.vit import SIZES
+from sec3_benchmark.downstream import MOCO_FINETUNING
 from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
-MOCO_DECAY = 0.75  # layer decay of MoCo-v3's fine-tuning, as in Table 1; transfer has it for every method
 DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser):
     group = parser.add_argument_group("leading blocks")
     group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT",
                        help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed. "
-                            f"Figure 2 fine-tunes those with moco in their NAME with layer decay {MOCO_DECAY}")
+                            "Figure 2 fine-tunes those with moco in their NAME as Table 1 does, with layer decay 0.75")
     group.add_argument("--blocks", type=int, nargs="+", default=[0, 3, 6, 9, 12], metavar="K", help="how many to keep")
     group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each point is run once per seed")
     group.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
@@ -48,7 +48,7 @@ def starts(args):
 
 def own_settings(stage, name):
     """What the fine-tuning of a method changes, by its name."""
-    return {"layer_decay": MOCO_DECAY} if stage == FINETUNE and "moco" in name.lower() else {}
+    return MOCO_FINETUNING if stage == FINETUNE and "moco" in name.lower() else {}  # transfer's default is the same
 
 
 def point_row(stage, settings, title, name, k, before, weights):
