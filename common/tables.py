@@ -127,6 +127,8 @@ def run_rows(rows, args, demo, script, columns=None):
                 args.needs_weights[row.key] = f"needs weights: {error}, in place of its name: `{command}`"
                 print0(args.needs_weights[row.key])
                 break
+    if args.dry_run:
+        print0("\n# then this command without --dry-run: it finds these runs by their content")
     return results if columns else {key: found[""] for key, found in results.items()}
 
 

@@ -87,8 +87,6 @@ def sources(args, rows, script):
     args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
     tables.require_weights(args)
-    if args.dry_run:
-        print0("\nthen this command without --dry-run: it finds these runs")
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
 
 

@@ -185,7 +185,7 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
                "--set", "finetune.epochs=30", models=False) == {}
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("python ")]
-    assert printed.splitlines()[-1] == "then this command without --dry-run: it finds these runs"
+    assert printed.splitlines()[-1] == "# then this command without --dry-run: it finds these runs by their content"
     assert sum("pretrain_mae.py" in line for line in commands) == 1  # shared by MAE and MAE fine-tuned
     assert all("--preset small" in line for line in commands)
     assert not any("--num-images" in line or "--batch-size" in line for line in commands)
