@@ -90,3 +90,58 @@ def assert_resumes_exactly(module, folder, monkeypatch, stop=3, **explicit):
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
     return whole
+
+
+# Runs and models
+
+TIMING = ("images_per_second", "waiting")  # of a log's rows: what the clock says
+
+
+def assert_same(a, b):
+    """Equal down to the last bit, in nested dicts and lists of tensors and plain values."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def log_rows(folder):
+    """log.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def noisy(model, seed=0):
+    """Every parameter moved, so that no table, bias or scale is at a value that hides it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def table_row(query, key, rows, columns):
+    """Row of the table for two tokens, 0 the class token, by the rule of BEiT."""
+    if query == key == 0:
+        return (2 * rows - 1) * (2 * columns - 1) + 2
+    if key == 0:
+        return (2 * rows - 1) * (2 * columns - 1) + 1
+    if query == 0:
+        return (2 * rows - 1) * (2 * columns - 1)
+    (yq, xq), (yk, xk) = divmod(query - 1, columns), divmod(key - 1, columns)
+    return (yq - yk + rows - 1) * (2 * columns - 1) + (xq - xk + columns - 1)
+
+
+def brute_force_bias(table, rows, columns):
+    """(heads, 1 + L, 1 + L) from a table (places, heads), entry by entry."""
+    tokens = range(1 + rows * columns)
+    bias = torch.stack([torch.stack([table[table_row(q, k, rows, columns)] for k in tokens]) for q in tokens])
+    return bias.permute(2, 0, 1)

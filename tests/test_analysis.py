@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import assert_close, golden
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
@@ -19,6 +18,7 @@ from common.mae import MAE
 from common.vit import build_vit, eval_mode
 from sec4_analysis import attention, cka, fig3_fourier, fig5_attention, fourier, similarity
 from sec4_analysis.features import check_plain, final_norm, geometry, intermediates, names
+from tests.helpers import assert_close, golden
 
 ROOT = Path(__file__).resolve().parents[1]
 

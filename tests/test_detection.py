@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
 from torchvision.models.detection.image_list import ImageList
 
 from common.formats import load_encoder, read_weights
@@ -23,6 +22,7 @@ from sec3_benchmark.mask_rcnn import (
     paste,
 )
 from sec3_benchmark.vitdet import GridAttention, SimplePyramid, TopDownPyramid, ViTBackbone, partition, unpartition
+from tests.helpers import assert_close
 
 
 def small_vit(img_size=(40, 56), **settings):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
 from PIL import Image
 
 from common.data import DataError, UnreadableImage
@@ -23,6 +22,7 @@ from sec3_benchmark.coco import (
     targets_of,
 )
 from sec3_benchmark.mask_rcnn import mask_targets
+from tests.helpers import assert_close
 
 RECTANGLE = [[10, 5, 30, 5, 30, 20, 10, 20]]  # x from 10 to 30, y from 5 to 20
 LENGTHS = {"size": [40, 50], "counts": [2, 3, 1995]}  # column by column: rows 2 to 4 of the first one

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import assert_same, log_rows
 
 from common import options, tables
 from common.errors import UserError
 from sec3_benchmark import detect, scenes, table4_transfer
 from sec3_benchmark.mask_rcnn import MaskRCNN
 from sec5_distill import table5_distillation
+from tests.helpers import assert_same, log_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(preset="demo", img_size=[48], patch_size=12, position_size=[48], window=2, channels=8, hidden=16,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_resumes_exactly, golden, tiny_run
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
@@ -22,6 +21,7 @@ from common.errors import UserError
 from common.formats import load_encoder, load_model, read_weights
 from common.loader import seed_everything
 from common.vit import SIZES, build_vit, parameter_count
+from tests.helpers import assert_close, assert_resumes_exactly, golden, tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(img_size=16, local_size=8, patch_size=4, num_heads=4, out_dim=10, hidden_dim=12, bottleneck_dim=6)

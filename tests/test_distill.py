@@ -8,11 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, fill_by_name, golden
 from PIL import Image
 from straightforward_dmae import StraightforwardDMAE
-from test_resume import assert_nearly_the_same, said, start_two_ranks
-from test_training import assert_same
 from timm.models import VisionTransformer
 
 from appendix.convert_checkpoint import export_timm
@@ -34,6 +31,8 @@ from sec5_distill.distillation import (
     hidden_loss,
     visible_patches,
 )
+from tests.helpers import assert_close, assert_same, fill_by_name, golden
+from tests.processes import assert_nearly_the_same, said, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEW = dict(img_size=32, patch_size=8)  # 16 patches, 4 of them visible
@@ -411,7 +410,7 @@ def test_two_ranks_equal_one_process(pictures, tmp_path):
     teacher = save_teacher(MAE("vit_tiny", **VIEW), tmp_path / "teacher.pt")
     settings = {**COMMON, "model": "vit_demo", "num_heads": 12, "data_path": str(pictures), "teacher": str(teacher)}
     words = [sys.executable, str(ROOT / "sec5_distill" / "pretrain_dmae.py"), *options.words(settings)]
-    for process in start_two_ranks([*words, "--output", str(tmp_path / "two")], tmp_path):
+    for process in start_ranks([*words, "--output", str(tmp_path / "two")], tmp_path):
         assert process.wait(120) == 0, said(tmp_path)
     one = options.stage("sec5_distill.pretrain_dmae", explicit={**settings, "output": str(tmp_path / "one")})
     [two] = (tmp_path / "two").glob("pretrain_dmae/*/weights.pt")

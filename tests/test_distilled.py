@@ -3,9 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
 from PIL import Image
-from test_rpe import noisy
 
 from appendix import finetune_distilled
 from appendix.convert_checkpoint import export_timm
@@ -19,6 +17,7 @@ from common.mae import MAE
 from common.optim import parameter_groups
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune
+from tests.helpers import assert_close, noisy
 
 SMALL = dict(img_size=12, patch_size=4, num_heads=4)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import free_port
 
 from appendix import pretrain_dino, pretrain_simmim
 from common import options
 from sec3_benchmark import finetune, pretrain_mae, pretrain_mocov3
 from tests.helpers import assert_resumes_exactly, tiny_run
+from tests.processes import free_port
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).resolve().parents[1]

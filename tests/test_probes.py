@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rpe import noisy
 
 from appendix import features, knn_probe, linear_probe
 from appendix.features import extract
@@ -21,6 +20,7 @@ from common.data import ImageSet
 from common.errors import UserError
 from common.mae import MAE
 from common.rpe import build_model
+from tests.helpers import noisy
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import assert_same, log_rows
 
 from common import options
 from common.checkpoint import load_newest
 from common.errors import UserError
 from sec3_benchmark import pretrain_mae
+from tests.helpers import assert_same, log_rows
+from tests.processes import ROOT, WAIT, assert_nearly_the_same, said, start, start_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TOTAL = 24
-WAIT = 120  # seconds for a process to get anywhere, on a busy machine
 
 RUNS = {  # script, and what is added to `command`
     "mae": ("pretrain_mae",),
@@ -58,18 +55,6 @@ def command(data, output, script, *more, launcher=()):
             "--epochs", "2", "--warmup-epochs", "1", "--base-lr", "4e-3", "--clip-grad", "0.5", "--precision", "fp32",
             "--device", "cpu",
             "--workers", "0", "--output", str(output), "--save-minutes", "0", "--log-every", "1", *more]
-
-
-def start(words, output, **environment):
-    """The running process, in a group of its own; what it says goes to output/said.txt."""
-    Path(output).mkdir(parents=True, exist_ok=True)
-    with open(Path(output) / "said.txt", "ab") as said:
-        return subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, cwd=output, start_new_session=True,
-                                env={**ENVIRONMENT, **environment})
-
-
-def said(output):
-    return (Path(output) / "said.txt").read_text()
 
 
 def run_to_the_end(words, output):
@@ -190,28 +175,9 @@ def test_a_signal_to_the_whole_group_does_the_same(data, tmp_path, number):
 
 # Two ranks
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def start_two_ranks(words, output):
-    """Two processes as torchrun would start them."""
-    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    return [start(words, output, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
-
-
-def start_ranks(world, code, output):
-    """As many processes as torchrun would start, each running the code."""
-    group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    return [start([sys.executable, "-c", code], output, RANK=str(rank), LOCAL_RANK=str(rank), **group)
-            for rank in range(world)]
-
-
 def test_a_barrier_waits_for_every_rank(tmp_path):
     """Not only for rank 0: the last of three arrives a second after the others."""
-    ranks = start_ranks(3, """
+    ranks = start_ranks([sys.executable, "-c", """
 import time
 from common import distributed
 distributed.start("cpu")
@@ -221,7 +187,7 @@ began = time.time()
 distributed.barrier()
 print(f"rank {distributed.rank()} waited {time.time() - began:.2f}\\n", end="", flush=True)
 distributed.stop()
-""", tmp_path)
+"""], tmp_path, world=3)
     assert [rank.wait(WAIT) for rank in ranks] == [0, 0, 0], said(tmp_path)
     waited = dict(line.split()[1::2] for line in said(tmp_path).splitlines() if line.startswith("rank"))
     assert float(waited["0"]) > 0.8 and float(waited["1"]) > 0.8
@@ -229,7 +195,7 @@ distributed.stop()
 
 def test_the_first_step_sums_over_ranks_as_every_other(tmp_path):
     """A resumed run's first step is another's fifth: with four ranks the order of a sum shows in its last bits."""
-    ranks = start_ranks(4, """
+    ranks = start_ranks([sys.executable, "-c", """
 import torch
 from common import distributed, training
 from common.mae import MAE
@@ -245,13 +211,13 @@ for step in range(3):
     gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
 assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 distributed.stop()
-""", tmp_path)
+"""], tmp_path, world=4)
     assert [rank.wait(WAIT) for rank in ranks] == [0] * 4, said(tmp_path)
 
 
 def test_a_rank_that_fails_alone_leaves_at_once_with_its_message(tmp_path):
     """The other one waits for it, and does not learn of it by a time limit."""
-    ranks = start_ranks(2, """
+    ranks = start_ranks([sys.executable, "-c", """
 from common import distributed, options
 from common.errors import UserError
 def main(args):
@@ -261,25 +227,15 @@ def main(args):
         raise UserError("no such thing on this node")
     distributed.barrier()
 options.start(main, options.make_parser("toy"), {}, parse=lambda parser, presets: options.Settings())
-""", tmp_path)
+"""], tmp_path, world=2)
     assert ranks[1].wait(30) == 1 and ranks[0].wait(30) != 0, said(tmp_path)
     assert "rank 1: -c: error: no such thing on this node" in said(tmp_path)
-
-
-def assert_nearly_the_same(ours, theirs):
-    """Equal up to the order of float32 sums; training moved the weights by some 1e-3. Biases of keys leave the loss as
-    it is, so that their gradient is nothing but rounding, and AdamW makes steps of it: they may differ more.
-    """
-    assert list(ours) == list(theirs)
-    for name, value in theirs.items():
-        tolerance = 1e-4 if name.endswith("qkv.bias") else 1e-6
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_two_ranks_stop_together_and_equal_one_process(data, untouched, tmp_path):
     """A signal to rank 1 alone, then one to torchrun, then to the end; the same global batch in one or two pieces."""
     words = command(data, tmp_path, *RUNS["mae"])
-    ranks = start_two_ranks(words, tmp_path)
+    ranks = start_ranks(words, tmp_path)
     wait_for_step(1, ranks[0], tmp_path)
     ranks[1].send_signal(signal.SIGTERM)
     for rank in ranks:

@@ -17,36 +17,9 @@ from common.rpe import build_model, unshared
 from common.vit import SIZES, attention_logits, parameter_count
 from sec3_benchmark import finetune
 from sec4_analysis.features import intermediates
+from tests.helpers import brute_force_bias, noisy, table_row
 
 SMALL = dict(img_size=(12, 8), patch_size=4, num_classes=3, num_heads=4)  # 3 x 2 patches
-
-
-def noisy(model, seed=0):
-    """Every parameter moved, so that no table, bias or scale is at a value that hides it."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model.eval()
-
-
-def place(query, key, rows, columns):
-    """Row of the table for two tokens, 0 the class token, by the rule of BEiT."""
-    if query == key == 0:
-        return (2 * rows - 1) * (2 * columns - 1) + 2
-    if key == 0:
-        return (2 * rows - 1) * (2 * columns - 1) + 1
-    if query == 0:
-        return (2 * rows - 1) * (2 * columns - 1)
-    (yq, xq), (yk, xk) = divmod(query - 1, columns), divmod(key - 1, columns)
-    return (yq - yk + rows - 1) * (2 * columns - 1) + (xq - xk + columns - 1)
-
-
-def brute_force_bias(table, rows, columns):
-    """(heads, 1 + L, 1 + L) from a table (places, heads), entry by entry."""
-    tokens = range(1 + rows * columns)
-    bias = torch.stack([torch.stack([table[place(q, k, rows, columns)] for k in tokens]) for q in tokens])
-    return bias.permute(2, 0, 1)
 
 
 # The model
@@ -65,7 +38,7 @@ def test_relative_index_by_brute_force(grid):
     rows, columns = grid
     attention = build_model("vit_demo_rpe", img_size=(rows * 2, columns * 2), patch_size=2).blocks[0].attn
     tokens = range(1 + rows * columns)
-    expected = [[place(q, k, rows, columns) for k in tokens] for q in tokens]
+    expected = [[table_row(q, k, rows, columns) for k in tokens] for q in tokens]
     assert attention.relative_position_index.tolist() == expected
     assert len(attention.relative_position_bias_table) == (2 * rows - 1) * (2 * columns - 1) + 3
 

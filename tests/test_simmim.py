@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_resumes_exactly, golden, tiny_run
-from test_rpe import brute_force_bias, noisy
 
 from appendix import pretrain_simmim
 from appendix.simmim import SimMIM, masked_l1, random_mask
@@ -18,6 +16,7 @@ from common.formats import load_encoder, load_model, read_weights
 from common.optim import parameter_groups
 from common.rpe import build_model
 from common.vit import SIZES, parameter_count
+from tests.helpers import assert_close, assert_resumes_exactly, brute_force_bias, golden, noisy, tiny_run
 
 SMALL = dict(img_size=(16, 8), patch_size=4, num_heads=4, drop_path=0.0)  # 4 x 2 patches
 

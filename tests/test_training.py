@@ -1,7 +1,6 @@
 """The training loop in this process, with a model of 305 numbers: its arithmetic, stopping after every step, damaged
 checkpoints, non-finite values, a full disk, refusals, reuse. tests/test_resume.py does the same with real processes.
 """
-import json
 import math
 import os
 import random
@@ -26,10 +25,11 @@ from common.runs import Run
 from common.training import Method, train
 from common.vit import SIZES
 from sec3_benchmark import finetune, pretrain_mae
+from tests.helpers import assert_same, log_rows
 
 IMAGES, BATCH, PER_EPOCH, EPOCHS = 13, 4, 3, 3  # one image of 13 is left out of every epoch
 TOTAL, PEAK, WARMUP = PER_EPOCH * EPOCHS, 0.02, 2
-TIMING = ("images_per_second", "waiting")
+
 
 
 class Net(nn.Module):
@@ -109,28 +109,6 @@ def fit_until(step, folder, args, evaluate=None):
 
 def state(toy):
     return {"model": toy.model.state_dict(), "average": toy.average, "optimizer": toy.optimizer.state_dict()}
-
-
-def assert_same(a, b):
-    """Equal down to the last bit, in nested dicts and lists of tensors and plain values."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
-def log_rows(folder):
-    """log.jsonl without what the clock says."""
-    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
 @pytest.fixture(autouse=True)

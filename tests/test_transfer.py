@@ -14,11 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import assert_close
 from PIL import Image
 from scipy.io import savemat
-from test_resume import ROOT, start, start_two_ranks
-from test_training import assert_same
 
 from common import options, report, tables
 from common.data import DataError, ImageSet
@@ -29,6 +26,8 @@ from common.runs import settings_hash
 from common.vit import SIZES, build_vit
 from sec3_benchmark import downstream, pretrain_mae, table4_transfer, transfer
 from sec3_benchmark.downstream import FRACTALS, PUBLISHED, SETS, load_downstream
+from tests.helpers import assert_close, assert_same
+from tests.processes import ROOT, start, start_ranks
 
 
 def picture(path, seed=0):
@@ -457,7 +456,7 @@ def test_two_ranks_equal_one_process(tmp_path):
              "--workers", "0"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert start([*words, "--output", str(one)], one).wait(120) == 0
-    for rank in start_two_ranks([*words, "--output", str(two)], two):
+    for rank in start_ranks([*words, "--output", str(two)], two):
         assert rank.wait(120) == 0, (two / "said.txt").read_text()
     ours, theirs = (torch.load(next(place.glob("transfer/*/weights.pt")), weights_only=True)["model"]
                     for place in (one, two))
