@@ -20,7 +20,8 @@ def start(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu" and os.path.exists("/dev/nvidia0"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+        if device == "cpu" and os.path.exists("/dev/nvidia0") and not hidden:
             raise UserError("there is an NVIDIA GPU, but PyTorch cannot use it: is its driver too old for this PyTorch "
                             "(`python -c 'import torch; torch.zeros(1).cuda()'` says)? --device cpu goes on without")
     try:
@@ -48,10 +49,10 @@ def start(device="auto"):
 
 
 def place_of(device):
-    """What of a device decides on the last bit: of a CPU its number of threads, of a GPU which one it is."""
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": "cpu", "threads": torch.get_num_threads()}
+    """What decides on the last bit beside the settings: how many ranks; how many threads of a CPU, or which GPU."""
+    place = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else \
+        {"device": "cpu", "threads": torch.get_num_threads()}
+    return {**place, "ranks": world_size()}
 
 
 def stop():

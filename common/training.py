@@ -77,13 +77,16 @@ def choose_precision(precision, device):
 
 
 def split_batch(batch_size, micro_batch, world):
-    """Accumulation steps with which `world` ranks of at most `micro_batch` images make up the global batch exactly."""
+    """(steps, images) of accumulation: with them `world` ranks make up the global batch exactly, and no rank has more
+    than `micro_batch` images at once.
+    """
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
     per_rank = batch_size // world
     accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
-    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {per_rank // accumulation}")
-    return accumulation
+    at_once = per_rank // accumulation
+    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {at_once}")
+    return accumulation, at_once
 
 
 def check_execution(stored, now, allow_inexact):
@@ -193,7 +196,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
-    accumulation = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
+    accumulation, at_once = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
     dtype = choose_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     torch.use_deterministic_algorithms(args.deterministic)
@@ -201,8 +204,8 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     guard = Guard(run, optimizer, scaler, schedule, device)
     meter = Meter(run, total, args.batch_size)
     snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
-        **distributed.place_of(device), "ranks": distributed.world_size(), "accumulation": accumulation,
-        "precision": str(dtype or torch.float32), "compile": args.compile})
+        **distributed.place_of(device), "accumulation": accumulation, "precision": str(dtype or torch.float32),
+        "compile": args.compile})
     print0(", ".join(f"{name} {value}" for name, value in snapshot.execution.items()))
     start = snapshot.restore(device)
     progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
@@ -210,8 +213,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
     engine = Engine(args, device, dtype, scaler, accumulation, batches, meter)
 
-    micro_batch = args.batch_size // distributed.world_size() // accumulation
-    with StopSignals() as stop, meter.bar(start), explain_memory(micro_batch), closing(batches):
+    with StopSignals() as stop, meter.bar(start), explain_memory(at_once), closing(batches):
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
@@ -237,8 +239,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 progress["bad_images"] = sorted(bad_images.known)
                 snapshot.save(done)
             if stopping:  # after the last step too: a table must not go on to its next stage
-                print0(f"stopped by a signal after step {done} of {total}; saved in {run.folder}. "
-                       f"The same command continues.")
+                print0(f"stopped by a signal after step {done} of {total}; saved in {run.folder}. Repeat the command.")
                 raise SystemExit(STOPPED)
     guard.raise_if_bad()
     if distributed.is_main():

@@ -126,6 +126,18 @@ def test_an_unknown_device_is_refused():
         distributed.start("gpu")
 
 
+def test_a_gpu_that_cannot_be_used_is_said_unless_it_was_hidden_on_purpose(monkeypatch):
+    """As with a driver that is too old; hours on a CPU would be a silent fallback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match="PyTorch cannot use it.*--device cpu goes on without"):
+        distributed.start("auto")
+    assert distributed.start("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.start("auto").type == "cpu"
+
+
 def test_a_failed_start_leaves_no_folder(tmp_path):
     for wrote, left in ((False, 0), (True, 1)):
         with pytest.raises(UserError), open_run("script", "name", run_settings(tmp_path), {}) as run:

@@ -385,7 +385,7 @@ def test_impossible_batches_are_refused(tmp_path):
         fit(tmp_path, settings(batch_size=16))
     with pytest.raises(UserError, match="4 cannot be shared equally by 3 ranks"):
         training.split_batch(4, 512, 3)
-    cases = {(12, 512, 1): 1, (12, 5, 1): 3, (12, 4, 2): 2, (12, 1, 3): 4}  # global, micro, ranks: accumulation
+    cases = {(12, 512, 1): (1, 12), (12, 5, 1): (3, 4), (12, 4, 2): (2, 3), (12, 1, 3): (4, 1)}  # steps, images
     assert {numbers: training.split_batch(*numbers) for numbers in cases} == cases
 
 
