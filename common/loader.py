@@ -132,5 +132,7 @@ def to_device(batch, device, mean, std):
     for name, value in batch.items():
         if name not in STAY_ON_HOST:
             value = value.to(device, non_blocking=True)
-            batch[name] = (value - mean.view(-1, 1, 1)) / std.view(-1, 1, 1) if value.dtype == torch.uint8 else value
+            if value.dtype == torch.uint8:  # in place: on a CPU new memory costs more than the arithmetic
+                value = value.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+            batch[name] = value
     return batch

@@ -86,8 +86,9 @@ def table(points):
     ks = sorted({point["k"] for point in points})
     cells = {(p["panel"], p["method"], p["k"]): report.spread(p["top1"]) for p in points}
     curves = dict.fromkeys((p["panel"], p["method"]) for p in points)
-    return report.markdown(["data", "method", *(f"k = {k}" for k in ks)],
-                           [[panel, method, *(cells[panel, method, k] for k in ks)] for panel, method in curves])
+    first = 0 if any(panel for panel, _ in curves) else 1  # Figure 2 has one panel, without a name
+    return report.markdown([*["data", "method"][first:], *(f"k = {k}" for k in ks)],
+                           [[*curve[first:], *(cells[(*curve, k)] for k in ks)] for curve in curves])
 
 
 def draw(points, path):
