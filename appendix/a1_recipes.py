@@ -1,6 +1,6 @@
 """Appendix A.1: from the "ori." recipe to the improved one, a change at a time; layer decay from scratch; length.
 
-    python appendix/a1_recipes.py                                            # demo: 3 rows from scratch, 5 minutes
+    python appendix/a1_recipes.py                                            # demo: 3 rows from scratch, 2 minutes
     python appendix/a1_recipes.py --preset small --data-path DIR --rows scratch-ori scratch-mixup scratch-impr
     torchrun --nproc-per-node=8 appendix/a1_recipes.py --data-path IMAGENET  # every row, from scratch and from MAE-Tiny
 

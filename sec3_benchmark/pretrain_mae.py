@@ -1,6 +1,6 @@
 """MAE pre-training of ViT-Tiny (Section 3.1, recipe of Appendix A.2).
 
-    python sec3_benchmark/pretrain_mae.py                                             # demo: generated images, 2 minutes
+    python sec3_benchmark/pretrain_mae.py                                             # demo: 2 minutes
     python sec3_benchmark/pretrain_mae.py --preset small --data-path DIR              # any folder of images, 64 px
     torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mae.py --data-path IMAGENET   # the paper: 400 epochs
 

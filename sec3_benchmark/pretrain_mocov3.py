@@ -1,6 +1,6 @@
 """MoCo-v3 pre-training of ViT-Tiny (Section 3.1, recipe of Appendix A.3).
 
-    python sec3_benchmark/pretrain_mocov3.py                                            # demo: a minute or two
+    python sec3_benchmark/pretrain_mocov3.py                                            # demo: a minute
     python sec3_benchmark/pretrain_mocov3.py --preset small --data-path DIR             # any folder of images, 64 px
     torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mocov3.py --data-path IMAGENET  # the paper: 400 epochs
 

@@ -1,6 +1,6 @@
 """Table 1: ViT-Tiny on ImageNet-1k after different pre-training methods, top-1.
 
-    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: 5 minutes
+    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: 4 minutes
     python sec3_benchmark/table1_pretraining_methods.py --preset small --data-path DIR --seeds 0 1
     torchrun --nproc-per-node=8 sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET
     python sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET --dry-run  # the commands, for a job script

@@ -1,6 +1,6 @@
 """Table 2: the enhanced ViT-Tiny beside other light networks: parameters, throughput, top-1 on ImageNet, ReaL, V2.
 
-    python sec3_benchmark/table2_sota_networks.py                     # demo: seven networks, small batches, a minute
+    python sec3_benchmark/table2_sota_networks.py                     # demo: seven networks, small batches, seconds
     python sec3_benchmark/table2_sota_networks.py --preset paper      # all, batch 1024, mixed precision: wants a GPU
     python sec3_benchmark/table2_sota_networks.py --preset paper --imagenet DIR --real-labels real.json \\
         --imagenet-v2 DIR --checkpoints mae-300=outputs/finetune/RUN/weights.pt
