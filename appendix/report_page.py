@@ -3,8 +3,9 @@
     python appendix/report_page.py                        # writes outputs/report.html; seconds
     python appendix/report_page.py --folders DIR --output-file page.html
 
-Each item shows its table or picture, when, by which command, with which preset and data it was made, and its numbers as
-a file beside. The page needs no network and no other file. Numbers of the demo preset are marked: they are no evidence.
+What is kept in results/ comes first, then outputs/, each in the order of the paper. An item shows its table or picture,
+when, by which command, with which preset and data it was made, and the name of the file with its numbers. It needs no
+network and no other file. Numbers of the demo preset are marked: they are no evidence.
 """
 import base64
 import html
@@ -17,9 +18,33 @@ from common import options
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
+from common.tables import NOTES
 
 PRESETS = {}
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
+TITLES = {  # of the items, in the paper's order
+    "table1": "Table 1: pre-training methods",
+    "table2": "Table 2: light networks",
+    "table3": "Table 3: pre-training data",
+    "table4": "Table 4: transfer",
+    "fig1": "Figure 1: similarity of layers",
+    "fig2": "Figure 2: leading blocks",
+    "fig3": "Figure 3: Fourier amplitude",
+    "fig4": "Figure 4: leading blocks on small sets",
+    "fig5": "Figure 5: attention distance and entropy",
+    "attention_maps": "Attention of single heads",
+    "fig6": "Figure 6: similarity after distillation",
+    "fig7": "Figure 7: which layer to distil",
+    "table5": "Table 5: distillation",
+    "a1": "A.1: recipes",
+    "a2": "A.2: MAE's settings",
+    "a3": "A.3: MoCo-v3's settings",
+    "a4": "A.4: transfer settings",
+    "a5": "A.5: detection settings",
+    "a6": "A.6: what CKA depends on",
+    "b1": "B.1: stronger references",
+    "b5": "B.5: DINO and SimMIM",
+}
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --note: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
@@ -27,6 +52,7 @@ h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
+th:first-child { min-width: 9rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .about { color: #888; font-size: .85rem; overflow-wrap: anywhere; }
 .demo { background: var(--note); padding: .3rem .7rem; border-radius: 4px; }
@@ -36,15 +62,16 @@ nav a { display: inline-block; margin-right: 1rem; }
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--folders", nargs="+", metavar="DIR", help="default: outputs/ and every section's results/")
+    parser.add_argument("--folders", nargs="+", metavar="DIR", help="default: every section's results/, then outputs/")
     parser.add_argument("--output-file", default=str(options.ROOT / "outputs" / "report.html"), metavar="FILE")
     return parser
 
 
 def find_items(folders):
-    """Every <item>.json that a table or figure script wrote below the folders, in order of place and name."""
+    """Every <item>.json that a table or figure script wrote, folder by folder, in each in the paper's order."""
+    place = {name: number for number, name in enumerate(TITLES)}
     for folder in folders:
-        for path in sorted(Path(folder).rglob("*.json")):
+        for path in sorted(Path(folder).rglob("*.json"), key=lambda path: (place.get(path.stem, len(place)), path)):
             try:
                 content = json.loads(path.read_text())
             except (json.JSONDecodeError, UnicodeDecodeError):
@@ -64,7 +91,7 @@ def table_html(lines):
 
 
 def markdown_html(text):
-    """Paragraphs, lists and tables: all that the tables' Markdown has."""
+    """Paragraphs, lists and tables: all that the tables' Markdown has. Rows that were not run are folded away."""
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = block.splitlines()
@@ -72,6 +99,8 @@ def markdown_html(text):
             parts.append(table_html(lines))
         elif lines[0].startswith("- "):
             parts.append("<ul>" + "".join(f"<li>{html.escape(line[2:])}</li>" for line in lines) + "</ul>")
+        elif block.startswith("Not measured here"):
+            parts.append(f"<details><summary>Rows without a number</summary>{html.escape(block)}</details>")
         else:
             parts.append(f"<p>{html.escape(block)}</p>")
     return "\n".join(parts)
@@ -85,17 +114,22 @@ def item_html(path, content):
     about = {"preset": content.get("preset"), "data": content.get("data"), "made": environment.get("date"),
              "command": environment.get("command"), "on": environment.get("gpu") or environment.get("cpu"),
              "torch": environment.get("torch"), "numbers": path.name}
-    parts = [f'<h2 id="{anchor(path)}">{html.escape(str(content["item"]))}</h2>']
+    parts = [f'<h2 id="{anchor(path)}">{html.escape(title(content))}</h2>']
     if content.get("preset") == "demo":
         parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
                      'is no evidence for the paper.</p>')
     if text.exists():
-        parts.append(markdown_html(text.read_text()))
+        parts.append(markdown_html(text.read_text().replace(NOTES["demo"], "")))  # said above
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<p><img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
     said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
     return "\n".join([*parts, f'<p class="about">{said}</p>'])
+
+
+def title(content):
+    """What an item is called in the paper, or by itself."""
+    return TITLES.get(content["item"], str(content["item"]))
 
 
 def anchor(path):
@@ -104,7 +138,7 @@ def anchor(path):
 
 def page(items):
     """The whole page as text."""
-    links = " ".join(f'<a href="#{anchor(path)}">{html.escape(str(content["item"]))}</a>' for path, content in items)
+    links = " ".join(f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items)
     body = "\n".join(item_html(path, content) for path, content in items)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -118,7 +152,7 @@ def page(items):
 
 def main(args):
     """Writes the page; returns {"page", "items"}."""
-    folders = args.folders or [options.ROOT / "outputs", *(options.ROOT / name / "results" for name in SECTIONS)]
+    folders = args.folders or [*(options.ROOT / name / "results" for name in SECTIONS), options.ROOT / "outputs"]
     if absent := [str(folder) for folder in args.folders or () if not Path(folder).is_dir()]:
         raise UserError(f"--folders {' '.join(absent)}: no such folder")
     items = list(find_items(folders))

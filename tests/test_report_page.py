@@ -45,17 +45,22 @@ def test_the_page_holds_every_item_and_nothing_from_elsewhere(tmp_path):
     columns = {"row": lambda row: row["name"], "measured": lambda row: row["measured"]}
     rows = [{"name": "a <b> & c", "published": 78.0, "status": "run", "measured": 12.5}]
     demo, small = Namespace(preset="demo", data="fractals"), Namespace(preset="small", data="folder")
-    report.write_table(tmp_path / "outputs" / "table9", "table9", demo, columns, rows,
+    later = {"name": "later", "published": 2.0, "status": "not chosen", "measured": []}
+    report.write_table(tmp_path / "outputs" / "table9", "table9", demo, columns, [*rows, later],
                        notes=["- first\n- second", "A note."])
     (tmp_path / "outputs" / "table9" / "table9.png").write_bytes(PNG)
     (tmp_path / "outputs" / "table9" / "other.png").write_bytes(PNG)
     report.write_table(tmp_path / "results", "fig9", small, columns, rows)
+    report.write_table(tmp_path / "results", "fig2", small, columns, rows)
     (tmp_path / "outputs" / "settings.json").write_text(json.dumps({"epochs": 1}))  # no item
     (tmp_path / "outputs" / "broken.json").write_text("{")
     result, page = make([tmp_path / "outputs", tmp_path / "results"], tmp_path)
     text = " ".join(page.text)
-    assert result["items"] == 2 and page.tags.count("h2") == 2 and page.tags.count("table") == 2
+    assert result["items"] == 3 and page.tags.count("h2") == 3 and page.tags.count("table") == 3
+    places = [text.rindex(title) for title in ("table9", "Figure 2: leading blocks", "fig9")]
+    assert places == sorted(places)  # folder by folder, and there in the paper's order
     assert page.tags.count("img") == 1 and page.tags.count("li") == 2
+    assert page.tags.count("details") == 1 and "later (2.0: not chosen)" in text  # folded away, but there
     assert "a <b> & c" in page.text and "12.5" in page.text and "A note." in text  # escaped, so it reads as written
     assert text.count("is no evidence for the paper") == 1  # only the demo's item is marked
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
