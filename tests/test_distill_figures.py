@@ -75,9 +75,10 @@ def test_figure_7_distils_each_layer_and_fine_tunes_alike(asked, tmp_path):
                                                                               *[list(range(1, 13))] * 2]
     assert {settings["epochs"] for _, settings in pretrained} == {pretrain_dmae.PRESETS["demo"]["epochs"]}
     assert {settings["epochs"] for _, settings in tuned} == {2}
+    batch = pretrain_dmae.PRESETS["demo"]["batch_size"]
     assert [settings["init"] for _, settings in tuned] == [f"{tmp_path}/run{n}/weights.pt" for n in range(1, 12, 2)]
     assert [row["name"] for row in rows] == ["none", "layer 4", "all"]
-    assert rows[1]["measured"] == [6.0, 8.0] and rows[1]["seconds_per_step"] == [64 / 10, 64 / 14]
+    assert rows[1]["measured"] == [6.0, 8.0] and rows[1]["seconds_per_step"] == [batch / 10, batch / 14]
     assert (tmp_path / "fig7" / "fig7.png").stat().st_size > 10_000
     assert "| layer 4   | 7.0 ± 1.4" in (tmp_path / "fig7" / "fig7.md").read_text()
 
