@@ -29,7 +29,7 @@ from sec3_benchmark.erasing import erase, erasing_box
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=3, batch_size=64,
-                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=0),
+                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5),
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=100, batch_size=256),
 }
 RECIPES = {  # what each changes from the defaults below

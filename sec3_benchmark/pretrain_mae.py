@@ -16,8 +16,8 @@ from common.training import Method, train
 from sec3_benchmark import subsets
 
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=20, batch_size=64,
-                 base_lr=6e-3, warmup_epochs=1),
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=10, batch_size=32,
+                 base_lr=8e-3, warmup_epochs=1),
     # for some 10,000 to 100,000 images: small batches, hence a higher base rate than 1.5e-4
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
                   warmup_epochs=20),

@@ -20,7 +20,7 @@ from common.tables import PREVIOUS, Row
 from sec5_distill import pretrain_dmae
 
 DEPTH = 12  # of every ViT of the paper
-FINETUNE = {"demo": {"epochs": 2, "eval_every": 0}, "small": {}, "paper": {"epochs": 100}}
+FINETUNE = {"paper": {"epochs": 100}}
 NONE = {"demo": {"epochs": pretrain_dmae.PRESETS["demo"]["epochs"]}}  # the demo's MAE is trained no longer than D-MAE
 
 
@@ -51,7 +51,7 @@ def row_of(layer, preset):
     pretrain = ("sec3_benchmark.pretrain_mae", NONE.get(preset, {})) if layer == "none" else \
         ("sec5_distill.pretrain_dmae", {"distill_blocks": [int(block) for block in blocks]})
     return Row(layer, layer if layer in ("none", "all") else f"layer {layer}", None,
-               (pretrain, ("sec3_benchmark.finetune", {**FINETUNE[preset], "init": PREVIOUS})))
+               (pretrain, ("sec3_benchmark.finetune", {**FINETUNE.get(preset, {}), "init": PREVIOUS})))
 
 
 def summary(row, results):

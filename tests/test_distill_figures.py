@@ -8,7 +8,7 @@ import pytest
 
 from common import options, tables
 from common.errors import UserError
-from sec3_benchmark import table1_pretraining_methods, table4_transfer
+from sec3_benchmark import finetune, table1_pretraining_methods, table4_transfer
 from sec4_analysis import similarity
 from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation
 
@@ -74,7 +74,7 @@ def test_figure_7_distils_each_layer_and_fine_tunes_alike(asked, tmp_path):
     assert [settings.get("distill_blocks") for _, settings in pretrained] == [None, None, [4], [4],
                                                                               *[list(range(1, 13))] * 2]
     assert {settings["epochs"] for _, settings in pretrained} == {pretrain_dmae.PRESETS["demo"]["epochs"]}
-    assert {settings["epochs"] for _, settings in tuned} == {2}
+    assert {settings["epochs"] for _, settings in tuned} == {finetune.PRESETS["demo"]["epochs"]}
     batch = pretrain_dmae.PRESETS["demo"]["batch_size"]
     assert [settings["init"] for _, settings in tuned] == [f"{tmp_path}/run{n}/weights.pt" for n in range(1, 12, 2)]
     assert [row["name"] for row in rows] == ["none", "layer 4", "all"]
