@@ -22,8 +22,8 @@ from common.runs import open_run
 from common.training import Method, train
 
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=128,
-                 base_lr=2e-3, warmup_epochs=1),
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=32,
+                 base_lr=8e-3, warmup_epochs=1),
     "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=256, base_lr=5e-4, warmup_epochs=20),
 }
 
