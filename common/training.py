@@ -13,9 +13,7 @@ from common.errors import UserError
 from common.loader import StepSampler, Views, default_workers, seed_everything, to_device, train_loader
 from common.optim import set_learning_rate, steps_per_epoch
 from common.vit import choose_attention
-from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
-
-STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
+from common.watch import STOPPED, BadImages, Guard, Meter, StopSignals, explain_memory
 
 
 class Method:
@@ -143,7 +141,7 @@ class Snapshot:
     def __init__(self, run, args, method, optimizer, scaler, meter, execution):
         self.run, self.args, self.method, self.optimizer, self.scaler = run, args, method, optimizer, scaler
         self.meter, self.execution = meter, execution
-        self.progress = {"step": 0, "seconds": 0.0, "best": {}, "last": {}, "bad_images": []}
+        self.progress = {"step": 0, "evaluate": False, "seconds": 0.0, "best": {}, "last": {}, "bad_images": []}
         self.saved_at = self.resumed_at = time.perf_counter()
 
     def restore(self, device):
@@ -213,7 +211,9 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
     engine = Engine(args, device, dtype, scaler, accumulation, batches, meter)
 
-    with StopSignals() as stop, meter.bar(start), explain_memory(at_once), closing(batches):
+    with StopSignals(run, progress, total) as stop, meter.bar(start), explain_memory(at_once), closing(batches):
+        if progress["evaluate"]:  # it was stopped there
+            note_evaluation(run, method, progress, stop, evaluate, per_epoch)
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
@@ -225,22 +225,21 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
 
-            done, epoch = step + 1, (step + 1) / per_epoch
-            evaluated = evaluate and (done == total or args.eval_every and done % (per_epoch * args.eval_every) == 0)
+            done = step + 1
+            progress["evaluate"] = bool(evaluate) and (
+                done == total or args.eval_every > 0 and done % (per_epoch * args.eval_every) == 0)
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
-                meter.write(done, epoch, schedule(step))
-            if evaluated:
-                guard.raise_if_bad()
-                note_evaluation(run, method, progress, done, epoch, evaluate())
-            stopping, due = distributed.all_max(stop.received, snapshot.due())  # an evaluation may take minutes
-            if stopping or done < total and (due or evaluated):
+                meter.write(done, done / per_epoch, schedule(step))
+            stopping, due = distributed.all_max(stop.received, snapshot.due())
+            if stopping or progress["evaluate"] or due and done < total:
                 guard.raise_if_bad()
                 progress["bad_images"] = sorted(bad_images.known)
                 snapshot.save(done)
             if stopping:  # after the last step too: a table must not go on to its next stage
-                print0(f"stopped by a signal after step {done} of {total}; saved in {run.folder}. Repeat the command.")
                 raise SystemExit(STOPPED)
+            if progress["evaluate"]:
+                note_evaluation(run, method, progress, stop, evaluate, per_epoch)
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")
@@ -283,11 +282,14 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
     return grad_norm
 
 
-def note_evaluation(run, method, progress, step, epoch, result):
-    """Logs an evaluation; the best weights so far, by its first number, are kept beside the last."""
-    run.log({"step": step, "epoch": epoch, "eval": result})
+def note_evaluation(run, method, progress, stop, evaluate, per_epoch):
+    """Evaluates and logs; the best weights so far, by the first number, are kept beside the last."""
+    with stop.obeyed_at_once():
+        result = evaluate()
+    epoch = progress["step"] / per_epoch
+    run.log({"step": progress["step"], "epoch": epoch, "eval": result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    progress["last"] = {"epoch": epoch, **result}
+    progress["evaluate"], progress["last"] = False, {"epoch": epoch, **result}
     measure = next(iter(result))  # top1, or box_ap
     if result[measure] > progress["best"].get(measure, -1.0):
         progress["best"] = dict(progress["last"])

@@ -14,6 +14,9 @@ from common.distributed import print0
 BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
 
 
+STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
+
+
 class StopSignals:
     """Turns the first signal into a flag that the loop reads at the end of a step. A second one interrupts at once,
     unless it follows so soon that it is the same one, sent to the launcher and to the ranks.
@@ -21,8 +24,11 @@ class StopSignals:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+    def __init__(self, run, progress, total):
+        self.run, self.progress, self.total = run, progress, total
+
     def __enter__(self):
-        self.received, self.at = False, 0.0
+        self.received, self.at, self.at_once = False, 0.0, False
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
@@ -31,10 +37,26 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.at = True, time.monotonic()
+            if self.at_once:
+                raise SystemExit(STOPPED)
 
-    def __exit__(self, *error):
+    @contextmanager
+    def obeyed_at_once(self):
+        """For an evaluation: it may take minutes, and what it has done so far need not be kept."""
+        self.at_once = True
+        try:
+            if self.received:
+                raise SystemExit(STOPPED)
+            yield
+        finally:
+            self.at_once = False
+
+    def __exit__(self, kind, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is SystemExit:
+            print0(f"stopped by a signal after step {self.progress['step']} of {self.total}; saved in "
+                   f"{self.run.folder}. Repeat the command.")
 
 
 class Guard:

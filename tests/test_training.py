@@ -361,16 +361,38 @@ def test_an_inexact_continuation_is_refused_unless_allowed(tmp_path, change):
     assert [row["step"] for row in log_rows(tmp_path)] == list(range(1, TOTAL + 1))
 
 
-def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
-    """A table must not go on to its next stage; the same command then finds nothing left to do."""
+@pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))  # the last too: a table must not go on to its next stage
+def test_a_signal_during_an_evaluation_is_obeyed_at_once(tmp_path, epoch):
+    """An evaluation may take minutes. The same command evaluates anew, and all is as if nothing had been."""
+    evaluations = []
+
     def evaluate(toy):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return {"top1": 1.0}
+        evaluations.append(toy)
+        if len(evaluations) == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the evaluation went on")
+        return {"top1": toy.model.layers[0].weight.detach().square().sum().item()}
+    args = settings(eval_every=1, log_every=2)
     with pytest.raises(SystemExit) as stopped:
-        fit(tmp_path, settings(), evaluate=evaluate)
-    assert stopped.value.code == 75 and steps_saved(tmp_path)[0] == TOTAL
-    toy = fit(tmp_path, settings(), evaluate=lambda toy: pytest.fail("evaluated again"))
-    assert toy.result["last"]["top1"] == 1.0
+        fit(tmp_path / "parts", args, evaluate=evaluate)
+    assert stopped.value.code == 75 and steps_saved(tmp_path / "parts")[0] == epoch * TOTAL // EPOCHS
+    parts, whole = (fit(tmp_path / name, args, evaluate=evaluate) for name in ("parts", "whole"))
+    assert len(evaluations) == 2 * EPOCHS + 1
+    assert_same(state(parts), state(whole))
+    assert log_rows(tmp_path / "parts") == log_rows(tmp_path / "whole")
+    assert (parts.result["last"], parts.result["best"]) == (whole.result["last"], whole.result["best"])
+
+
+def test_a_signal_just_before_an_evaluation_is_obeyed(tmp_path, monkeypatch):
+    save = checkpoint.save_step
+
+    def save_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*args)
+    monkeypatch.setattr(checkpoint, "save_step", save_and_signal)
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path, settings(), evaluate=lambda toy: pytest.fail("evaluated"))
+    assert stopped.value.code == 75 and steps_saved(tmp_path) == [TOTAL]
 
 
 def test_ranks_with_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):
