@@ -17,7 +17,7 @@ from appendix.features import add_arguments, add_execution, build_encoder, extra
 from common import distributed, options
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import load_sets
+from common.data import load_images
 from common.distributed import print0
 
 PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
@@ -40,7 +40,7 @@ def main(args):
     """Returns {"features": the file written, "images", "dim"}."""
     device = distributed.start(args.device)
     encoder, fingerprint = build_encoder(args, device)
-    images, _ = load_sets(args, labelled=False)
+    images = load_images(args)
     values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
     about = f"{fingerprint[:10]}-{images.fingerprint()[:6]}-{args.img_size[0]}px-layer{args.layer}-{args.pooling}"
     place = Path(args.save_to or Path(args.output) / "extract_features" / f"{about}.npz")

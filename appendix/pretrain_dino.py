@@ -13,7 +13,7 @@ import torch
 
 from appendix.dino import DINO, MultiCrop, clip_each, cosine, dino_loss, teacher_temperature, update_center
 from common import distributed, options
-from common.data import load_sets
+from common.data import load_images
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, steps_per_epoch, warmup_cosine
@@ -132,7 +132,7 @@ def regularised_groups(model):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
-    images, _ = load_sets(args, labelled=False)
+    images = load_images(args)
     crops = crops_of(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dino", name, args, {"data": images.fingerprint()}) as run:

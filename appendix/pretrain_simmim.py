@@ -12,7 +12,7 @@ help says "ours". `--model vit_tiny` takes the plain ViT instead of SimMIM's rel
 from appendix.simmim import SimMIM, random_mask, unit_grid
 from common import distributed, options
 from common.augment import pretrain_transform
-from common.data import load_sets
+from common.data import load_images
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
@@ -98,7 +98,7 @@ def check_masking(args, grid):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start(args.device)
-    images, _ = load_sets(args, labelled=False)
+    images = load_images(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_simmim", name, args, {"data": images.fingerprint()}) as run:
         if run.result:

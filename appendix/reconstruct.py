@@ -14,7 +14,7 @@ import torch
 
 from common import data, distributed, options
 from common.augment import eval_transform
-from common.data import load_sets, statistics, take_statistics
+from common.data import load_images, statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model, read_weights
@@ -90,7 +90,7 @@ def main(args):
     model = eval_mode(model, device)
     args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
     take_statistics(args, weights)
-    images, _ = load_sets(args, labelled=False)
+    images = load_images(args)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
     transform, (mean, std) = eval_transform(args.img_size), (s.view(-1, 1, 1).to(device) for s in statistics(args))

@@ -40,7 +40,7 @@ TITLES = {  # of the items, in the paper's order
     "a2": "A.2: MAE's settings",
     "a3": "A.3: MoCo-v3's settings",
     "a4": "A.4: transfer settings",
-    "a5": "A.5: detection settings",
+    "a5_detection": "A.5: detection settings",
     "a6": "A.6: what CKA depends on",
     "b1": "B.1: stronger references",
     "b5": "B.5: DINO and SimMIM",

@@ -138,10 +138,16 @@ def image_tree(root, in_chans):
     return ImageSet("folder", paths, None, [], in_chans)
 
 
-def load_sets(args, labelled=True, splits=("train", "val")):
-    """Train and validation set of the command line (validation is None where a pre-training needs no labels), or one of
-    them alone, in a tuple.
-    """
+def load_images(args):
+    """The images to pre-train on: labels are not needed, nor a validation set."""
+    if args.data in ("folder", "imagenet") and args.data_path:
+        return image_tree(args.data_path, args.in_chans)
+    [images] = load_sets(args, splits=("train",))
+    return images
+
+
+def load_sets(args, splits=("train", "val")):
+    """Labelled training and validation set of the command line, or one of them alone, in a tuple."""
     if args.data != "fractals" and not args.data_path:
         raise DataError(f"--data {args.data} needs --data-path; without data, use --data fractals")
     if args.data == "fractals" and args.data_path:
@@ -149,18 +155,16 @@ def load_sets(args, labelled=True, splits=("train", "val")):
                         f"(--preset demo), or pass --data folder")
     if args.data == "fractals":
         sets = fractals(args, {split: FRACTAL_TRAIN if split == "train" else FRACTAL_VAL for split in splits})
-    elif args.data in ("folder", "imagenet") and not labelled:
-        sets = image_tree(args.data_path, args.in_chans), None
     elif args.data in ("folder", "imagenet"):
         sets = [labelled_folder(Path(args.data_path) / split, args.in_chans, args.data) for split in splits]
     else:
         sets = [cifar(args, split == "train") for split in splits]
     train, val = sets[0], sets[-1]
-    if labelled and train.classes != val.classes:
+    if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise DataError(f"{args.data_path}: train has {len(train.classes)} classes and val {len(val.classes)}; "
                         f"in one of them only: {', '.join(map(str, odd[:5]))}")
-    if labelled and args.data == "imagenet" and len(train.classes) != 1000:
+    if args.data == "imagenet" and len(train.classes) != 1000:
         raise DataError(f"{args.data_path}: ImageNet-1k has 1000 classes, found {len(train.classes)}; "
                         f"use --data folder for other sets")
     return tuple(sets)

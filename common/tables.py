@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import distributed, options, report
-from common.data import load_sets
+from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.weights import HubError
@@ -115,7 +115,8 @@ def run_rows(rows, args, demo, script, columns=None):
         check_row(row, args)
     if args.data_path and not args.dry_run:
         scripts = {module.split(".")[-1] for _, row in cells for module, _ in row.stages}
-        load_sets(args, labelled=not all(script.startswith(NO_LABELS) for script in scripts))
+        load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
+        load(args)
     for number, (column, row) in enumerate(cells, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(cells)}: {row.name}, seed {seed}")

@@ -173,13 +173,18 @@ class BadImages:
                             f"see {path}")
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says so; on a CPU it has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explain_memory(micro_batch):
     """Turns an out-of-memory error into one that says which argument to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except RuntimeError as error:
+        if out_of_memory(error):
             raise MemoryError(f"out of memory with {micro_batch} images at once: try --micro-batch "
                               f"{max(1, micro_batch // 2)}; the global batch stays the same "
                               f"({str(error).splitlines()[0]})") from error

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.data import Mixup
 
 from common import distributed, options
-from common.augment import train_transform
 from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -26,10 +25,11 @@ from common.rpe import MODELS, build_model, unshared
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.erasing import erase, erasing_box
+from sec3_benchmark.randaugment import train_transform
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=3, batch_size=64,
-                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5),
+                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=1),
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=100, batch_size=256),
 }
 RECIPES = {  # what each changes from the defaults below

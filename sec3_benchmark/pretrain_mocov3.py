@@ -22,8 +22,8 @@ from sec3_benchmark import subsets
 from sec3_benchmark.moco import MoCo, class_tokens, momentum_at, symmetric_loss, view_transform
 
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=4, batch_size=32,
-                 base_lr=4e-3, warmup_epochs=1, mlp_dim=256, out_dim=64, blur_sigma=0.5),
+    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=2, batch_size=128,
+                 base_lr=2e-3, warmup_epochs=1, mlp_dim=256, out_dim=64, blur_sigma=0.5),
     # the batch is a quarter of the paper's, so is the number of keys; the blur shrinks with the image
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=5e-4,
                   warmup_epochs=20, blur_sigma=0.6),

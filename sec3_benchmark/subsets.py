@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import DataError, load_sets
+from common.data import DataError, load_images, load_sets
 from common.distributed import print0
 
 SEED = 0
@@ -32,7 +32,7 @@ def add_argument(parser):
 def pretraining_images(args):
     """The images of --data and --subset. The subset enters a run's identity by its images, not by its name."""
     if args.subset is None:
-        return load_sets(args, labelled=False)[0]
+        return load_images(args)
     images = part_of(load_sets(args, splits=("train",))[0], args.subset)
     print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
            f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")

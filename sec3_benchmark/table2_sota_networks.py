@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.formats import load_model
 from common.training import choose_precision
 from common.vit import eval_mode, parameter_count
+from common.watch import out_of_memory
 from sec3_benchmark import imagenet_variants
 from sec3_benchmark.label_points import label_points
 from sec3_benchmark.light_networks import DISTILLED, NETWORKS, THREE_HEADS, build
@@ -102,8 +103,8 @@ def measure(network, chosen, args, device):
     result = {"status": "measured" if chosen else "not chosen", "params": parameter_count(model)}
     try:
         return result | (throughput(model, network.px, args, device) if chosen else {})
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         return {**result, "status": f"out of memory at batch {args.batch_size}"}
     finally:

@@ -11,7 +11,7 @@ weights.pt holds the student and the map M, not the teacher; pass it to finetune
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
 from common import distributed, options
-from common.data import load_sets, take_statistics
+from common.data import load_images, take_statistics
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
@@ -147,7 +147,7 @@ def main(args):
     if args.teacher == "own":
         args.teacher = pretrain_teacher(args)
     args.teacher_model = args.teacher_epochs = None  # from here on only the teacher's content counts
-    images, _ = load_sets(args, labelled=False)
+    images = load_images(args)
     weights = read_weights(args.teacher)
     take_statistics(args, weights)  # the teacher sees the student's images
     identity = teacher_identity(args, weights)

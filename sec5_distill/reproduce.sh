@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Section 5's figures and table, one after the other; finished runs are reused, an interrupted one continues.
-#   bash sec5_distill/reproduce.sh                                              # demo
-#   bash sec5_distill/reproduce.sh --preset small --data-path DIR
+#   bash sec5_distill/reproduce.sh                                                         # demo
 #   TRANSFER="--dataset-path ROOT --datasets NAME" bash sec5_distill/reproduce.sh --preset small --data-path DIR
-# Arguments go to every script, those in TRANSFER to Table 5 alone (which the small preset needs: it has no data sets of its
-# own). For several GPUs: LAUNCH="torchrun --nproc-per-node=8" bash sec5_distill/reproduce.sh ...
+# Arguments go to every script. More, for some alone:
+#   SEEDS="--seeds 0 1 2"                               Figure 7 and Table 5, which train
+#   IMAGES="--num-images 500"                           Figure 6, where val/ has fewer than 1,024 images
+#   TRANSFER="--dataset-path ROOT --datasets NAME ..."  Table 5; outside the demo it is left out without
+#   LAUNCH="torchrun --nproc-per-node=8"                several GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-${LAUNCH:-python} sec5_distill/fig6_distilled_similarity.py "$@"
-${LAUNCH:-python} sec5_distill/fig7_distilled_layer.py "$@"
-${LAUNCH:-python} sec5_distill/table5_distillation.py "$@" ${TRANSFER:-}
+run=${LAUNCH:-python}
+$run sec5_distill/fig6_distilled_similarity.py "$@" ${IMAGES:-}
+$run sec5_distill/fig7_distilled_layer.py "$@" ${SEEDS:-}
+if [[ $# == 0 || -n ${TRANSFER:-} ]]; then
+    $run sec5_distill/table5_distillation.py "$@" ${SEEDS:-} ${TRANSFER:-}
+else
+    echo "Table 5 is left out: name its data sets in TRANSFER" >&2
+fi

@@ -63,7 +63,7 @@ def tiny_run(module, folder, monkeypatch, **explicit):
     """A pre-training script on eight 8 px images of noise, four to a step, two epochs; returns its result."""
     pixels = np.random.RandomState(0).randint(0, 256, (8, 12, 12, 3), dtype=np.uint8)
     reader = getattr(module, "subsets", module)  # the module that reads the images for it
-    monkeypatch.setattr(reader, "load_sets", lambda args, labelled=True: (ImageSet("noise", pixels, None, []), None))
+    monkeypatch.setattr(reader, "load_images", lambda args: ImageSet("noise", pixels, None, []))
     monkeypatch.setattr(report, "draw_curve", lambda *paths: None)
     row = dict(preset="demo", data="fractals", img_size=[8], batch_size=4, epochs=2, warmup_epochs=1, base_lr=0.1,
                device="cpu", workers=0, precision="fp32", save_minutes=60, log_every=1, output=str(folder))

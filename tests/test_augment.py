@@ -1,4 +1,6 @@
-"""common/augment.py against PIL done by hand, torchvision, timm's own pipeline, and the numbers of timm 0.4.12."""
+"""common/augment.py and sec3_benchmark/randaugment.py against PIL done by hand, torchvision, timm's own
+pipeline, and the numbers of timm 0.4.12.
+"""
 import math
 import pickle
 import random
@@ -13,6 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from common import augment
+from sec3_benchmark import randaugment
 from tests.helpers import ks_uniform
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
@@ -165,7 +168,7 @@ LEVELS = {  # timm 0.4.12's formulas in numbers: every argument that can be draw
 
 
 def test_randaugment_has_the_15_operations_and_levels_of_the_paper():
-    ops = augment.rand_augment(augment.RANDAUGMENT, 224).ops
+    ops = randaugment.rand_augment(randaugment.RANDAUGMENT, 224).ops
     assert [op.name for op in ops] == list(LEVELS) and len(ops) == 15
     random.seed(0)
     for op in ops:
@@ -175,7 +178,7 @@ def test_randaugment_has_the_15_operations_and_levels_of_the_paper():
 
 
 def test_randaugment_draws_two_of_fifteen_with_replacement_half_of_them_executed_at_clipped_normal_magnitudes():
-    transform = augment.rand_augment("rand-m10-mstd0.5-inc1", 32)
+    transform = randaugment.rand_augment("rand-m10-mstd0.5-inc1", 32)
     calls = []
     for index, op in enumerate(transform.ops):  # record instead of executing
         op.level_fn = lambda magnitude, hparams, index=index: (calls[-1].append((index, magnitude)) or (0,))
@@ -197,7 +200,7 @@ def test_randaugment_draws_two_of_fifteen_with_replacement_half_of_them_executed
 
 def run_op(name, image, config="rand-m10-inc1", seed=0, interpolation="bicubic"):
     """One operation, executed for sure at magnitude 10."""
-    op = {op.name: op for op in augment.rand_augment(config, image.size[::-1], interpolation).ops}[name]
+    op = {op.name: op for op in randaugment.rand_augment(config, image.size[::-1], interpolation).ops}[name]
     op.prob = 1.0
     return seeded(seed, op, image)
 
@@ -221,7 +224,7 @@ def test_posterize_to_zero_bits_is_black_and_timms_table_untouched():
         pass
     for bits in range(1, 9):
         masked = np.asarray(image) // 2 ** (8 - bits) * 2 ** (8 - bits)
-        assert np.array_equal(np.asarray(augment.posterize(image, bits)), masked)
+        assert np.array_equal(np.asarray(randaugment.posterize(image, bits)), masked)
 
 
 def test_operations_by_hand():
@@ -234,7 +237,7 @@ def test_operations_by_hand():
     assert np.array_equal(run_op("SolarizeAdd", image), np.where(values < 128, np.minimum(values + 110, 255), values))
     results = {run_op("TranslateXRel", image, seed=seed).tobytes() for seed in range(8)}
     shift = 18  # 0.45 * 40
-    fill = np.broadcast_to(np.array(augment.FILL), (20, shift, 3))
+    fill = np.broadcast_to(np.array(randaugment.FILL), (20, shift, 3))
     by_hand = [np.concatenate([values[:, shift:], fill], 1), np.concatenate([fill, values[:, :-shift]], 1)]
     assert results == {array.astype(np.uint8).tobytes() for array in by_hand}
     bright = {run_op("BrightnessIncreasing", image, seed=seed).tobytes() for seed in range(8)}
@@ -246,7 +249,7 @@ def test_operations_by_hand():
 
 
 def test_fill_and_interpolation_of_geometric_operations():
-    assert augment.FILL == tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+    assert randaugment.FILL == tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
     image = picture(32, 32)
     rotated = {name: {mode: image.rotate(degrees, resample=mode, fillcolor=(124, 116, 104)).tobytes()
                       for mode in (BILINEAR, BICUBIC)} for name, degrees in (("plus", 30), ("minus", -30))}
@@ -259,7 +262,7 @@ def test_fill_and_interpolation_of_geometric_operations():
 def test_randaugment_equals_timms_own_on_the_same_seed(interpolation):
     timms = create_transform(64, is_training=True, auto_augment="rand-m10-mstd0.5-inc1", interpolation=interpolation,
                              separate=True)[1]
-    ours = augment.rand_augment("rand-m10-mstd0.5-inc1", 64, interpolation)
+    ours = randaugment.rand_augment("rand-m10-mstd0.5-inc1", 64, interpolation)
     image, refused, changed = picture(40, 50), 0, 0
     for seed in range(150):
         out = seeded(seed, ours, image)
@@ -273,12 +276,12 @@ def test_randaugment_equals_timms_own_on_the_same_seed(interpolation):
 
 def test_train_transform_is_crop_then_flip_then_randaugment():
     image = picture(60, 80)
-    ours = augment.train_transform(32)
+    ours = randaugment.train_transform(32)
     steps = [transforms.RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC),
-             transforms.RandomHorizontalFlip(), augment.rand_augment("rand-m10-mstd0.5-inc1", 32)]
+             transforms.RandomHorizontalFlip(), randaugment.rand_augment("rand-m10-mstd0.5-inc1", 32)]
     for seed in range(30):
         assert torch.equal(seeded(seed, ours, image), chw(seeded(seed, transforms.Compose(steps), image)))
-        assert torch.equal(seeded(seed, augment.train_transform(32, randaugment=None), image),
+        assert torch.equal(seeded(seed, randaugment.train_transform(32, randaugment=None), image),
                            chw(seeded(seed, transforms.Compose(steps[:2]), image)))
 
 
@@ -290,15 +293,15 @@ def test_train_transform_is_crop_then_flip_then_randaugment():
 ])
 def test_randaugment_refuses_other_images(image, words):
     with pytest.raises(ValueError, match=words + ".*--randaugment none"):
-        augment.train_transform(16)(image)
+        randaugment.train_transform(16)(image)
     if not isinstance(image, Image.Image) or image.mode == "L":
-        assert augment.train_transform(16, randaugment=None)(image).shape[1:] == (16, 16)
+        assert randaugment.train_transform(16, randaugment=None)(image).shape[1:] == (16, 16)
 
 
 @pytest.mark.parametrize("config", ["none", "rand-m9-mstd-inc1", "rand-m9.5", "rand-w0", "augmix-m3", "rand-m9-inc"])
 def test_randaugment_descriptions_are_read_whole_or_refused(config):
     with pytest.raises(ValueError, match="--randaugment none"):
-        augment.train_transform(16, randaugment=config)
+        randaugment.train_transform(16, randaugment=config)
 
 
 # Evaluation
@@ -353,7 +356,7 @@ def test_eval_without_a_margin_keeps_a_fitting_image():
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 @pytest.mark.parametrize("transform", [augment.pretrain_transform((24, 32)), augment.eval_transform((24, 32)),
-                                       augment.train_transform((24, 32), randaugment=None)])
+                                       randaugment.train_transform((24, 32), randaugment=None)])
 def test_tensors_of_any_channel_count_go_the_way_of_pil_images(transform, channels):
     array = pixels(50, 70, channels)
     out = seeded(3, transform, torch.from_numpy(array).permute(2, 0, 1))
@@ -392,21 +395,21 @@ def test_to_uint8_refuses_what_it_would_garble(image, words):
 def test_settings_out_of_range_are_errors():
     for settings in ({"scale": (0.5, 0.1)}, {"scale": (0, 1)}, {"scale": (0.1, 2)}, {"interpolation": "nearest"}):
         with pytest.raises(ValueError):
-            augment.train_transform(16, **settings)
+            randaugment.train_transform(16, **settings)
 
 
 def test_defaults_are_the_published_recipes():
-    pretrain, train = augment.pretrain_transform(224), augment.train_transform(224)
+    pretrain, train = augment.pretrain_transform(224), randaugment.train_transform(224)
     for transform, interpolation in ((pretrain, "random"), (train, "bicubic")):
         crop, flip = [step for step in transform.transforms if hasattr(step, "scale") or hasattr(step, "p")]
         assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1), (0.75, 4 / 3))
         assert crop.interpolation == interpolation and flip.p == 0.5
-    assert augment.RANDAUGMENT == "rand-m10-mstd0.5-inc1"
+    assert randaugment.RANDAUGMENT == "rand-m10-mstd0.5-inc1"
 
 
 # Randomness
 
-@pytest.mark.parametrize("transform", [augment.pretrain_transform(24), augment.train_transform(24),
+@pytest.mark.parametrize("transform", [augment.pretrain_transform(24), randaugment.train_transform(24),
                                        augment.eval_transform(24)])
 def test_the_seed_decides_everything_and_survives_pickling(transform):
     image, copy = picture(40, 50), pickle.loads(pickle.dumps(transform))

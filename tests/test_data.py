@@ -18,6 +18,7 @@ from common.data import (
     ImageSet,
     UnreadableImage,
     channel_statistics,
+    load_images,
     load_sets,
     read_image,
     statistics,
@@ -264,8 +265,8 @@ def test_any_tree_of_images_serves_to_pretrain(tmp_path):
     make_tree(tmp_path, "z.png", "deep/er/B.JPG", "deep/a.JpEg", "deep/er/c.Png")
     (tmp_path / "deep" / "notes.md").write_text("no image")
     os.symlink(tmp_path / "deep" / "er", tmp_path / "linked")
-    images, val = load_sets(arguments(data_path=str(tmp_path)), labelled=False)
-    assert val is None and images.labels is None
+    images = load_images(arguments(data_path=str(tmp_path)))
+    assert images.labels is None
     assert [os.path.relpath(p, tmp_path) for p in images.images] == [
         "deep/a.JpEg", "deep/er/B.JPG", "deep/er/c.Png", "linked/B.JPG", "linked/c.Png", "z.png"]
     assert all(images.read(i).mode == "RGB" for i in range(len(images)))
@@ -273,16 +274,16 @@ def test_any_tree_of_images_serves_to_pretrain(tmp_path):
 
 def test_pretraining_leaves_the_validation_images_alone(tmp_path):
     make_tree(tmp_path, "train/a/1.png", "train/2.png", "val/a/3.png")
-    images, _ = load_sets(arguments(data_path=str(tmp_path)), labelled=False)
+    images = load_images(arguments(data_path=str(tmp_path)))
     assert [os.path.relpath(p, tmp_path) for p in images.images] == ["train/2.png", "train/a/1.png"]
 
 
 def test_trees_without_images_are_named(tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path}/nowhere is not a folder"):
-        load_sets(arguments(data_path=str(tmp_path / "nowhere")), labelled=False)
+        load_images(arguments(data_path=str(tmp_path / "nowhere")))
     (tmp_path / "a.txt").write_text("no image")
     with pytest.raises(DataError, match=f"no image below {tmp_path}.*{EXTENSIONS[0]}"):
-        load_sets(arguments(data_path=str(tmp_path)), labelled=False)
+        load_images(arguments(data_path=str(tmp_path)))
 
 
 def test_a_data_path_is_never_ignored(tmp_path):
@@ -318,17 +319,17 @@ def labelled(root):
 
 def test_a_copied_tree_has_the_same_fingerprint(tmp_path, monkeypatch):
     here, there = make_tree(tmp_path / "here", *TREE), tmp_path / "mnt" / "deep" / "there"
-    expected = labelled(here).fingerprint(), load_sets(arguments(data_path=str(here)), labelled=False)[0].fingerprint()
+    expected = labelled(here).fingerprint(), load_images(arguments(data_path=str(here))).fingerprint()
     shutil.copytree(here, there)
     os.utime(there / TREE[0], (1, 1))
     for place in (there, f"{there}/"):
-        sets = [load_sets(arguments(data_path=str(place)), labelled=kind)[0] for kind in (True, False)]
-        assert tuple(s.fingerprint() for s in sets) == expected
+        args = arguments(data_path=str(place))
+        assert (load_sets(args)[0].fingerprint(), load_images(args).fingerprint()) == expected
     monkeypatch.chdir(there)
     for place in (".", "../there"):
         assert load_sets(arguments(data_path=place))[0].fingerprint() == expected[0]
     monkeypatch.chdir(there / "train")
-    assert load_sets(arguments(data_path="."), labelled=False)[0].fingerprint() == expected[1]
+    assert load_images(arguments(data_path=".")).fingerprint() == expected[1]
 
 
 def test_another_name_size_or_label_changes_the_fingerprint(tmp_path):

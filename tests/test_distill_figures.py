@@ -58,7 +58,7 @@ def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
 
 def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(similarity, "figure", lambda *_: None)
-    monkeypatch.setattr(tables, "load_sets", lambda args, labelled: None)  # there is no ImageNet here
+    monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
     run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=similarity.parse)
     assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]
     assert asked[2][1]["teacher"] == "timm:vit_base_patch16_224.mae" and asked[2][1]["distill_blocks"] == [12]
