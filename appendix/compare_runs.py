@@ -7,7 +7,8 @@
 A reference is a run's log, thinned to some 30 rows, below a line with its settings and where it was made. It serves all
 runs of the same settings. On the same kind of processor, with the same precision and threads, the curves are equal;
 elsewhere rounding lets them drift apart, more so after many steps. Writes compare_runs.json, .md and .png; the exit
-code is 1 if a loss is further away than --tolerance.
+code is 1 if a loss is further away than --tolerance. Runs on other data, or from other weights, are shown; they are
+judged only where --runs names them.
 """
 import json
 import math
@@ -128,19 +129,20 @@ def main(args):
         return write_reference(args.runs[0], args.write)
     results, curves, lines = {}, {}, []
     for folder, rows, about, theirs, log in matching(args):
-        name = f"{about['script']}/{folder.name}"
-        results[name], curves[name] = compare(rows, log), (rows, log)
+        name, alike = f"{about['script']}/{folder.name}", about["data"] == theirs["data"]
+        results[name], curves[name] = {**compare(rows, log), "judged": alike or bool(args.runs)}, (rows, log)
         [top1, reference] = [f"{evaluation.get('top1', math.nan):.1f}" for evaluation in results[name]["evaluation"]]
         lines.append([name, f"{results[name]['largest']:.2%}", results[name]["at"],
                       "{:.4f} / {:.4f}".format(*results[name]["loss"]), f"{top1} / {reference}".replace("nan", "-"),
-                      "" if about["data"] == theirs["data"] else "other data"])
+                      "" if alike else "other data or weights"])
     if not results:
         raise UserError(f"no run in {args.output} has a reference: run a demo first, or --write one")
     header = ["run", "largest difference of the loss", "at step", "last loss / reference", "top-1 / reference", ""]
     folder = Path(args.output) / "compare_runs"
     report.write_text(folder, "compare_runs", {"item": "compare_runs", "runs": results}, report.markdown(header, lines))
     draw(curves, folder / "compare_runs.png")
-    if far := [name for name, result in results.items() if not result["largest"] <= args.tolerance]:
+    judged = {name: result["largest"] for name, result in results.items() if result["judged"]}
+    if far := [name for name, largest in judged.items() if not largest <= args.tolerance]:
         raise UserError(f"further away than --tolerance {args.tolerance}: {', '.join(far)}")
     return results
 

@@ -4,10 +4,11 @@
     python appendix/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth # {"model": public names}
     python appendix/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.pth.tar  # module.base_encoder.*
 
-Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm. A file of another project does not hold
-the number of heads; pass --num-heads (12 is assumed, and said). The plain and MoCo-v3's format hold neither heads nor
-the mean and std of the images: where these are not the usual ones, what a reader must then pass is printed. Plain is
-what facebook's MAE and DeiT read, and detectron2's ViTDet with `out.pth?matching_heuristics=True`.
+Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models with relative positions. A file
+of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). The plain and
+MoCo-v3's format hold neither heads nor the mean and std of the images: where these are not the usual ones, what a
+reader must then pass is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
+`out.pth?matching_heuristics=True`.
 """
 import argparse
 from pathlib import Path
@@ -26,7 +27,7 @@ from common.errors import UserError
 from common.formats import DECODER, load_model, read_weights, require_fit
 from common.mae import DECODERS, MAE
 from common.vit import eval_mode
-from common.weights import STEM, shape_config, vit_config
+from common.weights import STEM, TABLE, shape_config, vit_config
 
 PRESETS = {}
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
@@ -120,6 +121,31 @@ def largest_difference(model, again, head=True):
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
+def checked(model, again, args):
+    """The largest difference between the outputs of both, if it is none."""
+    difference = largest_difference(model, again, head=args.to != "mocov3")
+    if not difference <= TOLERANCE:
+        raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
+    return difference
+
+
+def write_file(model, args):
+    """A file under the chosen names, read back and compared before it gets its own name."""
+    key, prefix = PREFIXES[args.to]
+    if any(name.endswith(TABLE) for name in model.state_dict()):
+        raise UserError(f"{args.checkpoint} has relative positions, which no plain ViT has: it cannot be converted")
+    draft = Path(f"{args.output}.unchecked")
+    try:
+        save_torch(draft, {key: {prefix + name: value for name, value in encoder_state(args.to, model).items()}})
+        again = load_model(draft, num_heads=model.config["num_heads"], img_size=model.config["img_size"],
+                           decoder_heads=model.config.get("decoder_heads"))
+        difference = checked(model, again, args)
+        draft.replace(args.output)
+    finally:
+        draft.unlink(missing_ok=True)
+    return difference
+
+
 def main(args):
     """Writes the file or folder, reads it back, compares; returns {"output", "difference"}."""
     given = dict(num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size)
@@ -132,15 +158,9 @@ def main(args):
     statistics = channel_statistics(args)
     if args.to == "timm":
         export_timm(model, args.output, **statistics)
-        again = timm.create_model(f"local-dir:{args.output}", pretrained=True)
+        difference = checked(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)
     else:
-        key, prefix = PREFIXES[args.to]
-        save_torch(args.output, {key: {prefix + name: value for name, value in encoder_state(args.to, model).items()}})
-        again = load_model(args.output, num_heads=model.config["num_heads"], img_size=model.config["img_size"],
-                           decoder_heads=model.config.get("decoder_heads"))
-    difference = largest_difference(model, again, head=args.to != "mocov3")
-    if not difference <= TOLERANCE:
-        raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
+        difference = write_file(model, args)
     print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")
     if args.to != "timm" and (words := unsaid(model.config, statistics)):
         print0(f"the file cannot say so itself; pass to what reads it: {' '.join(words)}")

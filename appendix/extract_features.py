@@ -2,18 +2,20 @@
 
     python appendix/extract_features.py --init outputs/pretrain_mae/RUN/weights.pt --preset small --data-path DIR
     python appendix/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
-    torchrun --nproc-per-node=8 appendix/extract_features.py --init timm:NAME --num-heads 3 --data-path DIR
+    torchrun --nproc-per-node=8 appendix/extract_features.py --init timm:NAME --data-path DIR
 
 Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
-`np.load(FILE)` then has "features" (N, D), float32, and "files" (N,), paths below DIR in the same order. Without DIR
-the generated images are taken, and their numbers are the file names.
+`np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, and "about", what
+made them as JSON. Without DIR the generated images are taken, and their numbers are the file names.
 """
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 
-from appendix.features import add_arguments, add_execution, build_encoder, extract
+from appendix.features import add_arguments, add_execution, build_encoder, extract, settings_of
 from common import distributed, options
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
@@ -31,9 +33,10 @@ def build_parser():
 
 
 def names_of(images, root):
-    """Where each image lies below the folder; for generated ones its number."""
-    return [os.path.relpath(path, root) if root else str(path)
-            for path in (images.images if isinstance(images.images, list) else range(len(images)))]
+    """Where each image lies below the folder; its number where there are no files (fractals, CIFAR)."""
+    if not isinstance(images.images, list):
+        return [str(number) for number in range(len(images))]
+    return [os.path.relpath(path, root) for path in images.images]
 
 
 def main(args):
@@ -42,8 +45,9 @@ def main(args):
     encoder, fingerprint = build_encoder(args, device)
     images = load_images(args)
     values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
-    about = f"{fingerprint[:10]}-{images.fingerprint()[:6]}-{args.img_size[0]}px-layer{args.layer}-{args.pooling}"
-    place = Path(args.save_to or Path(args.output) / "extract_features" / f"{about}.npz")
+    about = json.dumps({"weights": fingerprint, "images": images.fingerprint(), **settings_of(args)}, sort_keys=True)
+    name = f"{Path(args.init).name}-layer{args.layer}-{args.pooling}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+    place = Path(args.save_to or Path(args.output) / "extract_features" / f"{name}.npz")
     if distributed.is_main():
         place.parent.mkdir(parents=True, exist_ok=True)
         files = np.array(names_of(images, args.data_path))

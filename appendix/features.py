@@ -87,14 +87,20 @@ def extract(vit, images, transform, args, device, view=0):
     own = [features(vit, to_device(batch, device, mean, std)["image"], args.layer, args.pooling).float().cpu()
            for batch in loader]
     everything = torch.zeros(len(images), vit.embed_dim)
-    everything[rank::world] = torch.cat(own)
+    if own:  # not on a rank beyond the number of images
+        everything[rank::world] = torch.cat(own)
     return distributed.all_sum(everything)  # of zeros and one rank's values: exact
+
+
+def settings_of(args):
+    """What decides a feature, beside weights and images."""
+    names = ("model", "img_size", "patch_size", "num_heads", "layer", "pooling", "mean", "std")
+    return {name: getattr(args, name) for name in names}
 
 
 def cached_features(encoder, fingerprint, images, args, device, transform=None, view=0):
     """`extract`, or its file. `transform` None is the evaluation's crop; `view` numbers the draws of another one."""
-    names = ("model", "img_size", "patch_size", "num_heads", "layer", "pooling", "mean", "std")
-    settings = {name: getattr(args, name) for name in names}
+    settings = settings_of(args)
     if transform is not None:
         settings["view"] = view
     key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)

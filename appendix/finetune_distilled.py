@@ -28,7 +28,7 @@ PRESETS, RECIPES = finetune.PRESETS, finetune.RECIPES
 
 
 def build_parser():
-    parser = finetune.add_arguments(options.make_parser(__doc__), models=("init", *SIZES))
+    parser = finetune.add_arguments(options.make_parser(__doc__), models=SIZES)
     parser.set_defaults(recipe="ori")
     group = parser.add_argument_group("teacher")
     group.add_argument("--teacher", default="timm:regnety_160.deit_in1k", metavar="SOURCE",

@@ -24,7 +24,7 @@ PRESETS = {
     "demo": dict(data="fractals", img_size=[36], local_size=18, model="vit_demo", patch_size=6, epochs=2,
                  batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=1024, hidden_dim=256,
                  bottleneck_dim=64, blur_sigma=0.5),
-    # small batches, hence a higher base rate; the blur shrinks with the image
+    # a quarter of the batch, fewer outputs; the blur shrinks with the image
     "small": dict(data="folder", img_size=[64], local_size=32, patch_size=8, batch_size=256, out_dim=4096,
                   blur_sigma=0.6),
 }

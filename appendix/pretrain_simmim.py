@@ -3,11 +3,11 @@
     python appendix/pretrain_simmim.py                                             # demo: generated images, a minute
     python appendix/pretrain_simmim.py --preset small --data-path DIR              # any folder of images, 64 px
     torchrun --nproc-per-node=8 appendix/pretrain_simmim.py --data-path IMAGENET   # 400 epochs
-    python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model init    # published: 77.9
+    python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE    # published: 77.9
 
 No source gives the recipe of the paper's SimMIM-Tiny. The defaults are the official ones for ViT-B, except where the
 help says "ours". `--model vit_tiny` takes the plain ViT instead of SimMIM's relative positions; ViT-Small is
-`--model vit_small_simmim`. Fine-tune with `--model init`: the file knows which of them it is.
+`--model vit_small_simmim`. Our file says which of them it is, so that finetune.py need not be told.
 """
 from appendix.simmim import SimMIM, random_mask, unit_grid
 from common import distributed, options

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
 from common.mae import MAE
-from common.report import pyplot
+from common.report import pyplot, visible
 from common.vit import eval_mode
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}
@@ -72,7 +72,7 @@ def draw(arrays, path, title):
     for column, (name, images) in enumerate(arrays.items()):
         axes[0, column].set_title(name, fontsize=8)
         for row in range(rows):
-            axes[row, column].imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes[row, column].imshow(visible(images[row]), cmap="gray", vmin=0, vmax=1)
             axes[row, column].axis("off")
     figure.suptitle(title, fontsize=8)
     figure.savefig(path)

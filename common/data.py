@@ -175,9 +175,6 @@ def fractals(args, splits):
     size = tuple(int(side / CROP_PCT) for side in pair(args.img_size))
     sets = []
     for split, per_class in splits.items():
-        with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
-            if mine:
-                fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)
         images, labels = fractal_set(Path(args.output) / "data", split, FRACTAL_CLASSES, per_class, size)
         sets.append(ImageSet(f"fractals-{split}", images, labels, list(range(FRACTAL_CLASSES)), args.in_chans))
     return sets

@@ -106,6 +106,15 @@ def broadcast_object(value):
     return box[0]
 
 
+def gather(value):
+    """Every rank's value (any picklable object), in a list."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_max(*flags):
     """Element-wise maximum over ranks of a few small numbers (CPU): how ranks agree to stop or to save."""
     if not dist.is_initialized():

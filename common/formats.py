@@ -18,6 +18,7 @@ from common.vit import SIZES, leading_blocks, pair, patch_grid
 from common.weights import STEM, TABLE, FormatError, Weights, listed, read_weights, shape_config
 
 DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
+SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
 
 
@@ -69,7 +70,8 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
 
     # 3. Whatever is left unexplained is an error
     missing = [name for name in required if name not in state]
-    unexpected = [name for name in weights.state if name not in target and not name.startswith(ignored)]
+    unexpected = [name for name in weights.state
+                  if name not in target and not name.startswith((*ignored, *SECOND_HEAD))]
     missing, unexpected = ([name for name in names if not name.endswith(tuple(explained))]
                            for names in (missing, unexpected))
     require_fit(weights.source, target, state, missing, unexpected)
@@ -183,6 +185,9 @@ def load_model(source, **overrides):
     if weights.model is not None:
         weights.model.statistics = weights.statistics
         return weights.model
+    if "dist_norm.weight" in weights.state:
+        raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
+                          f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
     config = {**(config or foreign_config(weights, given)), **given}
     model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     require_fit(source, model.state_dict(), weights.state)
@@ -195,13 +200,17 @@ def foreign_config(weights, given):
     """The settings of a file that holds none: from its shapes. Head counts are not among them: given, or assumed and
     printed.
     """
-    if f"blocks.0.attn.{TABLE}" in weights.state:
-        raise FormatError(f"{weights.source} has relative positions: fine-tune from it, by --model vit_tiny_rpe (or "
-                          f"vit_tiny_simmim where there are no absolute positions), and load the result")
-    config = shape_config(weights.state)
+    config, table = shape_config(weights.state), weights.state.get(f"blocks.0.attn.{TABLE}")
     if config["model"] is None:
         raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
                           f"give timm:NAME or a timm folder")
+    if table is not None and not {"pos_embed", "head.weight"} <= weights.state.keys():
+        raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
+                          f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
+    if table is not None:  # the 79.0 model
+        side = config["patch_size"] * source_grid(weights, 1)[0]
+        return {**{name: config[name] for name in ("patch_size", "in_chans", "num_classes", "global_pool")},
+                "model": config["model"] + "_rpe", "img_size": [side, side], "num_heads": table.shape[1]}
     prefix = config.get("class_token", True) + config.get("reg_tokens", 0)
     config["img_size"] = given.get("img_size") or [config["patch_size"] * n for n in source_grid(weights, prefix)]
     assumed = {"num_heads": 12}

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.distributed import once_per_node
+
 VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
 MAPS = (2, 8)  # maps in a system; arrays have room for 8, the unused maps are zero and have probability zero
 CONTRACTION = 0.8  # largest singular value of a class's map
@@ -204,7 +206,8 @@ def render_batch(seed, classes, indices, size):
 def fractal_set(root, split, num_classes, per_class, size, seed=0):
     """Images, a read-only memory map (N, H, W, 3) uint8, and labels (N,) int64, N = num_classes * per_class.
 
-    Drawn at the first call and kept under `root`. The classes take turns, so the first images are a balanced set too.
+    Drawn at the first call, by one process of a node, and kept under `root`. The classes take turns, so the first
+    images are a balanced set too.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
@@ -215,13 +218,19 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity
     _, height, width, _ = shape = (len(labels), *parse_size(size), 3)
     path = Path(root, f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{height}x{width}.npy")
-    if path.exists():
-        try:
-            return open_set(path, shape), labels
-        except ValueError as error:
-            print(f"drawing {path} again, it is damaged: {error}")
-    write_set(path, shape, seed, first + labels, indices)
+    with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
+        if mine and not is_whole(path, shape):
+            write_set(path, shape, seed, first + labels, indices)
     return open_set(path, shape), labels
+
+
+def is_whole(path, shape):
+    """Whether the file is there and as `write_set` left it; says so if it is damaged."""
+    try:
+        return path.exists() and open_set(path, shape) is not None
+    except ValueError as error:
+        print(f"drawing {path} again, it is damaged: {error}")
+        return False
 
 
 def open_set(path, shape):

@@ -17,7 +17,7 @@ import common
 from common import data, distributed
 from common.distributed import print0
 from common.errors import UserError
-from common.vit import SIZES
+from common.vit import SIZES, pair
 
 
 class Settings(argparse.Namespace):
@@ -64,8 +64,8 @@ def add_images(group, img_size=224):
 
 def add_model(parser, models=SIZES):
     group = parser.add_argument_group("model")
-    init = "; init: as the file of --init says" if "init" in models else ""
-    group.add_argument("--model", choices=tuple(models), default="vit_tiny", help=f"the encoder{init}")
+    group.add_argument("--model", choices=tuple(models), default="vit_tiny",
+                       help="the encoder; initial weights of ours say it themselves")
     group.add_argument("--patch-size", type=int, default=16, help="pixels")
     group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
 
@@ -137,13 +137,18 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
 SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
 
 
+def alike(name, ours, theirs):
+    """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
+    return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
+
+
 def take_config(args, config, names=None):
     """Copies what a checkpoint says of its model (of `names` alone, if given) into `args`, and prints it. What the
     command line or a table row gave is kept; with config None nothing happens.
     """
     explicit = getattr(args, "explicit", ())
     taken = {name: value for name, value in (config or {}).items() if value is not None and name not in explicit
-             and name in (names or vars(args)) and vars(args).get(name, value) != value}
+             and name in (names or vars(args)) and not alike(name, vars(args).get(name, value), value)}
     if taken:
         print0("as the weights say:", *words(taken))
     vars(args).update(taken)

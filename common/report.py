@@ -71,9 +71,14 @@ def duration(hours):
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def visible(image):
+    """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
+    return image if image.shape[-1] == 3 else image.mean(axis=-1)
+
+
 def markdown(header, rows):
-    """A Markdown table, columns aligned so that it reads in a terminal too."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
+    """A Markdown table, columns aligned so that it reads in a terminal too; short rows end in empty cells."""
+    cells = [[str(c) for c in row] + [""] * (len(header) - len(row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

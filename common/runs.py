@@ -31,7 +31,8 @@ from common.options import EXECUTION, ROOT
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
 # Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
-BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset")
+BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset",
+              "keep_activations", "draw")  # these two are detect.py's, and change no weight
 # New arguments, and the default under which old runs stay valid: at that value they are left out of the hash.
 ADDED_LATER = {}
 
@@ -164,10 +165,12 @@ def _prepare(folder, fresh, settings):
     lock = open(folder / "lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise OSError(f"{folder} is in use by {holder}: wait for it or stop it") from None
+    except OSError as error:  # Lustre without its flock option, some NFS
+        raise OSError(f"{folder} cannot be locked ({error}): choose an --output on a file system with locks") from None
     os.register_at_fork(after_in_child=lock.close)  # else loading processes hold it for seconds after a kill -9
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")

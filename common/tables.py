@@ -20,7 +20,8 @@ NOTES = {
     "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
-NO_LABELS = ("pretrain_", "transfer", "detect")  # stages that read none in --data-path
+OWN_DATA = {"transfer", "detect"}  # stages that do not read --data-path
+NO_LABELS = "pretrain_"  # how the names of those begin that need none
 PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
 
 
@@ -113,8 +114,10 @@ def run_rows(rows, args, demo, script, columns=None):
              for column, (stage, added) in endings.items() if column not in row.without]
     for _, row in cells:
         check_row(row, args)
-    if args.data_path and not args.dry_run:
-        scripts = {module.split(".")[-1] for _, row in cells for module, _ in row.stages}
+        if words := overruled(row, args):
+            print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
+    scripts = {module.split(".")[-1] for _, row in cells for module, _ in row.stages} - OWN_DATA
+    if scripts and args.data != "fractals" and not args.dry_run:
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
     for number, (column, row) in enumerate(cells, 1):
@@ -123,9 +126,7 @@ def run_rows(rows, args, demo, script, columns=None):
             try:
                 results.setdefault(row.key, {}).setdefault(column, []).append(run_row(row, seed, args, script, done))
             except HubError as error:  # the other rows can go on
-                module, settings = row.stages[-1]
-                command = options.command_line(module, {**settings, **explicit_settings(module, args, seed)})
-                args.needs_weights[row.key] = f"needs weights: {error}, in place of its name: `{command}`"
+                args.needs_weights[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
                 print0(args.needs_weights[row.key])
                 break
     if args.dry_run:
@@ -150,6 +151,25 @@ def check_row(row, args):
             raise UserError(f"{row.name}: no weights at {init}")
 
 
+def remedy(row, source, args, seed):
+    """Where to give a folder of weights that the hub did not: for a teacher to the table, else to the row's script."""
+    for module, settings in row.stages:
+        explicit = explicit_settings(module, args, seed) | row.forced.get(module, {})
+        if getattr(options.stage_settings(module, explicit, settings)[-1], "teacher", None) == source:
+            return f"here as --set {module.split('.')[-1]}.teacher=FOLDER"
+    return f"in place of its name: `{options.command_line(module, {**settings, **explicit})}`"
+
+
+def overruled(row, args):
+    """The settings of a row of its own that the command line changes, in words."""
+    words = []
+    for module, settings in row.stages:
+        explicit = explicit_settings(module, args, args.seeds[0])
+        words += options.words({name: explicit[name] for name, value in settings.items()
+                                if explicit.get(name, value) != value and name not in row.forced.get(module, {})})
+    return " ".join(words)
+
+
 def require_weights(args):
     """A figure has no place for a row whose weights the hub did not give."""
     if args.needs_weights:
@@ -159,7 +179,8 @@ def require_weights(args):
 def explicit_settings(module, args, seed):
     """What was given on the table's command line for a stage, as far as it knows it, and --set."""
     known = vars(options.stage_settings(module)[-1])
-    given = {name: value for name, value in args.given.items() if name in known}
+    own = ("img_size",) if module.endswith(".detect") else ()  # there the canvas: by --set detect.img_size alone
+    given = {name: value for name, value in args.given.items() if name in known and name not in own}
     return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
 
 
@@ -191,7 +212,8 @@ def accuracy_table(item, rows, demo, args, notes=()):
     results = run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(row, results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
+    named = [replace(row, name=f"{row.name} [{words}]") if (words := overruled(row, args)) else row for row in rows]
+    summaries = [summary(row, results.get(row.key, []), args.needs_weights.get(row.key)) for row in named]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
                        notes=[about, *notes, NOTES[args.preset]])

@@ -162,18 +162,19 @@ class Snapshot:
         if saved["scaler"]:  # empty where it was not used, as in float32
             self.scaler.load_state_dict(saved["scaler"])
         self.meter.restore(saved["meter"], device)
-        self.progress = saved["progress"]
+        self.progress.update(saved["progress"])
         print0(f"continuing after step {self.progress['step']}")
         return self.progress["step"]
 
     def save(self, step):
         self.progress.update(step=step, seconds=self.seconds())
         self.resumed_at = self.saved_at = time.perf_counter()
+        meter = self.meter.state()  # of all ranks
         if distributed.is_main():
             checkpoint.save_step(self.run.folder, step, {
                 **self.run.weights(self.method.model), "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "meter": self.meter.state(), "progress": self.progress,
+                "meter": meter, "progress": self.progress,
                 "execution": self.execution, "log_size": self.run.log_size()})
         distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
 
@@ -234,7 +235,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             stopping, due = distributed.all_max(stop.received, snapshot.due())
             if stopping or progress["evaluate"] or due and done < total:
                 guard.raise_if_bad()
-                progress["bad_images"] = sorted(bad_images.known)
+                progress["bad_images"] = bad_images.everywhere()
                 snapshot.save(done)
             if stopping:  # after the last step too: a table must not go on to its next stage
                 raise SystemExit(STOPPED)
@@ -245,7 +246,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
         report.draw_curve(run.log_path, run.folder / "curve.png")
     seconds = snapshot.seconds()
     return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
-            "bad_images": len(bad_images.known), "last": progress["last"], "best": progress["best"]}
+            "bad_images": len(bad_images.everywhere()), "last": progress["last"], "best": progress["best"]}
 
 
 def micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images):

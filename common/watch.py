@@ -125,7 +125,10 @@ class Meter:
         self.line.update()
 
     def state(self):
-        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "steps": self.steps}
+        """The sums, averaged over ranks: every rank can go on from them, as a row averages over ranks anyway."""
+        sums = {name: distributed.all_sum(value.clone()) / distributed.world_size()
+                for name, value in sorted(self.sums.items())}
+        return {"sums": {name: value.cpu() for name, value in sums.items()}, "steps": self.steps}
 
     def restore(self, state, device):
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
@@ -157,6 +160,10 @@ class BadImages:
 
     def __init__(self, run, images, known=()):
         self.run, self.images, self.known = run, images, set(known)
+
+    def everywhere(self):
+        """Those that any rank has met."""
+        return sorted(set().union(*distributed.gather(self.known)))
 
     def note(self, indices):
         new = {index for index in indices.tolist() if index >= 0} - self.known

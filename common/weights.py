@@ -34,7 +34,11 @@ class FormatError(UserError):
 
 
 class HubError(FormatError):
-    """timm's hub did not give the weights: a table can go on without that row."""
+    """timm's hub did not give the weights of `source`: a table can go on without that row."""
+
+    def __init__(self, problem, source):
+        super().__init__(problem)
+        self.source = source
 
 
 @dataclass
@@ -158,7 +162,7 @@ def read_timm(source):
         remedy = (f"Without the hub, fetch config.json and model.safetensors of huggingface.co/timm/{name} (the name "
                   f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
         problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
-        raise (HubError if hub else FormatError)(problem) from error
+        raise (HubError(problem, source) if hub else FormatError(problem)) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
     statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     return Weights(state, model.config, source, "timm", fingerprint(state), [], model, statistics)

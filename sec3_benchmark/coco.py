@@ -99,10 +99,10 @@ def read_annotations(path):
     return coco
 
 
-def load_coco(root, in_chans=3):
-    """Train and validation set of a COCO folder. Images without objects are kept for validation alone."""
+def load_coco(root, in_chans=3, splits=("train", "val")):
+    """Training and validation set of a COCO folder, or one of them. Images without objects are kept for validation."""
     sets = []
-    for split in ("train", "val"):
+    for split in splits:
         path = Path(root) / "annotations" / f"instances_{split}2017.json"
         if not path.is_file():
             raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_train2017.json and "
@@ -114,8 +114,8 @@ def load_coco(root, in_chans=3):
         if not ids:
             raise DataError(f"{path} has no image with objects")
         sets.append(CocoSet(f"coco-{split}", files, None, categories, in_chans, coco, ids))
-    if sets[0].classes != sets[1].classes:
-        raise DataError(f"{root}: train has {len(sets[0].classes)} categories and val {len(sets[1].classes)}, or other "
+    if sets[0].classes != sets[-1].classes:
+        raise DataError(f"{root}: train has {len(sets[0].classes)} categories, val {len(sets[-1].classes)}, or other "
                         f"names: both annotation files must list the same")
     return sets
 

@@ -85,14 +85,14 @@ def build_parser():
     return parser
 
 
-def load_detection_sets(args):
-    """Train and validation set: the demo's scenes, or COCO in --dataset-path."""
+def load_detection_sets(args, splits=("train", "val")):
+    """Training and validation set, or one of them alone: the demo's scenes, or COCO in --dataset-path."""
     if not args.dataset_path:
         if args.preset != "demo":
             raise DataError(f"--preset {args.preset} needs --dataset-path, a COCO folder; without data: --preset demo")
-        return load_scenes(args)
+        return load_scenes(args, splits)
     inside = Path(args.dataset_path) / "coco"
-    return load_coco(inside if inside.is_dir() else args.dataset_path, args.in_chans)
+    return load_coco(inside if inside.is_dir() else args.dataset_path, args.in_chans, splits)
 
 
 def build_detector(args, num_classes, weights=None):
@@ -180,10 +180,18 @@ def take_detector(args, weights):
     """
     fixed = set(getattr(args, "explicit", ())) - {"proposals"}
     for name, theirs in weights.config.items():
-        if name in fixed and getattr(args, name) != theirs:
+        if name in fixed and not options.alike(name, getattr(args, name), theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {getattr(args, name)}: leave "
                             f"--{name.replace('_', '-')} out")
     options.take_config(args, weights.config)
+    take_statistics(args, weights)
+
+
+def take_backbone(args, weights):
+    """What the weights say of their ViT; --img-size is the canvas, which has nothing to do with them."""
+    config = weights and weights.config
+    options.take_config(args, config, ("model", "patch_size", "in_chans", "num_heads"))
+    options.take_config(args, config and {"position_size": config["img_size"]})
     take_statistics(args, weights)
 
 
@@ -192,7 +200,7 @@ def evaluate_only(args, device):
     weights = read_detector(args.init)
     take_detector(args, weights)
     num_classes = weights.config["detector_classes"]
-    _, val_set = load_detection_sets(args)
+    [val_set] = load_detection_sets(args, splits=("val",))
     if num_classes != len(val_set.classes):
         raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
     model = build_detector(args, num_classes)
@@ -219,7 +227,7 @@ def main(args):
     if args.deterministic and device.type == "cuda":
         raise UserError("--deterministic: on a GPU the backward pass of ROIAlign adds in no fixed order; leave it out")
     weights = read_weights(args.init) if args.init else None
-    take_statistics(args, weights)
+    take_backbone(args, weights)
     train_set, val_set = load_detection_sets(args)
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

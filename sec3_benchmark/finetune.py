@@ -2,7 +2,7 @@
 
     python sec3_benchmark/finetune.py                                                   # demo, from scratch
     python sec3_benchmark/finetune.py --data-path IMAGENET --init outputs/pretrain_mae/RUN/weights.pt
-    python sec3_benchmark/finetune.py --data-path IMAGENET --recipe ori --num-heads 3   # DeiT-Tiny as published: 72.2
+    python sec3_benchmark/finetune.py --data-path IMAGENET --recipe ori --num-heads 3   # DeiT-Tiny has 3 heads
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --eval-only
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model vit_tiny_rpe --epochs 1000   # 79.0
 
@@ -17,7 +17,6 @@ from common import distributed, options
 from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.evaluate import evaluator
 from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, warmup_cosine
@@ -25,6 +24,7 @@ from common.rpe import MODELS, build_model, unshared
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.erasing import erase, erasing_box
+from sec3_benchmark.evaluate import evaluator
 from sec3_benchmark.randaugment import train_transform
 
 PRESETS = {
@@ -42,7 +42,7 @@ def build_parser():
     return add_arguments(options.make_parser(__doc__))
 
 
-def add_arguments(parser, models=("init", *MODELS)):
+def add_arguments(parser, models=MODELS):
     """The arguments of every supervised training on ImageNet; returns the parser."""
     options.add_data(parser)
     options.add_model(parser, models)
@@ -121,16 +121,6 @@ class Supervised(Method):
         return self.cross_entropy(self.forward(images), target), {}
 
 
-def model_name(args, weights):
-    """--model; for "init" (and None: evaluated as the file says) the architecture that the file of --init names."""
-    if args.model not in ("init", None):
-        return args.model
-    name = weights and weights.config and weights.config["model"]
-    if not name:
-        raise UserError("--model init needs an --init whose file names its architecture, as ours do: name the model")
-    return name
-
-
 def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, build=build_model, fresh=()):
     """The ViT of the command line with what `--init` and `--keep-blocks` put into it. `fresh`: endings of the names of
     further parts, which --init need not hold.
@@ -149,7 +139,6 @@ def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
     options.take_config(args, weights.config)
-    args.model = model_name(args, weights)
     take_statistics(args, weights)
     [val_set] = load_sets(args, splits=("val",))
     vit = build(args, len(val_set.classes), weights, head="keep").to(device)
@@ -177,7 +166,6 @@ def train_classifier(args, script, build, method, fingerprints=None):
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
     options.take_config(args, weights and weights.config, options.SHAPE)
-    args.model = model_name(args, weights)
     take_statistics(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from common.distributed import once_per_node
 from common.fractals import fractal_set
 from common.vit import pair
 from sec3_benchmark.coco import CocoSet, in_memory
@@ -72,13 +71,10 @@ def scene_set(split, textures, size, count, in_chans=3, seed=0):
     return CocoSet(f"scenes-{split}", images, None, list(SHAPES), in_chans, coco, list(range(count)))
 
 
-def load_scenes(args):
-    """Train and validation scenes of the size of args.img_size; the fractals in them are kept in args.output."""
+def load_scenes(args, splits=("train", "val")):
+    """Scenes of the size of args.img_size for each split; the fractals in them are kept in args.output."""
     size, sets = pair(args.img_size), []
-    for split, count in SPLITS.items():
-        with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
-            if mine:
-                fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
+    for split in splits:
         textures, _ = fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
-        sets.append(scene_set(split, textures, size, count, args.in_chans))
+        sets.append(scene_set(split, textures, size, SPLITS[split], args.in_chans))
     return sets

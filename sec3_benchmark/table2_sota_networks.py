@@ -1,6 +1,6 @@
 """Table 2: the enhanced ViT-Tiny beside other light networks: parameters, throughput, top-1 on ImageNet, ReaL, V2.
 
-    python sec3_benchmark/table2_sota_networks.py                     # demo: seven networks, small batches, seconds
+    python sec3_benchmark/table2_sota_networks.py                     # demo: seven rows, small batches, seconds
     python sec3_benchmark/table2_sota_networks.py --preset paper      # all, batch 1024, mixed precision: wants a GPU
     python sec3_benchmark/table2_sota_networks.py --preset paper --imagenet DIR --real-labels real.json \\
         --imagenet-v2 DIR --checkpoints mae-300=outputs/finetune/RUN/weights.pt
@@ -154,6 +154,8 @@ def evaluate_all(given, args, device):
         found = f"{model.config['model']} with {model.config['num_heads']} heads"
         if found != f"{expected} with 12 heads":
             raise UserError(f"--checkpoints {key}={file}: the file holds {found}, the row is {expected} with 12 heads")
+        if not model.config.get("num_classes"):
+            raise UserError(f"--checkpoints {key}={file}: it holds no classifier; give fine-tuned weights")
         model = eval_mode(model, device)
         results[key] = imagenet_variants.evaluate(model, device, val, real, v2, args.workers)
         print0(f"{key}, {file}: {results[key]}")
@@ -221,7 +223,8 @@ def main(args):
         raise UserError(f"--repeats {args.repeats}, --warmup {args.warmup}: at least 1, at least 0")
     given = checkpoints(args)
     wanted = args.rows or (DEMO if args.preset == "demo" else ["all"])
-    measured, accuracy = measure_all(wanted, args, device), evaluate_all(given, args, device)
+    accuracy = evaluate_all(given, args, device)  # first, as its arguments may be wrong
+    measured = measure_all(wanted, args, device)
     published = ("params", "top1", "real", "v2", "nhwc", "nchw")
     rows = [{"key": n.key, "name": n.name, "marks": n.marks, "ours": bool(n.ours), "px": n.px, "note": n.note,
              "published": {name: getattr(n, name) for name in published},

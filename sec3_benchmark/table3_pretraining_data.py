@@ -59,13 +59,18 @@ def official_lists(args):
 def runnable(row, args, lists):
     """The row with its official list; without stages where its data are not given."""
     if row.extra["part"] == "in21k" and not args.in21k:
-        if row.key in (args.rows or ()):
-            raise UserError(f"--rows {row.key} needs --in21k DIR, a folder of images")
-        return replace(row, stages=())
+        return without(row, args, "needs --in21k DIR")
     if row.stages and row.stages[0][1]["subset"] in lists:
         (module, settings), finetuning = row.stages
         return replace(row, stages=((module, {"subset": lists[settings["subset"]]}), finetuning))
     return row
+
+
+def without(row, args, problem):
+    """The row, not to be run, for a reason that the table prints; an error where it was asked for by its key."""
+    if row.key in (args.rows or ()):
+        raise UserError(f"--rows {row.key} {problem}")
+    return replace(row, stages=(), extra={**row.extra, "problem": problem})
 
 
 def equal_iterations(epochs, warmup_epochs, batch_size, full, part):
@@ -85,12 +90,17 @@ def plan(row, args, full):
     if row.extra["part"] == "in21k":
         forced, part = {"data": "folder", "data_path": args.in21k}, image_tree(args.in21k, full.in_chans)
     elif subset:
-        part = subsets.part_of(full, subset)
+        try:
+            part = subsets.part_of(full, subset)
+        except UserError as error:
+            if subset not in DATA.values():  # a list that was given
+                raise
+            return without(row, args, f"cannot be drawn: {error}")
         check_share(row, subset, len(part) / len(full))
     resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)[2]
     if len(part) < resolved.batch_size:
-        raise UserError(f"{row.name}: {len(part)} images, fewer than one batch of {resolved.batch_size}: leave the row "
-                        f"out, or pass --set {module.split('.')[-1]}.batch_size=N for all rows of its method")
+        return without(row, args, f"has {len(part)} images, fewer than one batch of {resolved.batch_size}: --set "
+                                  f"{module.split('.')[-1]}.batch_size=N changes it, for all rows of its method")
     if args.equal == "iterations" and part is not full:
         forced |= equal_iterations(resolved.epochs, resolved.warmup_epochs, resolved.batch_size, full, part)
     epochs = forced.get("epochs", resolved.epochs)
@@ -161,8 +171,7 @@ def main(args):
         return []
     rows = [tables.summary(row, results.get(row.key, [])) for row in planned_rows]
     for row in rows:
-        if row["part"] == "in21k" and not args.in21k:
-            row["status"] = "needs --in21k DIR"
+        row["status"] = row.get("problem", row["status"])
     folder = Path(args.output) / "table3"
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."
     report.write_table(folder, "table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])

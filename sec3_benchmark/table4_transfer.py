@@ -32,9 +32,8 @@ ROWS = [  # TRANSFER starts from what the stage before it left, here: none, a cl
     Row("mocov3", "MoCo-v3", PUBLISHED["mocov3"], ((MOCO, {}), TRANSFER)),
     Row("mae", "MAE", PUBLISHED["mae"], ((MAE, {}), TRANSFER)),
     Row("dino", "DINO", PUBLISHED["dino"], (("appendix.pretrain_dino", {}), TRANSFER)),
-    # SimMIM's relative positions come along (model "init"); detect.py is for plain ViTs
-    Row("simmim", "SimMIM", PUBLISHED["simmim"],
-        (("appendix.pretrain_simmim", {}), (TRANSFER[0], {"init": PREVIOUS, "model": "init"})), without=("coco",)),
+    # SimMIM's relative positions come along; detect.py is for plain ViTs
+    Row("simmim", "SimMIM", PUBLISHED["simmim"], (("appendix.pretrain_simmim", {}), TRANSFER), without=("coco",)),
 ]
 NOTES = {
     **tables.NOTES,

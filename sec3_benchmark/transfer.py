@@ -15,7 +15,6 @@ from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import take_statistics
 from common.distributed import print0
-from common.evaluate import evaluator
 from common.formats import read_weights
 from common.loader import seed_everything
 from common.optim import learning_rate, parameter_groups, steps_per_epoch
@@ -23,7 +22,8 @@ from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.downstream import FRACTALS, SETS, SETTINGS, load_downstream
-from sec3_benchmark.finetune import build_classifier, in_words, model_name
+from sec3_benchmark.evaluate import evaluator
+from sec3_benchmark.finetune import build_classifier, in_words
 
 PRESETS = {
     "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
@@ -40,7 +40,7 @@ def build_parser():
                        help=f"{', '.join([*SETS, *FRACTALS])}; or a folder in --dataset-path; or `folder`, that itself")
     group.add_argument("--dataset-path", metavar="ROOT", help="where it lies, see sec3_benchmark/downstream.py")
     options.add_images(group)
-    options.add_model(parser, ("init", *MODELS))
+    options.add_model(parser, MODELS)
     group = parser.add_argument_group("start")
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
     group.add_argument("--keep-blocks", type=int, metavar="K", help="keep blocks 1..K of --init (Figure 4); 0: nothing")
@@ -96,7 +96,6 @@ def main(args):
     device = distributed.start(args.device)
     weights = read_weights(args.init) if args.init else None
     options.take_config(args, weights and weights.config, options.SHAPE)
-    args.model = model_name(args, weights)
     take_statistics(args, weights)
     train_set, test_set = load_downstream(args)
     fingerprints = {"train": train_set.fingerprint(), "test": test_set.fingerprint(),

@@ -2,13 +2,14 @@
 
     python sec4_analysis/attention_maps.py                                                # demo: the preset's own runs
     python sec4_analysis/attention_maps.py --data-path IMAGENET --models MAE-Tiny=mae.pt --image 7 --layers 1 12
-    python sec4_analysis/attention_maps.py --data-path IMAGENET --models MAE-Tiny=mae.pt --query 7 7
+    python sec4_analysis/attention_maps.py --models MAE-Tiny=mae.pt --picture cat.jpg --query 7 7
 
 The weights with which one query patch looks at all patches (without --query: the mean over query patches, that is how
 much each patch is looked at), class token cut off before the softmax as in Figure 5. Each map has its own scale, whose
 largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
 """
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def build_parser():
     study.add_arguments(parser, norm=False)
     group = parser.add_argument_group("maps")
     group.add_argument("--image", type=int, default=0, metavar="I", help="which of the drawn images, from 0")
+    group.add_argument("--picture", metavar="FILE", help="this image instead, for --models; needs no data set")
     group.add_argument("--layers", type=int, nargs="+", default=[1, 6, 12], help="blocks, from 1")
     group.add_argument("--heads", type=int, nargs="+", default=[1, 2], help="from 1")
     group.add_argument("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
@@ -68,7 +70,8 @@ def draw(arrays, path):
     for row, (name, panels) in zip(axes, models.items()):
         for panel, (what, array) in zip(row, panels):
             picture = what == "image"
-            panel.imshow(array, cmap="gray" if picture else "magma", vmin=0, vmax=1 if picture else array.max())
+            panel.imshow(report.visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
+                         vmax=1 if picture else array.max())
             panel.set_title(name if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
@@ -78,6 +81,8 @@ def draw(arrays, path):
 
 def main(args):
     """Measures, writes and draws; returns {"MODEL/image" or "MODEL/block B head H": array}."""
+    if args.picture and not args.models:
+        raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
     if not args.from_numbers:
         done = study.analyse(args, ROWS, "attention_maps", partial(attention_maps, args=args))
         if done is None:
@@ -87,7 +92,7 @@ def main(args):
         for name, (image, maps) in models.items():
             arrays[f"{name}/image"] = image
             arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
-        about.update(image=args.image, query=args.query)
+        about.update(image=args.picture and Path(args.picture).name or args.image, query=args.query)
         text = report.markdown(["map", "largest weight"], [[key, f"{values.max():.4f}"] for key, values in
                                                            arrays.items() if not key.endswith("/image")])
         study.write_numbers(args, "attention_maps", arrays, about, text)

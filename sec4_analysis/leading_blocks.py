@@ -4,16 +4,19 @@ The first k blocks are kept, with patch embedding, class token and positions; ev
 the whole is trained. k = 0 keeps nothing, so it is training from scratch and the same for every method. No source that
 we read has the authors' code or numbers for these figures, so none stand beside ours.
 """
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
 from common import options, report, tables
+from common.data import channel_statistics
 from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.vit import SIZES
+from common.weights import read_weights
 from sec3_benchmark.downstream import MOCO_FINETUNING
 from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models
 
@@ -51,11 +54,33 @@ def own_settings(stage, name):
     return MOCO_FINETUNING if stage == FINETUNE and "moco" in name.lower() else {}  # transfer's default is the same
 
 
-def point_row(stage, settings, title, name, k, before, weights):
+def scratch_settings(args, stage):
+    """What the given files say of their network and its inputs, as `stage` takes it from them unless told otherwise:
+    k = 0 is the same network. Nothing without --models, or from files that do not say.
+    """
+    networks, told = {}, {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
+    for name, checkpoint in given_models(args).items() if args.models else ():
+        if args.dry_run and not Path(checkpoint).exists():
+            continue
+        weights = read_weights(checkpoint)
+        if weights.config:
+            usual = channel_statistics(argparse.Namespace(in_chans=weights.config["in_chans"], mean=None, std=None))
+            says = {**{key: weights.config.get(key) for key in options.SHAPE},
+                    **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
+            networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
+    first = next(iter(networks.values()), {})
+    for name, network in networks.items():
+        if network != first:
+            raise UserError(f"--models: {next(iter(networks))} is {first} and {name} {network}, and k = 0 one network "
+                            f"for all: draw them apart")
+    return first
+
+
+def point_row(stage, settings, title, name, k, before, weights, scratch):
     """The row of one point. k = 0 is the same row for every method."""
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
-        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, settings),))
+        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, {**settings, **scratch}),))
     settings = {**settings, **own_settings(stage, name), "init": weights, "keep_blocks": k}
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
@@ -70,7 +95,8 @@ def run_points(args, stage, panels, script):
     for name in methods:
         if own := own_settings(stage, name):
             print0(f"{name}: fine-tuned with {' '.join(options.words(own))}, for its name has moco in it")
-    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name])
+    scratch = scratch_settings(args, stage)
+    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch)
             for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
     if args.dry_run:

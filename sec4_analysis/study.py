@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from common import distributed, options, report, tables
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import load_sets, statistics
+from common.data import ImageSet, load_sets, statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model
@@ -72,6 +72,8 @@ def given_models(args, words=()):
     model is measured or trained; a dry run may name files that are still to be made.
     """
     models = options.named(args.models, "--models")
+    if next(iter(models.values())) in words:
+        raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
     for name, checkpoint in models.items():
         somewhere_else = checkpoint in words or checkpoint.startswith("timm:")
         if not (args.dry_run or somewhere_else or Path(checkpoint).exists()):
@@ -84,6 +86,8 @@ def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
     if args.models:
         return given_models(args, words=(RANDOM,))
+    if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
+        draw_images(load_sets(args, splits=("val",))[0].labels, args)
     args.rows, args.seeds = ["all"], [args.seed]
     results = tables.run_rows(rows, args, (), script)
     tables.require_weights(args)
@@ -144,6 +148,14 @@ def draw_images(labels, args):
     return chosen
 
 
+def picture(args):
+    """The one image of --picture as a set of its own."""
+    if not Path(args.picture).is_file():
+        raise UserError(f"--picture {args.picture}: no such file")
+    args.num_images, args.order = 1, "drawn"
+    return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
+
+
 def preprocessing(model, args):
     """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
     crop is the paper's for all models, so that a token shows each of them the same part of the image.
@@ -179,7 +191,7 @@ def analyse(args, rows, script, measure):
     first = next(iter(checkpoints))
     model = load(first, checkpoints, args, device)
     args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
-    images, = load_sets(args, splits=("val",))
+    images = picture(args) if getattr(args, "picture", None) else load_sets(args, splits=("val",))[0]
     if not distributed.is_main():
         return None
     chosen = draw_images(images.labels, args)
@@ -192,9 +204,10 @@ def analyse(args, rows, script, measure):
         with torch.inference_mode():
             values[name] = measure(model, batches(model, images, chosen, args, device))
         about[name] = {"checkpoint": "/".join(Path(checkpoint).parts[-2:]),
-                       "fingerprint": fingerprint(model.state_dict())}
+                       "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
     return values, {"preset": args.preset, "data": args.data, "images": len(chosen), "order": args.order,
-                    "seed": args.seed, "data_fingerprint": images.fingerprint(), "models": about}
+                    "seed": args.seed, "image_seed": args.image_seed, "data_fingerprint": images.fingerprint(),
+                    "models": about}
 
 
 def write_numbers(args, item, arrays, content, text):

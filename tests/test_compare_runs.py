@@ -6,6 +6,7 @@ import pytest
 from appendix import compare_runs
 from common import options
 from common.errors import UserError
+from common.runs import identity
 
 
 def make_run(folder, losses, **settings):
@@ -48,6 +49,26 @@ def test_a_run_is_compared_with_the_reference_of_its_settings(tmp_path):
                                              for i, x in enumerate(losses, 1)))
     with pytest.raises(UserError, match="further away than --tolerance 0.05: toy/again"):
         run("--references", *references, "--output", tmp_path / "outputs")
+
+
+def test_runs_from_other_weights_are_shown_and_judged_only_where_named(tmp_path):
+    """Fine-tunings from all methods have the settings of MAE's, whose curve is the reference."""
+    run("--runs", make_run(tmp_path / "mae", [2.0, 1.0]), "--write", tmp_path / "reference_mae.jsonl")
+    other = make_run(tmp_path / "outputs" / "toy" / "dino", [2.0, 1.9], fingerprints={"data": "x", "init": "y"})
+    words = ("--references", tmp_path / "reference_mae.jsonl", "--output", tmp_path / "outputs")
+    assert run(*words)["toy/dino"]["largest"] == pytest.approx(0.9)
+    with pytest.raises(UserError, match="further away than --tolerance 0.05: toy/dino"):
+        run(*words, "--runs", other)
+
+
+@pytest.mark.parametrize("path", sorted(options.ROOT.glob("*/results/reference_*.jsonl")), ids=lambda path: path.stem)
+def test_the_references_are_of_the_demos_of_today(path):
+    """Else compare_runs.py would pass over the demo's runs in silence."""
+    about = compare_runs.read_lines(path)[0]
+    [script] = options.ROOT.glob(f"*/{about['script']}.py")
+    today = vars(options.stage_settings(f"{script.parent.name}.{script.stem}")[-1])
+    today.pop("teacher_model", None)  # D-MAE's identity holds its weights
+    assert identity(today) == about["settings"]
 
 
 def test_what_cannot_be_compared_says_why(tmp_path, monkeypatch):

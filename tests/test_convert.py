@@ -11,6 +11,7 @@ from appendix.convert_checkpoint import export_timm
 from common.errors import UserError
 from common.formats import load_encoder, load_model
 from common.options import resolve
+from common.rpe import build_model
 from common.vit import build_vit
 from common.weights import FormatError, Weights, fingerprint, read_weights
 from tests.helpers import assert_close, fill_by_name
@@ -72,9 +73,13 @@ def test_the_script_refuses_another_function(tmp_path, monkeypatch):
     source = own_file(tmp_path / "a.pt", classifier(num_heads=12))
     load = load_model
     monkeypatch.setattr(convert_checkpoint, "load_model",
-                        lambda source, **given: load(source, num_heads=3 if str(source).endswith("out.pth") else None))
+                        lambda source, **given: load(source, num_heads=3 if "unchecked" in str(source) else None))
     with pytest.raises(UserError, match="computes something else"):
         convert(checkpoint=str(source), to="plain", output=str(tmp_path / "out.pth"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    relative = own_file(tmp_path / "b.pt", build_model("vit_demo_rpe", img_size=32, patch_size=8, num_classes=5))
+    with pytest.raises(UserError, match="b.pt has relative positions, which no plain ViT has"):
+        convert(checkpoint=str(relative), to="plain", output=str(tmp_path / "out.pth"))
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from common import options, report
 from common.augment import eval_transform, to_uint8
 from common.data import ImageSet
 from common.errors import UserError
-from common.formats import read_weights
+from common.formats import load_encoder, load_model, read_weights
 from common.mae import MAE
 from common.optim import parameter_groups
 from common.vit import SIZES, build_vit
+from common.weights import FormatError
 from sec3_benchmark import finetune
 from tests.helpers import assert_close, noisy
 
@@ -130,6 +131,19 @@ def test_a_run(tmp_path, monkeypatch):
         run("other")
     with pytest.raises(UserError, match="give timm:NAME or a timm folder"):
         run("out/" + first["checkpoint"].split("/out/")[1])
+
+
+def test_a_distilled_model_starts_others_without_its_second_head(tmp_path):
+    """As transfer.py and the probes take it; to analyses and the converter it is no plain ViT, and they say so."""
+    vit = distilled(num_classes=2)
+    torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "a.pt")
+    plain = build_vit(**{**vit.config, "num_classes": 7})
+    report = load_encoder(plain, read_weights(tmp_path / "a.pt"))
+    assert torch.equal(plain.blocks[11].mlp.fc2.weight, vit.blocks[11].mlp.fc2.weight)
+    assert {name for name in report.left_out if "dist" in name} == {
+        "dist_norm.weight", "dist_norm.bias", "head_dist.weight", "head_dist.bias"}
+    with pytest.raises(FormatError, match="a.pt has a second head"):
+        load_model(tmp_path / "a.pt")
 
 
 def test_an_evaluation_needs_no_teacher(tmp_path, monkeypatch):

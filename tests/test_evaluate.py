@@ -1,4 +1,4 @@
-"""common/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy, on tiny folders."""
+"""sec3_benchmark/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common import evaluate, options
+from common import options
 from common.data import ImageSet
-from common.evaluate import accuracy, evaluator
 from common.loader import eval_loader
 from common.options import resolve
 from common.weights import read_weights
-from sec3_benchmark import finetune, pretrain_mae
+from sec3_benchmark import evaluate, finetune, pretrain_mae
+from sec3_benchmark.evaluate import accuracy, evaluator
 
 CPU = torch.device("cpu")
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
@@ -157,8 +157,7 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
         del common[told_by_the_file]
     tuned = options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
     common["data_path"] = str(only_val(tmp_path, data))
-    model = {"model": "init"} if patch == 4 else {}  # the same, said or not
-    again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True, **model})
+    again = options.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True})
     assert tuned["last"]["images"] == again["images"] == 12
     assert tuned["top1"] == tuned["last"]["top1"] == again["top1"] <= tuned["best_top1"]
     assert tuned["top5"] == again["top5"] == 100

@@ -7,7 +7,7 @@ from PIL import Image
 from appendix import extract_features
 from common.augment import eval_transform
 from common.checkpoint import save_torch
-from common.data import read_image
+from common.data import ImageSet, read_image
 from common.errors import UserError
 from common.options import resolve
 from common.vit import build_vit
@@ -33,6 +33,11 @@ def test_each_row_is_its_file_s_features(tmp_path):
         image = (eval_transform([32])(read_image(tmp_path / "images" / file)) - mean) / std
         with torch.no_grad():
             assert_close(row, vit.forward_head(vit.forward_features(image[None]), pre_logits=True)[0], 1e-5)
+
+
+def test_images_without_files_have_numbers():
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    assert extract_features.names_of(ImageSet("cifar10", pixels, None, []), "a/folder") == ["0", "1", "2"]
 
 
 def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path):

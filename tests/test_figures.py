@@ -179,6 +179,35 @@ def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
             run(attention_maps, place, tmp_path, "--num-images", "6", *words)
 
 
+def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
+    """Its maps are those of the same image in a data set."""
+    file = place / "data" / "val" / "class2" / "7.png"
+    words = ["--models", f"A={place / 'vit.pt'}", "--picture", str(file), "--device", "cpu", "--output", str(tmp_path)]
+    arrays = attention_maps.main(study.parse(attention_maps.build_parser(), words))
+    (tmp_path / "alone" / "val" / "all").mkdir(parents=True)
+    (tmp_path / "alone" / "val" / "all" / "7.png").write_bytes(file.read_bytes())
+    words = [*words[:2], "--preset", "small", "--data-path", str(tmp_path / "alone"), "--num-images", "1", *words[4:]]
+    again = attention_maps.main(study.parse(attention_maps.build_parser(), words))
+    assert arrays.keys() == again.keys() and all(np.array_equal(arrays[key], again[key]) for key in again)
+    for words, message in ((["--picture", "no.png", "--models", f"A={place / 'vit.pt'}"], "no.png: no such file"),
+                           (["--picture", str(file)], "--picture needs --models")):
+        with pytest.raises(ValueError, match=message):
+            attention_maps.main(study.parse(attention_maps.build_parser(), [*words, "--output", str(tmp_path)]))
+
+
+def test_models_of_different_depths_stand_in_one_table():
+    shallow, deep = np.random.rand(2, 4, 3), np.random.rand(2, 6, 3)
+    lines = fig3_fourier.table({"A": deep, "B": shallow}).splitlines()
+    assert [line.count("|") for line in lines] == [8] * 4 and lines[3].count(".") == 4
+    assert "| B" in fig5_attention.table({"A": deep, "B": shallow})
+
+
+def test_too_few_images_are_said_before_hours_of_training(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.tables, "run_rows", lambda *args: pytest.fail("a stage was started"))
+    with pytest.raises(ValueError, match="--num-images 31 needs 31 images, the validation set has 30"):
+        run(fig1_layer_similarity, place, tmp_path, "--num-images", "31", models=False)
+
+
 def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
     """Without --models: what would be trained, and what of the command line reaches it."""
     assert run(fig5_attention, place, tmp_path, "--dry-run", "--num-images", "7", "--batch-size", "4",
@@ -255,6 +284,24 @@ def test_leading_blocks_from_checkpoints_to_picture(place, tmp_path):
     assert again == points and picture.exists()
 
 
+def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
+    """Else the curve would start at another model, or at images normalised otherwise."""
+    vit = build_vit("vit_small", img_size=(32, 16), patch_size=8, num_classes=3)
+    other = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    torch.save({"model": vit.state_dict(), "config": vit.config, "statistics": other}, tmp_path / "small.pt")
+
+    def scratch(*words):
+        words = ["--preset", "small", "--models", *words]
+        args = leading_blocks.parse(fig2_leading_blocks.build_parser(), words)
+        return leading_blocks.scratch_settings(args, leading_blocks.FINETUNE)
+    network = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12}
+    assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
+    told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
+    assert told == {key: value for key, value in {**network, **other}.items() if key not in ("img_size", "model")}
+    with pytest.raises(ValueError, match="k = 0 one network for all"):
+        scratch(f"A={tmp_path / 'small.pt'}", f"B={place / 'vit.pt'}")
+
+
 def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed(tmp_path, capsys):
     parser = fig2_leading_blocks.build_parser()
     assert fig2_leading_blocks.main(leading_blocks.parse(parser, ["--data-path", "X", "--dry-run", "--seeds", "0", "1",
@@ -309,5 +356,5 @@ def test_other_ranks_do_not_read_what_the_first_one_writes(tmp_path, monkeypatch
 
 def test_moco_is_fine_tuned_by_its_own_layer_decay_however_it_is_spelled():
     for name, expected in (("MoCo-v3", 0.75), ("MoCov3-Tiny", 0.75), ("MAE", None)):
-        row = leading_blocks.point_row(study.FINETUNE, {}, "", name, 6, (), "file.pt")
+        row = leading_blocks.point_row(study.FINETUNE, {}, "", name, 6, (), "file.pt", {})
         assert row.stages[-1][1].get("layer_decay") == expected

@@ -353,6 +353,19 @@ def test_another_size_or_kind_says_which_argument_to_change(tmp_path, settings, 
         load_encoder(classifier(), read_weights(source))
 
 
+def test_the_published_classifier_with_relative_positions_is_rebuilt(tmp_path):
+    """Of a file that holds tensors alone, heads included: a table has a column for each."""
+    source = build_model("vit_demo_rpe", img_size=32, patch_size=8, num_classes=5, num_heads=6).eval()
+    torch.nn.init.normal_(source.blocks[3].attn.relative_position_bias_table)
+    again = load_model(saved(tmp_path / "a.pth", source.state_dict())).eval()
+    assert again.config == source.config
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(images), source(images))
+    without = {name: value for name, value in source.state_dict().items() if not name.startswith("head.")}
+    with pytest.raises(FormatError, match="relative positions and is no classifier"):
+        load_model(saved(tmp_path / "b.pth", without))
+
+
 def test_the_head_is_dropped_kept_or_kept_where_it_fits(tmp_path):
     source = classifier()
     weights = read_weights(own_file(tmp_path / "a.pt", source))

@@ -213,7 +213,7 @@ STORED = [  # settings, fingerprints, the hash they had when this was written
       "output": "outputs", "compile": True}, {"train": "a", "val": "b", "init": "c"}, "3687f68644"),
 ]
 STORED_DEFAULTS = {"sec3_benchmark.pretrain_mae": "8d3c8589da", "sec3_benchmark.finetune": "7226bda089",
-                   "sec3_benchmark.pretrain_mocov3": "858cee44e0", "sec3_benchmark.detect": "893bf029d4",
+                   "sec3_benchmark.pretrain_mocov3": "858cee44e0", "sec3_benchmark.detect": "c835209c55",
                    "sec5_distill.pretrain_dmae": "bca1104215", "appendix.pretrain_dino": "627771fc6b",
                    "appendix.pretrain_simmim": "2ae2b8dd25", "appendix.finetune_distilled": "18f49e2f3c"}
 
@@ -341,6 +341,16 @@ def test_a_files_settings_give_way_to_what_was_asked_for():
     assert (args.num_heads, args.patch_size, args.img_size, args.model) == (3, 4, [48, 48], "vit_demo")
     assert "explicit" not in vars(args) and not hasattr(args, "depth")
     options.take_config(args, None)
+
+
+def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):
+    """As on Lustre mounted without them: nobody else is there to wait for."""
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="cannot be locked .*not implemented.*choose an --output"):
+        with open_run("script", "name", run_settings(tmp_path), {}):
+            pass
 
 
 def test_a_run_in_use_names_the_other_process_and_is_left_alone(tmp_path):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from common import options
 from common.augment import to_uint8
 from common.data import ImageSet
-from common.errors import UserError
 from common.formats import FormatError, load_encoder, load_model, read_weights
 from common.mae import MAE
 from common.optim import parameter_groups
@@ -173,7 +172,7 @@ def test_layer_decay():
 
 
 def test_finetune_takes_it_by_name_or_from_the_file(tmp_path, monkeypatch):
-    """--model vit_demo_rpe from scratch, then --model init from its weights: the same architecture and start."""
+    """--model vit_demo_rpe from scratch, then from its weights alone: the same architecture and start."""
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 8, "depth": 1})
     pixels = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3), dtype=np.uint8)
     images = ImageSet("toy", pixels, np.arange(8) % 2, [0, 1])
@@ -184,11 +183,9 @@ def test_finetune_takes_it_by_name_or_from_the_file(tmp_path, monkeypatch):
 
     def run(**explicit):
         return finetune.main(options.resolve(finetune.build_parser(), {}, row=row, explicit=explicit))
-    with pytest.raises(UserError, match="--model init needs an --init"):
-        run(model="init")
     first = run(model="vit_demo_rpe")
     assert load_model(first["checkpoint"]).config["model"] == "vit_demo_rpe"
-    second = run(model="init", init=first["checkpoint"], base_lr=0.0, min_lr=0.0)
+    second = run(init=first["checkpoint"], base_lr=0.0, min_lr=0.0)
     before, after = (load_model(result["checkpoint"]) for result in (first, second))
     assert after.config["model"] == "vit_demo_rpe"
     for (name, ours), theirs in zip(after.blocks.named_parameters(), before.blocks.parameters()):

@@ -243,8 +243,9 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
         dry_run(folder, capsys, "mae-in21k")
     with pytest.raises(UserError, match="less than one image"):
         dry_run(folder, capsys, "mae-full", "mae-1", "--preset", "small")
-    with pytest.raises(UserError, match="MAE, long-tailed: 3 images, fewer than one batch of 4: .*batch_size=N"):
+    with pytest.raises(UserError, match="--rows mae-lt has 3 images, fewer than one batch of 4: .*batch_size=N"):
         dry_run(folder, capsys, "mae-full", "mae-lt")
+    assert {line.get("--subset") for line in dry_run(folder, capsys, "all")} == {"10%", None}  # the others are left out
     assert not (folder / "out").exists()
 
 

@@ -79,6 +79,25 @@ def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
     assert before.img_size == after.img_size == [48] and before.data == "fractals" and before.preset == "demo"
 
 
+def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monkeypatch):
+    """Else "5 epochs" and its published number would stand beside a run of 9."""
+    args = tables.parse(tables.make_parser("a table", ROWS, DEMO), ["--output", str(tmp_path), "--rows", "plain",
+                                                                    "one", "--set", "before.epochs=9"])
+    for name in ("before", "after"):
+        monkeypatch.setattr(sys.modules[f"toys.{name}"], "main", lambda args: {
+            "checkpoint": "a.pt", "run": "a", "top1": 50.0, "best_top1": 51.0, "seconds": 1})
+    names = [row["name"] for row in tables.accuracy_table("table8", ROWS[:2], DEMO, args)]
+    assert names == ["from nothing", "one [--epochs 9]"]
+    assert "one: --epochs 9 by the command line" in capsys.readouterr().out
+
+
+def test_data_that_were_not_given_are_missed_before_the_first_stage(ran):
+    """The paper's data, that is, of which no path says so; stages with data of their own come first in a table."""
+    with pytest.raises(UserError, match="--data imagenet needs --data-path"):
+        run("--preset", "paper", "--rows", "plain", "one")
+    assert ran == []
+
+
 def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     assert set(run("--rows", "all")) == {"plain", "one", "two"}
     for key, why in (("later", "nobody built it is not built yet"), ("big", "needs --preset paper")):
@@ -102,7 +121,7 @@ def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message)
 def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ran, monkeypatch, tmp_path, capsys):
     def main(args):
         if args.init:
-            raise HubError("timm cannot load timm:x. Give the folder")
+            raise HubError("timm cannot load timm:x. Give the folder", "timm:x")
         return {"checkpoint": "a.pt", "run": "a", "top1": 50.0, "best_top1": 51.0, "seconds": 1}
     monkeypatch.setattr(sys.modules["toys.after"], "main", main)
     rows = [Row("hub", "from the hub", 5.0, (("toys.after", {"init": "timm:x", "rate": 0.25}),)), ROWS[0]]
@@ -113,6 +132,12 @@ def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ra
     text = (tmp_path / "table8" / "table8.md").read_text()
     assert "from the hub (5.0: needs weights: timm cannot load timm:x. Give the folder, in place of its name: " in text
     assert "`python toys/after.py --init timm:x --rate 0.25 " in text
+
+
+def test_a_teacher_out_of_reach_is_given_to_the_table(tmp_path):
+    args = tables.parse(tables.make_parser("a table", ROWS, ()), ["--data-path", str(tmp_path)])
+    row = Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}), ("sec3_benchmark.finetune", {})))
+    assert tables.remedy(row, "timm:vit_base_patch16_224.mae", args, 0) == "here as --set pretrain_dmae.teacher=FOLDER"
 
 
 def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):

@@ -553,7 +553,7 @@ def test_gaps_are_differences_to_the_supervised_row():
 def test_given_weights_keep_their_row_s_settings_and_colours_suffice(tmp_path):
     given = {"simmim": "F", "a": "F", "b": "F"}
     rows = {row.key: row for row in table4_transfer.with_models(table4_transfer.ROWS, given)}
-    assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F", "model": "init"}),)
+    assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
     assert rows["a"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
     table = {"preset": "small", "rows": [
         {"key": row.key, "name": row.name, "published": row.published, "measured": {"mine": [50.0 + i]},
