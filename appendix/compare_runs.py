@@ -117,7 +117,7 @@ def matching(args):
                  if (theirs["script"], theirs["settings"]) == (about["script"], about["settings"])]
         if args.runs and not found:
             raise UserError(f"{folder}: none of {len(references)} references has its settings; --write makes one")
-        for theirs, log in found[:1]:
+        for theirs, log in sorted(found, key=lambda pair: pair[0]["data"] != about["data"])[:1]:  # of its data, if any is
             yield folder, rows, about, theirs, log
 
 

@@ -57,6 +57,9 @@ def test_runs_from_other_weights_are_shown_and_judged_only_where_named(tmp_path)
     other = make_run(tmp_path / "outputs" / "toy" / "dino", [2.0, 1.9], fingerprints={"data": "x", "init": "y"})
     words = ("--references", tmp_path / "reference_mae.jsonl", "--output", tmp_path / "outputs")
     assert run(*words)["toy/dino"]["largest"] == pytest.approx(0.9)
+    run("--runs", other, "--write", tmp_path / "reference_own.jsonl")  # of the same weights: taken instead
+    both = (*words[:2], tmp_path / "reference_own.jsonl", *words[2:])
+    assert run(*both)["toy/dino"]["largest"] == 0
     with pytest.raises(UserError, match="further away than --tolerance 0.05: toy/dino"):
         run(*words, "--runs", other)
 
