@@ -18,6 +18,7 @@ from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
+from common.runs import identity
 from common.vit import choose_attention
 from sec5_distill.distillation import DMAE, Teacher, visible_patches
 
@@ -108,7 +109,7 @@ def main(args):
             f"{args.batch_size}, {args.img_size} px, median of {args.turns} turns\n\n")
     text += report.markdown(["precision", "version", "ms a step", "time / D-MAE's", "peak GiB"], rows)
     report.write_text(Path(args.output) / "benchmark_distillation", "benchmark_distillation",
-                      {"settings": vars(args), "steps": results}, text)
+                      {"settings": identity(vars(args)), "steps": results}, text)
     return results
 
 

@@ -30,6 +30,7 @@ from common.fractals import render_batch
 from common.loader import StepSampler, Views, to_device, train_loader
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
+from common.runs import identity
 from common.vit import choose_attention
 
 PRESETS = {}
@@ -209,14 +210,16 @@ def write(args, device, steps, loader):
              f"({r['flops_per_second'] / r['matmul_flops_per_second']:.0%})",
              f"{r['ours_peak_gib']:.2f} / {r['straightforward_peak_gib']:.2f}"] for r in steps]
     where = f"{device.type}, {torch.get_num_threads()} threads, batch {args.batch_size}, {args.img_size} px"
-    text = f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs\n\n"
-    text += report.markdown(header, body) if steps else ""
+    texts = []
+    if steps:
+        texts += [f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs",
+                  report.markdown(header, body)]
     if loader:
-        text += (f"\n\nLoader, {loader['workers']} workers, {loader['images']} JPEGs: ours "
-                 f"{loader['ours_images_per_second']:.0f} images/s, torchvision's ImageFolder "
-                 f"{loader['torchvision_images_per_second']:.0f}, ratio {loader['ratio']:.2f}")
+        texts.append(f"Loader, {loader['workers']} workers, {loader['images']} JPEGs, median of {args.pairs} pairs: ours "
+                     f"{loader['ours_images_per_second']:.0f} images/s, torchvision's ImageFolder "
+                     f"{loader['torchvision_images_per_second']:.0f}, ratio {loader['ratio']:.2f}")
     report.write_text(Path(args.output) / "benchmark_throughput", "benchmark",
-                      {"settings": vars(args), "steps": steps, "loader": loader}, text)
+                      {"settings": identity(vars(args)), "steps": steps, "loader": loader}, "\n\n".join(texts))
 
 
 def main(args):
