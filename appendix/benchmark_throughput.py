@@ -215,7 +215,7 @@ def write(args, device, steps, loader):
         texts += [f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs",
                   report.markdown(header, body)]
     if loader:
-        texts.append(f"Loader, {loader['workers']} workers, {loader['images']} JPEGs, median of {args.pairs} pairs: ours "
+        texts.append(f"Loader, {loader['workers']} workers, {loader['images']} JPEGs, {args.pairs} pairs: ours "
                      f"{loader['ours_images_per_second']:.0f} images/s, torchvision's ImageFolder "
                      f"{loader['torchvision_images_per_second']:.0f}, ratio {loader['ratio']:.2f}")
     report.write_text(Path(args.output) / "benchmark_throughput", "benchmark",

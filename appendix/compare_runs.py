@@ -117,7 +117,8 @@ def matching(args):
                  if (theirs["script"], theirs["settings"]) == (about["script"], about["settings"])]
         if args.runs and not found:
             raise UserError(f"{folder}: none of {len(references)} references has its settings; --write makes one")
-        for theirs, log in sorted(found, key=lambda pair: pair[0]["data"] != about["data"])[:1]:  # of its data, if any is
+        found.sort(key=lambda pair: pair[0]["data"] != about["data"])  # that of its own data and weights first
+        for theirs, log in found[:1]:
             yield folder, rows, about, theirs, log
 
 
