@@ -9,7 +9,6 @@ much each patch is looked at), class token cut off before the softmax as in Figu
 largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
 """
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -92,7 +91,7 @@ def main(args):
         for name, (image, maps) in models.items():
             arrays[f"{name}/image"] = image
             arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
-        about.update(image=args.picture and Path(args.picture).name or args.image, query=args.query)
+        about.update(image=args.image, query=args.query)
         text = report.markdown(["map", "largest weight"], [[key, f"{values.max():.4f}"] for key, values in
                                                            arrays.items() if not key.endswith("/image")])
         study.write_numbers(args, "attention_maps", arrays, about, text)

@@ -153,6 +153,7 @@ def picture(args):
     if not Path(args.picture).is_file():
         raise UserError(f"--picture {args.picture}: no such file")
     args.num_images, args.order = 1, "drawn"
+    args.preset, args.data = None, Path(args.picture).name  # for the report: nothing of a preset is used
     return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
 
 

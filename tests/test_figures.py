@@ -184,6 +184,8 @@ def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
     file = place / "data" / "val" / "class2" / "7.png"
     words = ["--models", f"A={place / 'vit.pt'}", "--picture", str(file), "--device", "cpu", "--output", str(tmp_path)]
     arrays = attention_maps.main(study.parse(attention_maps.build_parser(), words))
+    about = json.loads((tmp_path / "attention_maps" / "attention_maps.json").read_text())
+    assert (about["preset"], about["data"], about["images"]) == (None, "7.png", 1)
     (tmp_path / "alone" / "val" / "all").mkdir(parents=True)
     (tmp_path / "alone" / "val" / "all" / "7.png").write_bytes(file.read_bytes())
     words = [*words[:2], "--preset", "small", "--data-path", str(tmp_path / "alone"), "--num-images", "1", *words[4:]]
