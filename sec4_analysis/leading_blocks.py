@@ -54,15 +54,23 @@ def own_settings(stage, name):
     return MOCO_FINETUNING if stage == FINETUNE and "moco" in name.lower() else {}  # transfer's default is the same
 
 
-def scratch_settings(args, stage):
-    """What the given files say of their network and its inputs, as `stage` takes it from them unless told otherwise:
-    k = 0 is the same network. Nothing without --models, or from files that do not say.
+def given_weights(args):
+    """{name: Weights} of --models; a dry run may name files that are still to be made."""
+    models = given_models(args) if args.models else {}
+    return {name: read_weights(file) for name, file in models.items() if not args.dry_run or Path(file).exists()}
+
+
+def told(args, stage):
+    """The settings of the later stage that the command line gives."""
+    return {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
+
+
+def scratch_settings(given, told):
+    """What the given files say of their network and its inputs, as the later stage takes it from them unless told
+    otherwise: k = 0 is the same network. Nothing without files, or from those that do not say.
     """
-    networks, told = {}, {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
-    for name, checkpoint in given_models(args).items() if args.models else ():
-        if args.dry_run and not Path(checkpoint).exists():
-            continue
-        weights = read_weights(checkpoint)
+    networks = {}
+    for name, weights in given.items():
         if weights.config:
             usual = channel_statistics(argparse.Namespace(in_chans=weights.config["in_chans"], mean=None, std=None))
             says = {**{key: weights.config.get(key) for key in options.SHAPE},
@@ -76,12 +84,23 @@ def scratch_settings(args, stage):
     return first
 
 
-def point_row(stage, settings, title, name, k, before, weights, scratch):
-    """The row of one point. k = 0 is the same row for every method."""
+def whole_encoders(methods, given, told):
+    """The methods whose k = 12 is the usual start from their weights, so that the runs of Tables 1 and 4 serve: a model
+    that averages takes nothing but the blocks and what is before them, unless the weights are such a classifier's.
+    """
+    if "global_pool" in told:
+        return ()
+    ours = [name for name, (before, _) in methods.items() if before]  # the preset's own pre-trainings
+    return (*ours, *(name for name, weights in given.items() if "fc_norm.weight" not in weights.state))
+
+
+def point_row(stage, settings, title, name, k, before, weights, scratch, whole=False):
+    """The row of one point. k = 0 is the same row for every method; with `whole`, k = 12 keeps all there is."""
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
         return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, {**settings, **scratch}),))
-    settings = {**settings, **own_settings(stage, name), "init": weights, "keep_blocks": k}
+    keep = {} if whole and k == DEPTH else {"keep_blocks": k}
+    settings = {**settings, **own_settings(stage, name), "init": weights, **keep}
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
 
@@ -95,8 +114,9 @@ def run_points(args, stage, panels, script):
     for name in methods:
         if own := own_settings(stage, name):
             print0(f"{name}: fine-tuned with {' '.join(options.words(own))}, for its name has moco in it")
-    scratch = scratch_settings(args, stage)
-    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch)
+    given, fixed = given_weights(args), told(args, stage)
+    scratch, whole = scratch_settings(given, fixed), whole_encoders(methods, given, fixed)
+    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch, name in whole)
             for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
     if args.dry_run:

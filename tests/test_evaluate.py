@@ -198,6 +198,8 @@ def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
             block = int(name.split(".")[1]) if name.startswith("blocks.") else first
             source = weights.state if block < k else scratch
             assert torch.equal(value, source[name]), (k, name)
+    whole = build(init="file")  # as Figure 2 has it for k = 12 of an encoder
+    assert whole.keys() == kept.keys() and all(torch.equal(value, whole[name]) for name, value in kept.items())
     assert not torch.equal(scratch["blocks.0.attn.qkv.weight"], weights.state["blocks.0.attn.qkv.weight"])
 
     runs = [options.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"], "keep_blocks": k})

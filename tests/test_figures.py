@@ -277,7 +277,7 @@ def test_leading_blocks_from_checkpoints_to_picture(place, tmp_path):
     assert points[0]["run"] == points[2]["run"] and len({name for p in points for name in p["run"]}) == 6
     settings = [json.loads(path.read_text()) for path in (tmp_path / "finetune").glob("*/settings.json")]
     assert sorted((Path(s["init"]).name, s["keep_blocks"]) for s in settings if s["init"]) == [
-        ("mae8.pt", 12), ("mae8.pt", 12), ("vit.pt", 12), ("vit.pt", 12)]
+        ("mae8.pt", None), ("mae8.pt", None), ("vit.pt", 12), ("vit.pt", 12)]  # all of an encoder is Table 1's start
     assert "scratch" in points[0]["run"][0] and all(0 <= top1 <= 100 for p in points for top1 in p["top1"])
     picture = tmp_path / "fig2" / "fig2.png"
     picture.unlink()
@@ -295,7 +295,8 @@ def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
     def scratch(*words):
         words = ["--preset", "small", "--models", *words]
         args = leading_blocks.parse(fig2_leading_blocks.build_parser(), words)
-        return leading_blocks.scratch_settings(args, leading_blocks.FINETUNE)
+        return leading_blocks.scratch_settings(leading_blocks.given_weights(args),
+                                               leading_blocks.told(args, leading_blocks.FINETUNE))
     network = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12}
     assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
     told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
