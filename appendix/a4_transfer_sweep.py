@@ -34,9 +34,7 @@ def build_parser():
 
 
 def parse(parser, argv=None):
-    args = tables.parse(parser, argv, presets=PRESETS)
-    args.rows = ["all"]
-    return args
+    return tables.parse(parser, argv, presets=PRESETS)
 
 
 def rows_of(args):

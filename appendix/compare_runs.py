@@ -132,9 +132,10 @@ def main(args):
     for folder, rows, about, theirs, log in matching(args):
         name, alike = f"{about['script']}/{folder.name}", about["data"] == theirs["data"]
         results[name], curves[name] = {**compare(rows, log), "judged": alike or bool(args.runs)}, (rows, log)
-        [top1, reference] = [f"{evaluation.get('top1', math.nan):.1f}" for evaluation in results[name]["evaluation"]]
+        top1 = " / ".join(f"{evaluation['top1']:.1f}" if "top1" in evaluation else "-"
+                          for evaluation in results[name]["evaluation"])
         lines.append([name, f"{results[name]['largest']:.2%}", results[name]["at"],
-                      "{:.4f} / {:.4f}".format(*results[name]["loss"]), f"{top1} / {reference}".replace("nan", "-"),
+                      "{:.4f} / {:.4f}".format(*results[name]["loss"]), top1,
                       "" if alike else "other data or weights"])
     if not results:
         raise UserError(f"no run in {args.output} has a reference: run a demo first, or --write one")

@@ -10,7 +10,6 @@ MoCo-v3's format hold neither heads nor the mean and std of the images: where th
 reader must then pass is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
 `out.pth?matching_heuristics=True`.
 """
-import argparse
 from pathlib import Path
 
 import safetensors.torch
@@ -96,7 +95,7 @@ def encoder_state(to, model):
 
 def unsaid(config, statistics):
     """Of a model, what a plain file does not say and its reader would take for something else: words to pass."""
-    usual = channel_statistics(argparse.Namespace(in_chans=config["in_chans"], mean=None, std=None))
+    usual = channel_statistics(config["in_chans"])
     assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
                "img_size": config["img_size"][:1] * 2, **usual}  # a square image, as positions have it
     own = {**config, **statistics}
@@ -122,7 +121,7 @@ def largest_difference(model, again, head=True):
 
 
 def checked(model, again, args):
-    """The largest difference between the outputs of both, if it is none."""
+    """The largest difference between both models' outputs; an error unless it is rounding alone."""
     difference = largest_difference(model, again, head=args.to != "mocov3")
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
@@ -155,7 +154,7 @@ def main(args):
         raise UserError(f"{args.checkpoint} is a {type(model).__name__}: ViTs and MAEs can be converted, no others")
     args.in_chans = model.config["in_chans"]
     take_statistics(args, weights)
-    statistics = channel_statistics(args)
+    statistics = channel_statistics(args.in_chans, args.mean, args.std)
     if args.to == "timm":
         export_timm(model, args.output, **statistics)
         difference = checked(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)

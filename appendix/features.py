@@ -98,14 +98,16 @@ def settings_of(args):
     return {name: getattr(args, name) for name in names}
 
 
-def cached_features(encoder, fingerprint, images, args, device, transform=None, view=0):
-    """`extract`, or its file. `transform` None is the evaluation's crop; `view` numbers the draws of another one."""
+def cached_features(encoder, fingerprint, images, args, device, fresh=False, transform=None, view=0):
+    """`extract`, or its file unless `fresh`. `transform` None is the evaluation's crop; `view` numbers the draws of
+    another one.
+    """
     settings = settings_of(args)
     if transform is not None:
         settings["view"] = view
     key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)
     path = Path(args.output) / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    if distributed.broadcast_object(path.is_file() and not args.fresh):
+    if distributed.broadcast_object(path.is_file() and not fresh):
         return torch.load(path, map_location="cpu", weights_only=True)["features"]
     values = extract(encoder, images, transform or eval_transform(args.img_size), args, device, view)
     if distributed.is_main():

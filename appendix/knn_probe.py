@@ -65,7 +65,7 @@ def main(args):
     train_set, val_set = load_sets(args)
     if not 0 < args.k <= len(train_set):
         raise UserError(f"--k {args.k}: the training set has {len(train_set)} images")
-    train, val = (cached_features(encoder, fingerprint, images, args, device).to(device)
+    train, val = (cached_features(encoder, fingerprint, images, args, device, args.fresh).to(device)
                   for images in (train_set, val_set))
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     result = knn_accuracy(train, labels, val, targets, len(train_set.classes), args.k, args.temperature)

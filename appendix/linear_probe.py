@@ -97,20 +97,21 @@ def main(args):
     compute = partial(cached_features, encoder, fingerprint, args=args, device=device)
     crop = pretrain_transform(args.img_size, interpolation="bicubic")
 
-    @lru_cache(maxsize=1)  # of 90 views, one in memory
-    def view(number):
-        return (compute(train_set, transform=crop, view=number) if args.views else compute(train_set)).to(device)
+    views = max(1, args.views)
 
-    def view_of(epoch):
-        args.fresh = args.fresh and epoch < max(1, args.views)  # each view is computed anew once
-        return view(epoch % max(1, args.views))
+    @lru_cache(maxsize=1)  # of 90 views, one in memory
+    def view(number, fresh):
+        which = dict(transform=crop, view=number) if args.views else {}
+        return compute(train_set, fresh=fresh, **which).to(device)
+
+    def view_of(epoch):  # with --fresh each view is computed anew in the first epoch that takes it
+        return view(epoch % views, args.fresh and epoch < views)
 
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     seed_everything("weights", args.seed)
     probe = build_probe(encoder.embed_dim, len(train_set.classes)).to(device)
-    val_features = compute(val_set).to(device)  # before the training, which ends --fresh
     loss = fit_probe(probe, view_of, labels, args)
-    result = {**probe_accuracy(probe, val_features, targets), "train_loss": loss}
+    result = {**probe_accuracy(probe, compute(val_set, fresh=args.fresh).to(device), targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")
     return write_result("linear_probe", args, fingerprint, (train_set, val_set), result)
 

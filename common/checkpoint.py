@@ -5,6 +5,7 @@ Tensors, numbers, strings, lists and dicts only, so that every file loads with `
 import json
 import os
 import re
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write_atomically(path, write):
     An error (a full disk, say) removes the temporary file and leaves what was there before untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -192,12 +192,12 @@ def cifar(args, train):
     return ImageSet(args.data, cifar.data, np.asarray(cifar.targets), cifar.classes, args.in_chans)
 
 
-def channel_statistics(args):
-    """{"mean", "std"}: a number per channel, in 0..1; --mean and --std, or the usual ones."""
-    mean, std = STATISTICS.get(args.in_chans, ((0.5,) * args.in_chans, (0.25,) * args.in_chans))
-    mean, std = list(args.mean or mean), list(args.std or std)
-    if len(mean) != args.in_chans or len(std) != args.in_chans:
-        raise DataError(f"--mean has {len(mean)} and --std {len(std)} numbers, --in-chans is {args.in_chans}")
+def channel_statistics(in_chans, mean=None, std=None):
+    """{"mean", "std"}: a number per channel, in 0..1; those that are given, or the usual ones."""
+    usual = STATISTICS.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
+    mean, std = list(mean or usual[0]), list(std or usual[1])
+    if len(mean) != in_chans or len(std) != in_chans:
+        raise DataError(f"--mean has {len(mean)} and --std {len(std)} numbers, --in-chans is {in_chans}")
     if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise DataError(f"--mean {mean} --std {std}: both are of values in 0..1, so divide those of bytes by 255")
     return {"mean": mean, "std": std}
@@ -205,7 +205,8 @@ def channel_statistics(args):
 
 def statistics(args):
     """Mean and std per channel as float tensors (C,), in 0..255."""
-    return tuple(torch.tensor(values) * 255 for values in channel_statistics(args).values())
+    usual = channel_statistics(args.in_chans, args.mean, args.std)
+    return tuple(torch.tensor(values) * 255 for values in usual.values())
 
 
 def take_statistics(args, weights):
@@ -215,7 +216,7 @@ def take_statistics(args, weights):
     theirs = weights.statistics if weights else None
     if not theirs or len(theirs["mean"]) != args.in_chans:
         return
-    for name, ours in channel_statistics(args).items():
+    for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():
         if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
             if getattr(args, name):
                 remedy = f"leave --{name} out to take theirs" if name in getattr(args, "explicit", (name,)) else \

@@ -15,13 +15,12 @@ An image depends on (seed, cls, index) and its size alone, not on its batch nor 
 import functools
 import math
 import operator
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from common.checkpoint import write_atomically
 from common.distributed import once_per_node
 
 VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
@@ -243,18 +242,10 @@ def open_set(path, shape):
 
 
 def write_set(path, shape, seed, classes, indices):
-    """Draws the images into a .npy file. Written under a name of its own, then renamed: a file with the final name is
-    whole, also where two processes make it at once."""
+    """Draws the images into a .npy file, whole or absent."""
+    def write(file):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for i in tqdm(range(0, len(classes), 256), desc=path.name, disable=None):  # None: only on a terminal
+            file.write(render_batch(seed, classes[i : i + 256], indices[i : i + 256], shape[1:3]).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for i in tqdm(range(0, len(classes), 256), desc=path.name, disable=None):  # None: only on a terminal
-                images = render_batch(seed, classes[i : i + 256], indices[i : i + 256], shape[1:3])
-                file.write(images.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # an interrupted attempt leaves nothing
+    write_atomically(path, write)

@@ -3,7 +3,6 @@
 The hash covers the settings that change the result; data, teachers and initial weights enter by content. A finished run
 is reused, an unfinished one continues with the same command, `--fresh` starts again.
 """
-import argparse
 import fcntl
 import hashlib
 import json
@@ -98,7 +97,7 @@ class Run:
     def weights(self, model):
         """The content of a file of weights: all that is needed to use them elsewhere."""
         return {"model": {name: value.cpu() for name, value in model.state_dict().items()}, "config": model.config,
-                "statistics": channel_statistics(argparse.Namespace(**self.settings))}
+                "statistics": channel_statistics(*(self.settings[name] for name in ("in_chans", "mean", "std")))}
 
     def finish(self, result, model):
         """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before."""

@@ -61,8 +61,8 @@ def add_rows(parser, rows=(), demo=()):
 
 
 def parse(parser, argv=None, presets=PRESETS, own=()):
-    """A table's arguments. `args.given` holds those that stages may know, and then they override the rows'; not what is
-    the table's `own` although a stage has an argument of that name.
+    """A table's arguments. `args.given` holds what the user gave: every stage that has such a setting takes it, in
+    place of the row's. `own` is the table's alone, although a stage has a setting of that name.
     """
     options.check_clone()
     given = options.explicit_arguments(parser, argv)
@@ -70,6 +70,7 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, presets, explicit=given)
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
+    args.rows = getattr(args, "rows", ["all"])  # a figure has no --rows: all of its own are run
     args.per_stage, args.needs_weights = {}, {}
     for text in args.stage_settings:
         stage, dot, rest = text.partition(".")

@@ -25,7 +25,7 @@ from common import distributed
 from common.augment import to_uint8
 from common.data import DataError, ImageSet, UnreadableImage, statistics
 from common.loader import default_workers, eval_loader, to_device
-from common.vit import choose_attention, pair
+from common.vit import pair
 from sec3_benchmark.mask_rcnn import paste
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
@@ -207,7 +207,6 @@ def detect_all(model, images, args, device, rank=0, world=1):
 def evaluator(model, images, args, device):
     """Box and mask AP on `images` as a function of nothing, for the training loop; every rank takes its share."""
     rank, world = distributed.rank(), distributed.world_size()
-    choose_attention(model, device)
 
     def evaluate():
         found = [detect_all(model, images, args, device, rank, world)]

@@ -6,7 +6,6 @@ from common import distributed
 from common.augment import eval_transform
 from common.data import statistics
 from common.loader import default_workers, eval_loader, to_device
-from common.vit import choose_attention
 
 
 @torch.inference_mode()
@@ -32,7 +31,6 @@ def evaluator(model, images, args, device):
     nothing, for the training loop. The loader starts anew each time, so nothing is kept between evaluations.
     """
     mean, std = (values.to(device) for values in statistics(args))
-    choose_attention(model, device)
 
     def evaluate():
         loader = eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256),

@@ -9,10 +9,12 @@ much each patch is looked at), class token cut off before the softmax as in Figu
 largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
 """
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from common import options, report
+from common.data import ImageSet
 from common.errors import UserError
 from sec4_analysis import attention, study
 from sec4_analysis.features import geometry, intermediates
@@ -31,6 +33,15 @@ def build_parser():
     group.add_argument("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
     options.add_execution(parser)
     return parser
+
+
+def picture(args):
+    """The one image of --picture as a set of its own. `args` then says so, in place of a preset and its data."""
+    if not Path(args.picture).is_file():
+        raise UserError(f"--picture {args.picture}: no such file")
+    args.num_images, args.order = 1, "drawn"
+    args.preset, args.data = None, Path(args.picture).name
+    return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
 
 
 def attention_maps(model, images, args):
@@ -83,7 +94,8 @@ def main(args):
     if args.picture and not args.models:
         raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
     if not args.from_numbers:
-        done = study.analyse(args, ROWS, "attention_maps", partial(attention_maps, args=args))
+        done = study.analyse(args, ROWS, "attention_maps", partial(attention_maps, args=args),
+                             read=picture if args.picture else study.validation_images)
         if done is None:
             return {}
         models, about = done

@@ -4,7 +4,6 @@ The first k blocks are kept, with patch embedding, class token and positions; ev
 the whole is trained. k = 0 keeps nothing, so it is training from scratch and the same for every method. No source that
 we read has the authors' code or numbers for these figures, so none stand beside ours.
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -37,9 +36,7 @@ def add_arguments(parser):
 
 
 def parse(parser, argv=None):
-    args = tables.parse(parser, argv, presets=PRESETS)
-    args.rows = ["all"]
-    return args
+    return tables.parse(parser, argv, presets=PRESETS)
 
 
 def starts(args):
@@ -60,19 +57,19 @@ def given_weights(args):
     return {name: read_weights(file) for name, file in models.items() if not args.dry_run or Path(file).exists()}
 
 
-def told(args, stage):
+def settings_told(args, stage):
     """The settings of the later stage that the command line gives."""
     return {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
 
 
-def scratch_settings(given, told):
-    """What the given files say of their network and its inputs, as the later stage takes it from them unless told
-    otherwise: k = 0 is the same network. Nothing without files, or from those that do not say.
+def scratch_settings(loaded, told):
+    """k = 0 is the same network as the files': their shape and normalisation, except where the command line says
+    otherwise. {} without files, or if these do not say.
     """
     networks = {}
-    for name, weights in given.items():
+    for name, weights in loaded.items():
         if weights.config:
-            usual = channel_statistics(argparse.Namespace(in_chans=weights.config["in_chans"], mean=None, std=None))
+            usual = channel_statistics(weights.config["in_chans"])
             says = {**{key: weights.config.get(key) for key in options.SHAPE},
                     **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
             networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
@@ -84,23 +81,23 @@ def scratch_settings(given, told):
     return first
 
 
-def whole_encoders(methods, given, told):
-    """The methods whose k = 12 is the usual start from their weights, so that the runs of Tables 1 and 4 serve: a model
-    that averages takes nothing but the blocks and what is before them, unless the weights are such a classifier's.
+def whole_encoders(methods, loaded, told):
+    """The methods for which k = 12 equals the usual start, so that runs of Tables 1 and 4 are reused: of an encoder an
+    average-pooling classifier takes only blocks and embeddings. Not so of such a classifier's weights, with fc_norm.
     """
     if "global_pool" in told:
         return ()
     ours = [name for name, (before, _) in methods.items() if before]  # the preset's own pre-trainings
-    return (*ours, *(name for name, weights in given.items() if "fc_norm.weight" not in weights.state))
+    return (*ours, *(name for name, weights in loaded.items() if "fc_norm.weight" not in weights.state))
 
 
-def point_row(stage, settings, title, name, k, before, weights, scratch, whole=False):
+def point_row(stage, settings, title, name, k, before, checkpoint, scratch, whole=False):
     """The row of one point. k = 0 is the same row for every method; with `whole`, k = 12 keeps all there is."""
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
         return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, {**settings, **scratch}),))
     keep = {} if whole and k == DEPTH else {"keep_blocks": k}
-    settings = {**settings, **own_settings(stage, name), "init": weights, **keep}
+    settings = {**settings, **own_settings(stage, name), "init": checkpoint, **keep}
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
 
 
@@ -114,8 +111,8 @@ def run_points(args, stage, panels, script):
     for name in methods:
         if own := own_settings(stage, name):
             print0(f"{name}: fine-tuned with {' '.join(options.words(own))}, for its name has moco in it")
-    given, fixed = given_weights(args), told(args, stage)
-    scratch, whole = scratch_settings(given, fixed), whole_encoders(methods, given, fixed)
+    loaded, told = given_weights(args), settings_told(args, stage)
+    scratch, whole = scratch_settings(loaded, told), whole_encoders(methods, loaded, told)
     rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch, name in whole)
             for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)

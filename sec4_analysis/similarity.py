@@ -34,7 +34,7 @@ def layer_grams(model, images, authors_norm=False, view=None):
 
 
 def similarities(args, rows, item, view=None):
-    """{name: CKA (layers of the model, layers of the first model)} and what to know about it, or None (`analyse`)."""
+    """{name: CKA (its layers, layers of the first model)} and what to know about it, or None: see study.analyse."""
     done = study.analyse(args, rows, item,
                          lambda model, images: layer_grams(model, images, args.final_norm == "authors", view))
     if done is None:

@@ -4,23 +4,24 @@ A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOIN
 trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
 """
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.beit import Beit
 from torch.utils.data import DataLoader
 
 from common import distributed, options, report, tables
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import ImageSet, load_sets, statistics
+from common.data import channel_statistics, load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model
 from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
 from common.mae import MAE
+from common.rpe import init_relative_vit
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
 from common.weights import fingerprint
@@ -61,7 +62,7 @@ def add_arguments(parser, norm=True):
 
 
 def parse(parser, argv=None):
-    """The arguments; a stage's --batch-size is another than an analysis's."""
+    """The arguments. --batch-size is the analysis's own, not that of the stages."""
     return tables.parse(parser, argv, presets=PRESETS, own=("batch_size",))
 
 
@@ -87,8 +88,8 @@ def sources(args, rows, script):
     if args.models:
         return given_models(args, words=(RANDOM,))
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
-        draw_images(load_sets(args, splits=("val",))[0].labels, args)
-    args.rows, args.seeds = ["all"], [args.seed]
+        draw_images(validation_images(args).labels, args)
+    args.seeds = [args.seed]
     results = tables.run_rows(rows, args, (), script)
     tables.require_weights(args)
     return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
@@ -123,7 +124,7 @@ def untrained(model, seed):
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return init_vit(model)
+    return init_relative_vit(model) if isinstance(model, Beit) else init_vit(model)
 
 
 # Images
@@ -148,24 +149,15 @@ def draw_images(labels, args):
     return chosen
 
 
-def picture(args):
-    """The one image of --picture as a set of its own."""
-    if not Path(args.picture).is_file():
-        raise UserError(f"--picture {args.picture}: no such file")
-    args.num_images, args.order = 1, "drawn"
-    args.preset, args.data = None, Path(args.picture).name  # for the report: nothing of a preset is used
-    return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
-
-
 def preprocessing(model, args):
     """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
     crop is the paper's for all models, so that a token shows each of them the same part of the image.
     """
     _, grid, patch = geometry(model)
     theirs = getattr(model, "statistics", None) or {}
-    normalisation = {key: getattr(args, key) or theirs.get(key) for key in ("mean", "std")}
-    return [n * p for n, p in zip(grid, patch)], *statistics(
-        argparse.Namespace(in_chans=model.patch_embed.proj.in_channels, **normalisation))
+    mean, std = (getattr(args, key) or theirs.get(key) for key in ("mean", "std"))
+    normalisation = channel_statistics(model.patch_embed.proj.in_channels, mean, std)
+    return [n * p for n, p in zip(grid, patch)], *(torch.tensor(values) * 255 for values in normalisation.values())
 
 
 def batches(model, images, chosen, args, device):
@@ -181,9 +173,14 @@ def batches(model, images, chosen, args, device):
 
 # Measuring, writing, drawing
 
-def analyse(args, rows, script, measure):
-    """{name: measure(model, batches)} for every model, and what a reader should know about it. None on ranks that are
-    not needed any more, and after a dry run.
+def validation_images(args):
+    """Those of --data; every class with its label."""
+    return load_sets(args, splits=("val",))[0]
+
+
+def analyse(args, rows, script, measure, read=validation_images):
+    """{name: measure(model, batches)} for every model on the images that `read(args)` gives, and what a reader should
+    know about it. None on ranks that are not needed any more, and after a dry run.
     """
     device = distributed.start("cpu" if args.dry_run else args.device)  # a login node has no GPU
     checkpoints = sources(args, rows, script)
@@ -192,7 +189,7 @@ def analyse(args, rows, script, measure):
     first = next(iter(checkpoints))
     model = load(first, checkpoints, args, device)
     args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
-    images = picture(args) if getattr(args, "picture", None) else load_sets(args, splits=("val",))[0]
+    images = read(args)
     if not distributed.is_main():
         return None
     chosen = draw_images(images.labels, args)

@@ -155,7 +155,7 @@ class DMAE(nn.Module):
         heads, dim = student.config["num_heads"], student.pos_embed.shape[-1]
         self.model, self.config = student, student.config
         self.blocks, self.layers = tuple(blocks), tuple(layers)
-        self.weights = {"attention": attention_weight, "hidden": hidden_weight}
+        self.weights = {"mae": 1.0, "attention": attention_weight, "hidden": hidden_weight}
         # PyTorch's default initial values; the authors count these from 0: block 12 has adapter11
         self.attn_adapter = nn.ModuleDict({f"adapter{block - 1}": nn.Conv2d(heads, teacher.num_heads, 1, bias=False)
                                            for block in blocks})
@@ -167,8 +167,7 @@ class DMAE(nn.Module):
         last two from Teacher.forward for the same patches.
         """
         student, states = self.model, []
-        loss = student(images, noise, states)
-        parts = {"mae": loss}
+        parts = {"mae": student(images, noise, states)}
         if self.blocks:
             parts["attention"] = sum(
                 attention_loss(block_logits(student.blocks[block - 1], states[block - 1]), target,
@@ -179,7 +178,7 @@ class DMAE(nn.Module):
             parts["hidden"] = sum(
                 hidden_loss(norms[layer](states[layer]), target, self.hidden_adapter[f"adapter{layer}"].weight)
                 for layer, target in zip(self.layers, teacher_hidden, strict=True))
-        return sum((self.weights[name] * part for name, part in parts.items() if name != "mae"), loss), parts
+        return sum(self.weights[name] * part for name, part in parts.items()), parts
 
 
 def visible_patches(student, images, noise):

@@ -15,8 +15,6 @@ from common.tables import Row
 from sec4_analysis import similarity
 from sec5_distill import pretrain_dmae
 
-SHORT = {"epochs": pretrain_dmae.PRESETS["demo"]["epochs"]}  # the demo's MAE is trained no longer than its D-MAE
-
 
 def build_parser():
     parser = options.make_parser(__doc__)
@@ -29,9 +27,9 @@ def build_parser():
 def own_models(args):
     """NAME=CHECKPOINT of the preset's own runs, the teacher is D-MAE's; None after a dry run."""
     rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),
-            Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", SHORT if args.preset == "demo" else {}),)),
+            Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(args.preset, {})),)),
             Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
-    args.rows, args.seeds = ["all"], [args.seed]
+    args.seeds = [args.seed]
     results = tables.run_rows(rows, args, (), "fig6")
     if args.dry_run:
         return None

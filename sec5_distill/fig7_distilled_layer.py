@@ -20,8 +20,7 @@ from common.tables import PREVIOUS, Row
 from sec5_distill import pretrain_dmae
 
 DEPTH = 12  # of every ViT of the paper
-FINETUNE = {"paper": {"epochs": 100}}
-NONE = {"demo": {"epochs": pretrain_dmae.PRESETS["demo"]["epochs"]}}  # the demo's MAE is trained no longer than D-MAE
+FINETUNING = {"paper": {"epochs": 100}}
 
 
 def build_parser():
@@ -36,22 +35,18 @@ def build_parser():
     return parser
 
 
-def parse(parser, argv=None):
-    """The arguments; the rows of this table are the --layers, and all of them are run."""
-    args = tables.parse(parser, argv)
-    args.rows = ["all"]
-    return args
-
-
 def row_of(layer, preset):
     """Pre-training with one layer distilled, then fine-tuning."""
     if layer not in ("none", "all", *map(str, range(1, DEPTH + 1))):
         raise UserError(f"--layers {layer}: a layer is 1 to {DEPTH}, none or all")
-    blocks = list(range(1, DEPTH + 1)) if layer == "all" else [layer]
-    pretrain = ("sec3_benchmark.pretrain_mae", NONE.get(preset, {})) if layer == "none" else \
-        ("sec5_distill.pretrain_dmae", {"distill_blocks": [int(block) for block in blocks]})
-    return Row(layer, layer if layer in ("none", "all") else f"layer {layer}", None,
-               (pretrain, ("sec3_benchmark.finetune", {**FINETUNE.get(preset, {}), "init": PREVIOUS})))
+    if layer == "none":
+        pretrain = ("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(preset, {}))
+    else:
+        blocks = list(range(1, DEPTH + 1)) if layer == "all" else [int(layer)]
+        pretrain = ("sec5_distill.pretrain_dmae", {"distill_blocks": blocks})
+    name = layer if layer in ("none", "all") else f"layer {layer}"
+    return Row(layer, name, None,
+               (pretrain, ("sec3_benchmark.finetune", {**FINETUNING.get(preset, {}), "init": PREVIOUS})))
 
 
 def summary(row, results):
@@ -119,4 +114,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=parse)
+    options.start(main, build_parser(), parse=tables.parse)

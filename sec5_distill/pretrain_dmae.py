@@ -35,6 +35,8 @@ PRESETS = {
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
                   warmup_epochs=20, teacher="own", teacher_model="vit_small"),
 }
+# The MAE beside D-MAE in Figures 6 and 7; in the demo it is trained no longer
+MAE_BESIDE = {"demo": {"epochs": PRESETS["demo"]["epochs"]}}
 DISTILLATION = ("teacher", "teacher_model", "teacher_epochs", "teacher_heads", "distill_blocks", "teacher_blocks",
                 "attention_weight", "hidden_layers", "teacher_hidden_layers", "hidden_weight")
 

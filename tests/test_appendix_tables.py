@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from appendix import a1_recipes, a2_mae_settings
+from appendix import a1_recipes, a2_mae_settings, a3_mocov3_settings, b5_dino_simmim
 from common import options
 from common.options import stage_settings
 from sec3_benchmark import table1_pretraining_methods as table1
@@ -62,4 +62,7 @@ def test_rows_that_two_tables_share_are_the_same_run():
     assert by_key(a2_mae_settings)["base"].stages == by_key(table1)["mae"].stages
     for row in table5_distillation.ROWS:
         assert table5_distillation.imagenet_row(row).stages == by_key(table1)[TABLE1.get(row.key, row.key)].stages
+    for row in b5_dino_simmim.ROWS:  # probes lie between; fine-tuning starts from what they hand on
+        assert (row.stages[0], row.stages[-1]) == by_key(table1)[row.key].stages
+    assert by_key(a3_mocov3_settings)["base"].stages == by_key(table1)["mocov3"].stages
     assert options.PRESET_NAMES == by_key(table1)["mae"].presets

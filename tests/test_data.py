@@ -404,7 +404,7 @@ def test_statistics_travel_with_weights():
     take_statistics(args, SimpleNamespace(statistics=usual, source="file"))
     assert args.mean is None and args.std is None
     take_statistics(args, SimpleNamespace(statistics=grey, source="file"))
-    assert channel_statistics(args) == grey
+    assert channel_statistics(3, args.mean, args.std) == grey
     with pytest.raises(DataError, match=r"other learnt from images with mean \[0.485.* leave --mean out"):
         take_statistics(args, SimpleNamespace(statistics=usual, source="other"))
     narrow = arguments(in_chans=1)

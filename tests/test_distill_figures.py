@@ -68,7 +68,7 @@ def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeyp
 
 def test_figure_7_distils_each_layer_and_fine_tunes_alike(asked, tmp_path):
     rows = run(fig7_distilled_layer, tmp_path, "--layers", "none", "4", "all", "--seeds", "0", "1",
-               parse=fig7_distilled_layer.parse)
+               parse=tables.parse)
     pretrained, tuned = asked[::2], asked[1::2]
     assert [name for name, _ in pretrained] == ["pretrain_mae"] * 2 + ["pretrain_dmae"] * 4
     assert [settings.get("distill_blocks") for _, settings in pretrained] == [None, None, [4], [4],
@@ -84,19 +84,19 @@ def test_figure_7_distils_each_layer_and_fine_tunes_alike(asked, tmp_path):
 
 
 def test_figure_7_is_drawn_from_its_numbers_alone(asked, tmp_path):
-    run(fig7_distilled_layer, tmp_path, "--layers", "none", "12", parse=fig7_distilled_layer.parse)
+    run(fig7_distilled_layer, tmp_path, "--layers", "none", "12", parse=tables.parse)
     before = (tmp_path / "fig7" / "fig7.png").read_bytes()
     (tmp_path / "fig7" / "fig7.png").unlink()
     count = len(asked)
     run(fig7_distilled_layer, tmp_path, "--from-numbers", str(tmp_path / "fig7" / "fig7.json"),
-        parse=fig7_distilled_layer.parse)
+        parse=tables.parse)
     assert (tmp_path / "fig7" / "fig7.png").read_bytes() == before and len(asked) == count
 
 
 @pytest.mark.parametrize("layer", ["0", "13", "last"])
 def test_a_layer_that_is_not_there_is_refused(layer, tmp_path):
     with pytest.raises(UserError, match=f"--layers {layer}: a layer is 1 to 12, none or all"):
-        run(fig7_distilled_layer, tmp_path, "--layers", layer, parse=fig7_distilled_layer.parse)
+        run(fig7_distilled_layer, tmp_path, "--layers", layer, parse=tables.parse)
 
 
 def test_figure_7_fine_tunes_for_100_epochs_in_the_paper():

@@ -13,7 +13,9 @@ from PIL import Image
 
 from appendix import a6_cka_settings
 from common.checkpoint import save_torch
+from common.loader import seed_everything
 from common.mae import MAE
+from common.rpe import build_model
 from common.vit import build_vit
 from sec4_analysis import (
     attention_maps,
@@ -25,6 +27,7 @@ from sec4_analysis import (
     leading_blocks,
     study,
 )
+from tests.helpers import assert_same, noisy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,6 +182,20 @@ def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
             run(attention_maps, place, tmp_path, "--num-images", "6", *words)
 
 
+def test_the_twin_of_a_model_has_its_kind_s_initial_values():
+    """Those of the relative variants are not the plain ViT's (PAPER 1.6)."""
+    relative = noisy(build_model("vit_tiny_rpe", img_size=32, patch_size=8, num_classes=3))
+    twin = dict(study.untrained(relative, 0).named_parameters())
+    for name, std in (("blocks.11.mlp.fc2.weight", 0.02 / 24 ** 0.5), ("patch_embed.proj.weight", 0.02)):
+        assert twin[name].std().item() == pytest.approx(std, rel=0.05)
+    assert not twin["blocks.3.attn.relative_position_bias_table"].any() and (twin["blocks.3.gamma_1"] == 0.1).all()
+    mae = noisy(MAE("vit_demo", img_size=24, patch_size=6))
+    mae.statistics = None
+    seed_everything("weights", 5)
+    expected = MAE(**mae.config).state_dict()
+    assert_same(study.untrained(mae, 5).state_dict(), expected)
+
+
 def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
     """Its maps are those of the same image in a data set."""
     file = place / "data" / "val" / "class2" / "7.png"
@@ -296,7 +313,7 @@ def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
         words = ["--preset", "small", "--models", *words]
         args = leading_blocks.parse(fig2_leading_blocks.build_parser(), words)
         return leading_blocks.scratch_settings(leading_blocks.given_weights(args),
-                                               leading_blocks.told(args, leading_blocks.FINETUNE))
+                                               leading_blocks.settings_told(args, leading_blocks.FINETUNE))
     network = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12}
     assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
     told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
