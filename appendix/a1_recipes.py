@@ -10,6 +10,7 @@ appendix says of the steps between is in no source that we read.
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import accuracy_table
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
 CHANGES = [  # key, what changes, settings of finetune.py; applied one upon the other, the last is the improved recipe
@@ -51,7 +52,7 @@ def build_parser():
 
 def main(args):
     """Writes a1.json and a1.md; returns the rows."""
-    return tables.accuracy_table("a1", ROWS, DEMO, args)
+    return accuracy_table("a1", ROWS, DEMO, args)
 
 
 if __name__ == "__main__":

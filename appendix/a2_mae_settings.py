@@ -9,6 +9,7 @@ settings are in no source that we read.
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import accuracy_table
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
 DEMO = ("base", "depth-2", "ratio-0.9")
@@ -35,7 +36,7 @@ def build_parser():
 
 def main(args):
     """Writes a2.json and a2.md; returns the rows."""
-    return tables.accuracy_table("a2", ROWS, DEMO, args)
+    return accuracy_table("a2", ROWS, DEMO, args)
 
 
 if __name__ == "__main__":

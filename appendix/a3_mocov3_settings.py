@@ -10,6 +10,7 @@ is in a source that we read.
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
@@ -37,7 +38,7 @@ def build_parser():
 
 def main(args):
     """Writes a3.json and a3.md; returns the rows."""
-    return tables.accuracy_table("a3", ROWS, DEMO, args)
+    return accuracy_table("a3", ROWS, DEMO, args)
 
 
 if __name__ == "__main__":

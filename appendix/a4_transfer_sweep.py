@@ -11,6 +11,7 @@ good, and Table 4 should then be run with other seeds. Winners belong into SETTI
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import PUBLISHED, check_path, title
 
 PRETRAIN, TRANSFER = "sec3_benchmark.pretrain_mae", "sec3_benchmark.transfer"
@@ -51,7 +52,7 @@ def rows_of(args):
 def main(args):
     """Writes a4.json and a4.md; returns the rows."""
     check_path(args.dataset, args.dataset_path)
-    return tables.accuracy_table("a4", list(rows_of(args)), (), args)
+    return accuracy_table("a4", list(rows_of(args)), (), args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common import options, report, tables
 from common.tables import Row
+from sec3_benchmark.accuracy_table import duration
 
 DETECT = "sec3_benchmark.detect"
 PUBLISHED = {"box_ap": 39.9, "mask_ap": 35.4}  # from MAE-Tiny (ICML slides, code page), with ViTDet's settings
@@ -45,7 +46,7 @@ def column(key):
 
 
 COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mask AP": column("mask_ap"),
-           "training": lambda row: report.duration([seconds / 3600 for seconds in row["seconds"]])}
+           "training": lambda row: duration([seconds / 3600 for seconds in row["seconds"]])}
 
 
 def main(args):

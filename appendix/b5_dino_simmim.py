@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common import options, report, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 FINETUNE, KNN, LINEAR = "sec3_benchmark.finetune", "appendix.knn_probe", "appendix.linear_probe"
@@ -46,7 +47,7 @@ COLUMNS = {
     "linear": lambda row: report.spread(row["linear"]),
     "kNN": lambda row: report.spread(row["knn"]),
     "seeds": lambda row: row["seeds"] or "",
-    "pre-training time": lambda row: report.duration(row["pretrain_hours"]),
+    "pre-training time": lambda row: duration(row["pretrain_hours"]),
 }
 
 
@@ -59,7 +60,7 @@ def main(args):
     results = tables.run_rows(ROWS, args, DEMO, script="b5")
     if args.dry_run:
         return []
-    rows = [{**tables.summary(row, results.get(row.key, [])),
+    rows = [{**summary(named(row, args), results.get(row.key, [])),
              "knn": [stages[1]["top1"] for stages in results.get(row.key, [])],
              "linear": [stages[2]["top1"] for stages in results.get(row.key, [])]} for row in ROWS]
     report.write_table(Path(args.output) / "b5", "b5", args, COLUMNS, rows, notes=[

@@ -61,16 +61,6 @@ def published(value):
     return "-" if value in (None, {}) else value
 
 
-def duration(hours):
-    """Mean hours as text in the unit that suits them, or "" for nothing."""
-    if not hours:
-        return ""
-    seconds = 3600 * statistics.mean(hours)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def visible(image):
     """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import distributed, options, report
+from common import distributed, options
 from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
@@ -206,35 +206,3 @@ def dry_run(row, number, module, settings, explicit, args, script):
     last = number == len(row.stages) - 1
     print0(options.command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
     return {"checkpoint": str(weights)}
-
-
-def accuracy_table(item, rows, demo, args, notes=()):
-    """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
-    results = run_rows(rows, args, demo, script=item)
-    if args.dry_run:
-        return []
-    named = [replace(row, name=f"{row.name} [{words}]") if (words := overruled(row, args)) else row for row in rows]
-    summaries = [summary(row, results.get(row.key, []), args.needs_weights.get(row.key)) for row in named]
-    about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
-    report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
-                       notes=[about, *notes, NOTES[args.preset]])
-    return summaries
-
-
-def summary(row, results, problem=None):
-    """A row of an accuracy table from its stages' results, one list of stages per seed."""
-    final = [stages[-1] for stages in results]
-    pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    status = "run" if results else "not built yet" if not row.stages else problem or "not chosen"
-    return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
-            "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
-            "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
-
-
-COLUMNS = {
-    "pre-training and recipe": lambda row: row["name"],
-    "published": lambda row: report.published(row["published"]),
-    "measured": lambda row: report.spread(row["measured"]),
-    "seeds": lambda row: row["seeds"] or "",
-    "pre-training": lambda row: report.duration(row["pretrain_hours"]),
-}

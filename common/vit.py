@@ -84,24 +84,6 @@ def init_vit(vit):
     return vit
 
 
-def attention_logits(attention, tokens):
-    """A = q k^T / sqrt(head dim), before the softmax (Section 5's A): tokens (B, N, D) -> (B, heads, N, N).
-
-    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output. Relative positions are part
-    of A.
-    """
-    B, N, _ = tokens.shape
-    if hasattr(attention, "relative_position_bias_table"):  # common/rpe.py: no bias for k, no norms of q and k
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add
-        return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
-    qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
-    q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    return (q * attention.scale) @ k.transpose(-2, -1)
-
-
 def choose_attention(model, device, dtype=None):
     """The fused kernel, but for bf16 on a CPU matmul, softmax, matmul: at head dimension 16 the fused kernel's bf16
     backward took twice the time of the whole MAE step there, while in float32 it gains a tenth.

@@ -10,6 +10,7 @@ epoch; the best epoch stands in each run's result.json. Rows that were not run a
 """
 from common import options, tables
 from common.tables import PREVIOUS, Row
+from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
@@ -65,7 +66,7 @@ def build_parser():
 
 def main(args):
     """Runs the chosen rows and writes table1.json and table1.md; returns the rows."""
-    return tables.accuracy_table("table1", ROWS, DEMO, args)
+    return accuracy_table("table1", ROWS, DEMO, args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.optim import steps_per_epoch
 from common.tables import PREVIOUS, Row
 from sec3_benchmark import subsets
+from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 FINETUNE = "sec3_benchmark.finetune"
@@ -139,7 +140,7 @@ COLUMNS = {
     "iterations": lambda row: f"{row['data']['iterations']:,}",
     "measured": lambda row: report.spread(row["measured"]),
     "seeds": lambda row: row["seeds"],
-    "time": lambda row: report.duration(row["pretrain_hours"]),
+    "time": lambda row: duration(row["pretrain_hours"]),
 }
 
 
@@ -169,7 +170,7 @@ def main(args):
     results = tables.run_rows(planned_rows, args, DEMO, script="table3")
     if args.dry_run:
         return []
-    rows = [tables.summary(row, results.get(row.key, [])) for row in planned_rows]
+    rows = [summary(named(row, args), results.get(row.key, [])) for row in planned_rows]
     for row in rows:
         row["status"] = row.get("problem", row["status"])
     folder = Path(args.output) / "table3"

@@ -15,6 +15,24 @@ import torch
 AUTHORS_UNIT = (14.0, 14.0)  # pixels per patch in the authors' distances
 
 
+def attention_logits(attention, tokens):
+    """A = q k^T / sqrt(head dim), before the softmax (Section 5's A): tokens (B, N, D) -> (B, heads, N, N).
+
+    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output. Relative positions are part
+    of A.
+    """
+    B, N, _ = tokens.shape
+    if hasattr(attention, "relative_position_bias_table"):  # common/rpe.py: no bias for k, no norms of q and k
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add
+        return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
+    qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
+    q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    return (q * attention.scale) @ k.transpose(-2, -1)
+
+
 def patch_distances(grid, patch_size):
     """Between the centres of all pairs of patches: grid (rows, columns), patch_size (height, width) -> (L, L)."""
     rows, columns = (torch.arange(n, dtype=torch.float64) * size for n, size in zip(grid, patch_size))

@@ -19,7 +19,7 @@ from torch import nn
 from common import vit
 from common.errors import UserError
 from common.mae import MAE
-from common.vit import attention_logits
+from sec4_analysis.attention import attention_logits
 
 ENCODERS = (vision_transformer.VisionTransformer, beit.Beit, MAE)
 BLOCKS = (vision_transformer.Block, beit.Block)

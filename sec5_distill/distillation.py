@@ -36,8 +36,8 @@ def hidden_loss(student, teacher, width_map):
 
 
 def block_logits(block, x):
-    """A of a block, from the block's input x (B, N, D): (B, heads, N, N). As common.vit.attention_logits, but without
-    computing the values, whose weights are the last third.
+    """A of a block, from the block's input x (B, N, D): (B, heads, N, N). As sec4_analysis's attention_logits, but
+    without computing the values, whose weights are the last third.
     """
     attention, (B, N, _) = block.attn, x.shape
     rows, bias = 2 * len(attention.qkv.weight) // 3, attention.qkv.bias

@@ -19,8 +19,9 @@ from common.checkpoint import load_newest
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.mae import MAE, take
-from common.vit import SIZES, attention_logits, build_vit, choose_attention
+from common.vit import SIZES, build_vit, choose_attention
 from sec3_benchmark import pretrain_mae
+from sec4_analysis.attention import attention_logits
 from sec5_distill import pretrain_dmae
 from sec5_distill.distillation import (
     DMAE,

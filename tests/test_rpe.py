@@ -13,8 +13,9 @@ from common.formats import FormatError, load_encoder, load_model, read_weights
 from common.mae import MAE
 from common.optim import parameter_groups
 from common.rpe import build_model, unshared
-from common.vit import SIZES, attention_logits, parameter_count
+from common.vit import SIZES, parameter_count
 from sec3_benchmark import finetune
+from sec4_analysis.attention import attention_logits
 from sec4_analysis.features import intermediates
 from tests.helpers import brute_force_bias, noisy, table_row
 

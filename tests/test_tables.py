@@ -9,6 +9,7 @@ from common import options, report, tables
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.weights import HubError
+from sec3_benchmark.accuracy_table import accuracy_table
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monke
     for name in ("before", "after"):
         monkeypatch.setattr(sys.modules[f"toys.{name}"], "main", lambda args: {
             "checkpoint": "a.pt", "run": "a", "top1": 50.0, "best_top1": 51.0, "seconds": 1})
-    names = [row["name"] for row in tables.accuracy_table("table8", ROWS[:2], DEMO, args)]
+    names = [row["name"] for row in accuracy_table("table8", ROWS[:2], DEMO, args)]
     assert names == ["from nothing", "one [--epochs 9]"]
     assert "one: --epochs 9 by the command line" in capsys.readouterr().out
 
@@ -127,7 +128,7 @@ def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ra
     rows = [Row("hub", "from the hub", 5.0, (("toys.after", {"init": "timm:x", "rate": 0.25}),)), ROWS[0]]
     args = tables.parse(tables.make_parser("a table", rows, ()), ["--rows", "all", "--output", str(tmp_path),
                                                                    "--seeds", "0", "1"])
-    hub, plain = tables.accuracy_table("table8", rows, (), args)
+    hub, plain = accuracy_table("table8", rows, (), args)
     assert hub["measured"] == [] and plain["measured"] == [50.0, 50.0]
     text = (tmp_path / "table8" / "table8.md").read_text()
     assert "from the hub (5.0: needs weights: timm cannot load timm:x. Give the folder, in place of its name: " in text

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 from common.vit import (
     SIZES,
-    attention_logits,
     build_vit,
     choose_attention,
     eval_mode,
@@ -14,6 +13,7 @@ from common.vit import (
     parameter_count,
     patch_grid,
 )
+from sec4_analysis.attention import attention_logits
 from tests.helpers import assert_close, fill_by_name, golden
 
 

@@ -1,0 +1,53 @@
+"""A table of rows with one accuracy each: Tables 1 and 3, and the appendix's studies."""
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from common import report, tables
+
+
+def accuracy_table(item, rows, demo, args, notes=()):
+    """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
+    results = tables.run_rows(rows, args, demo, script=item)
+    if args.dry_run:
+        return []
+    summaries = [summary(named(row, args), results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
+    about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
+    report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
+                       notes=[about, *notes, tables.NOTES[args.preset]])
+    return summaries
+
+
+def named(row, args):
+    """The row, with what the command line changes of its own settings in its name."""
+    words = tables.overruled(row, args)
+    return replace(row, name=f"{row.name} [{words}]") if words else row
+
+
+def summary(row, results, problem=None):
+    """A row of an accuracy table from its stages' results, one list of stages per seed."""
+    final = [stages[-1] for stages in results]
+    pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
+    status = "run" if results else "not built yet" if not row.stages else problem or "not chosen"
+    return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
+            "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
+            "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
+
+
+def duration(hours):
+    """Mean hours as text in the unit that suits them, or "" for nothing."""
+    if not hours:
+        return ""
+    seconds = 3600 * statistics.mean(hours)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+COLUMNS = {
+    "pre-training and recipe": lambda row: row["name"],
+    "published": lambda row: report.published(row["published"]),
+    "measured": lambda row: report.spread(row["measured"]),
+    "seeds": lambda row: row["seeds"] or "",
+    "pre-training": lambda row: duration(row["pretrain_hours"]),
+}
