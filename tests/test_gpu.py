@@ -13,8 +13,10 @@ import torch
 
 from appendix import pretrain_dino, pretrain_simmim
 from common import options
+from common.mae import MAE
 from sec3_benchmark import finetune, pretrain_mae, pretrain_mocov3
-from tests.helpers import assert_resumes_exactly, tiny_run
+from sec5_distill import pretrain_dmae
+from tests.helpers import assert_resumes_exactly, noisy, tiny_run
 from tests.processes import free_port
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -22,7 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(device="cuda", img_size=[24], patch_size=6, model="vit_demo")
 METHODS = {"mae": (pretrain_mae, {}), "moco": (pretrain_mocov3, dict(mlp_dim=16, out_dim=8)),
            "dino": (pretrain_dino, dict(out_dim=16)),
-           "simmim": (pretrain_simmim, dict(model="vit_demo_simmim"))}
+           "simmim": (pretrain_simmim, dict(model="vit_demo_simmim")),
+           "dmae": (pretrain_dmae, dict(teacher="teacher.pt"))}
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    """In the working directory, for D-MAE."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    mae = noisy(MAE("vit_demo", img_size=24, patch_size=6))
+    torch.save({"model": mae.state_dict(), "config": mae.config}, "teacher.pt")
 
 
 def losses(run):
@@ -31,7 +43,7 @@ def losses(run):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_in_every_precision(method, precision, tmp_path, monkeypatch):
+def test_every_method_trains_in_every_precision(method, precision, teacher, tmp_path, monkeypatch):
     """Close to the same run on the CPU in float32; the weights of a GPU run open on a machine without one."""
     module, more = METHODS[method]
     on_gpu = tiny_run(module, tmp_path / "gpu", monkeypatch, **{**SMALL, **more, "precision": precision})
@@ -42,15 +54,17 @@ def test_every_method_trains_in_every_precision(method, precision, tmp_path, mon
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_deterministic_run_resumes_exactly(method, tmp_path, monkeypatch):
+def test_a_deterministic_run_resumes_exactly(method, teacher, tmp_path, monkeypatch):
     module, more = METHODS[method]
     assert_resumes_exactly(module, tmp_path, monkeypatch, **{**SMALL, **more, "precision": "bf16",
                                                              "deterministic": True})
 
 
-def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
-    plain = tiny_run(pretrain_mae, tmp_path / "plain", monkeypatch, **SMALL)
-    compiled = tiny_run(pretrain_mae, tmp_path / "compiled", monkeypatch, compile=True, **SMALL)
+@pytest.mark.parametrize("method", ["mae", "dmae"])
+def test_a_compiled_model_learns_the_same(method, teacher, tmp_path, monkeypatch):
+    module, more = METHODS[method]
+    plain = tiny_run(module, tmp_path / "plain", monkeypatch, **SMALL, **more)
+    compiled = tiny_run(module, tmp_path / "compiled", monkeypatch, compile=True, **SMALL, **more)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
 
 
