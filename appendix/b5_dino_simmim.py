@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 appendix/b5_dino_simmim.py --data-path IMAGENET
     python appendix/b5_dino_simmim.py --preset small --data-path DIR --set pretrain_mae.model=vit_small \\
         pretrain_dino.model=vit_small pretrain_simmim.model=vit_small_simmim pretrain_mocov3.model=vit_small \\
-        finetune.model=init finetune.layer_decay=0.75                                     # ViT-Small
+        finetune.layer_decay=0.75                                                         # ViT-Small
 
 Published are the fine-tuned accuracies, and 23.4 for MAE's linear probe. Recipes of the paper's DINO-Tiny and
 SimMIM-Tiny are in no source that we read: pretrain_dino.py and pretrain_simmim.py say which settings are ours. Rows

@@ -187,13 +187,8 @@ def parse_size(size):
     return height, width
 
 
-def render(seed, cls, index, size):
-    """One image (H, W, 3) uint8; size an int or (H, W)."""
-    return render_batch(seed, [cls], [index], size)[0]
-
-
 def render_batch(seed, classes, indices, size):
-    """classes, indices (B,) -> images (B, H, W, 3) uint8, the same bytes as `render` of each."""
+    """classes, indices (B,) -> images (B, H, W, 3) uint8, each the same in any batch; size an int or (H, W)."""
     height, width = parse_size(size)
     images = np.empty((len(classes), height, width, 3), np.uint8)
     step = max(1, CHUNK // (height * width))

@@ -1,7 +1,6 @@
 """Tables as json and Markdown with the published number beside ours, and the style of the figures."""
 import json
 import statistics
-from itertools import cycle
 from pathlib import Path
 
 from common.checkpoint import save_json, write_atomically
@@ -21,11 +20,6 @@ def pyplot():
                          "axes.prop_cycle": plt.cycler(color=COLOURS), "savefig.bbox": "tight",
                          "legend.frameon": False})
     return plt
-
-
-def line_styles():
-    """Line style with marker, and colour, for each of up to 42 curves."""
-    return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(COLOURS))
 
 
 def draw_curve(log_path, path):

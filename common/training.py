@@ -1,5 +1,4 @@
 """The one training loop. Steps, not epochs, drive it; every method of the paper goes through it."""
-import time
 import warnings
 from contextlib import closing, nullcontext
 
@@ -12,6 +11,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.loader import StepSampler, Views, default_workers, seed_everything, to_device, train_loader
 from common.optim import set_learning_rate, steps_per_epoch
+from common.snapshot import Snapshot
 from common.vit import choose_attention
 from common.watch import STOPPED, BadImages, Guard, Meter, StopSignals, explain_memory
 
@@ -87,15 +87,6 @@ def split_batch(batch_size, micro_batch, world):
     return accumulation, at_once
 
 
-def check_execution(stored, now, allow_inexact):
-    """Refuses to resume where the arithmetic would differ, unless --allow-inexact."""
-    changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items()
-               if stored.get(name) != value]
-    if changed and not allow_inexact:
-        raise UserError(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
-                         f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
-
-
 def wrap(model, device, dtype, compiled):
     """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
     choose_attention(model, device, dtype)
@@ -114,9 +105,32 @@ def wrap(model, device, dtype, compiled):
 class Engine:
     """What a method needs to compute the gradients of a step: micro-batches, autocast, backward passes, log entries."""
 
-    def __init__(self, args, device, dtype, scaler, accumulation, batches, meter):
-        self.args, self.device, self.dtype, self.scaler = args, device, dtype, scaler
-        self.accumulation, self.batches, self.meter = accumulation, batches, meter
+    def __init__(self, args, device, meter):
+        self.args, self.device, self.meter, self.batches = args, device, meter, iter(())
+        self.accumulation, self.at_once = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
+        self.dtype = choose_precision(args.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def execution(self):
+        """What a run must be continued with, to be continued exactly."""
+        return {**distributed.place_of(self.device), "accumulation": self.accumulation,
+                "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
+
+    def read(self, images, transform, start, total, bad_images):
+        """Every micro-batch of this rank from step `start` on, on the device; the meter gets the time spent waiting."""
+        args, world = self.args, distributed.world_size()
+        sampler = StepSampler(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
+                              start_step=start, total_steps=total, rank=distributed.rank(), world=world)
+        views = Views(images, transform, args.seed, args.on_bad_image)
+        loader = iter(train_loader(views, sampler, default_workers(args.workers, self.device), self.device))
+        mean, std = (values.to(self.device) for values in statistics(args))
+        while True:
+            with self.meter.waiting():
+                batch = next(loader, None)
+            if batch is None:
+                return
+            bad_images.note(batch.pop("bad"))
+            yield to_device(batch, self.device, mean, std)
 
     def batch(self, step, micro):
         """The next micro-batch; the generators are seeded for it (mixup, drop path)."""
@@ -135,57 +149,6 @@ class Engine:
         self.meter.add(**{name: value / self.accumulation for name, value in values.items()})
 
 
-class Snapshot:
-    """All that a checkpoint holds, saved and restored together; `progress` is what the loop itself remembers."""
-
-    def __init__(self, run, args, method, optimizer, scaler, meter, execution):
-        self.run, self.args, self.method, self.optimizer, self.scaler = run, args, method, optimizer, scaler
-        self.meter, self.execution = meter, execution
-        self.progress = {"step": 0, "evaluate": False, "seconds": 0.0, "best": {}, "last": {}, "bad_images": []}
-        self.saved_at = self.resumed_at = time.perf_counter()
-
-    def restore(self, device):
-        """Puts everything back as the newest whole checkpoint has it, the log included. Returns the step to do next."""
-        saved = checkpoint.load_newest(self.run.folder)
-        step = saved["progress"]["step"] if saved else 0
-        newest, oldest = distributed.all_max(step, -step)
-        if newest != -oldest:
-            raise UserError(f"ranks read different checkpoints in {self.run.folder} (steps {-oldest} and {newest}): "
-                            f"start again, and see that all nodes share this folder")
-        self.run.cut_log(saved["log_size"] if saved else 0)
-        if saved is None:
-            return 0
-        check_execution(saved["execution"], self.execution, self.args.allow_inexact)
-        self.method.model.load_state_dict(saved["model"])
-        self.method.load_state_dict(saved["method"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where it was not used, as in float32
-            self.scaler.load_state_dict(saved["scaler"])
-        self.meter.restore(saved["meter"], device)
-        self.progress.update(saved["progress"])
-        print0(f"continuing after step {self.progress['step']}")
-        return self.progress["step"]
-
-    def save(self, step):
-        self.progress.update(step=step, seconds=self.seconds())
-        self.resumed_at = self.saved_at = time.perf_counter()
-        meter = self.meter.state()  # of all ranks
-        if distributed.is_main():
-            checkpoint.save_step(self.run.folder, step, {
-                **self.run.weights(self.method.model), "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "meter": meter, "progress": self.progress,
-                "execution": self.execution, "log_size": self.run.log_size()})
-        distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
-
-    def seconds(self):
-        """Seconds spent training so far, those before a resume included."""
-        return self.progress["seconds"] + time.perf_counter() - self.resumed_at
-
-    def due(self):
-        return time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
-
-
 def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
     """Trains `method.model` for args.epochs on `images`. Returns {seconds, images_per_second, last, best}.
 
@@ -195,40 +158,34 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
-    accumulation, at_once = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
-    dtype = choose_precision(args.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     torch.use_deterministic_algorithms(args.deterministic)
-
-    guard = Guard(run, optimizer, scaler, schedule, device)
     meter = Meter(run, total, args.batch_size)
-    snapshot = Snapshot(run, args, method, optimizer, scaler, meter, {
-        **distributed.place_of(device), "accumulation": accumulation, "precision": str(dtype or torch.float32),
-        "compile": args.compile})
-    print0(", ".join(f"{name} {value}" for name, value in snapshot.execution.items()))
-    start = snapshot.restore(device)
-    progress, bad_images = snapshot.progress, BadImages(run, images, snapshot.progress["bad_images"])
-    method.prepare(device, dtype, args.compile)
-    batches = micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images)
-    engine = Engine(args, device, dtype, scaler, accumulation, batches, meter)
+    engine = Engine(args, device, meter)
+    print0(", ".join(f"{name} {value}" for name, value in engine.execution().items()))
 
-    with StopSignals(run, progress, total) as stop, meter.bar(start), explain_memory(at_once), closing(batches):
+    guard, snapshot = Guard(run, optimizer, engine.scaler, schedule, device), Snapshot(run, method, optimizer, engine)
+    start, progress = snapshot.restore(), snapshot.progress
+    bad_images = BadImages(run, images, progress["bad_images"])
+    method.prepare(device, engine.dtype, args.compile)
+    engine.batches = engine.read(images, transform, start, total, bad_images)
+
+    with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_memory(engine.at_once),
+          closing(engine.batches)):
         if progress["evaluate"]:  # it was stopped there
-            note_evaluation(run, method, progress, stop, evaluate, per_epoch)
+            note_evaluation(snapshot, stop, evaluate, per_epoch)
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
             method.model.train()
             method.before_step(step)
             losses = method.accumulate(step, engine)
-            scaler.unscale_(optimizer)
+            engine.scaler.unscale_(optimizer)
             method.before_update(step)
-            grad_norm = update(optimizer, scaler, guard, step, losses, args.clip_grad)
+            grad_norm = update(optimizer, engine.scaler, guard, step, losses, args.clip_grad)
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
 
             done = step + 1
-            progress["evaluate"] = bool(evaluate) and (
-                done == total or args.eval_every > 0 and done % (per_epoch * args.eval_every) == 0)
+            progress["evaluate"] = bool(evaluate) and evaluation_due(done, total, per_epoch, args.eval_every)
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
                 meter.write(done, done / per_epoch, schedule(step))
@@ -240,29 +197,13 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             if stopping:  # after the last step too: a table must not go on to its next stage
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
-                note_evaluation(run, method, progress, stop, evaluate, per_epoch)
+                note_evaluation(snapshot, stop, evaluate, per_epoch)
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")
     seconds = snapshot.seconds()
     return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
             "bad_images": len(bad_images.everywhere()), "last": progress["last"], "best": progress["best"]}
-
-
-def micro_batches(args, images, transform, device, start, total, accumulation, meter, bad_images):
-    """Every micro-batch of this rank from step `start` on, on the device; the time spent waiting goes to the meter."""
-    sampler = StepSampler(len(images), batch_size=args.batch_size, accumulation=accumulation, seed=args.seed,
-                          start_step=start, total_steps=total, rank=distributed.rank(), world=distributed.world_size())
-    views = Views(images, transform, args.seed, args.on_bad_image)
-    loader = iter(train_loader(views, sampler, default_workers(args.workers, device), device))
-    mean, std = (values.to(device) for values in statistics(args))
-    while True:
-        with meter.waiting():
-            batch = next(loader, None)
-        if batch is None:
-            return
-        bad_images.note(batch.pop("bad"))
-        yield to_device(batch, device, mean, std)
 
 
 def last_only(forward, last):
@@ -283,8 +224,14 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
     return grad_norm
 
 
-def note_evaluation(run, method, progress, stop, evaluate, per_epoch):
+def evaluation_due(done, total, per_epoch, every):
+    """At the end, and every so many epochs (0: only at the end)."""
+    return done == total or every > 0 and done % (per_epoch * every) == 0
+
+
+def note_evaluation(snapshot, stop, evaluate, per_epoch):
     """Evaluates and logs; the best weights so far, by the first number, are kept beside the last."""
+    run, progress = snapshot.run, snapshot.progress
     with stop.obeyed_at_once():
         result = evaluate()
     epoch = progress["step"] / per_epoch
@@ -295,4 +242,4 @@ def note_evaluation(run, method, progress, stop, evaluate, per_epoch):
     if result[measure] > progress["best"].get(measure, -1.0):
         progress["best"] = dict(progress["last"])
         if distributed.is_main():
-            checkpoint.save_torch(run.folder / "best.pt", run.weights(method.model))
+            checkpoint.save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))

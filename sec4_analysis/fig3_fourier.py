@@ -65,7 +65,7 @@ def draw(arrays, path):
     plt = report.pyplot()
     figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7), layout="constrained",
                                 sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
-    for (name, array), (style, colour) in zip(arrays.items(), report.line_styles()):
+    for (name, array), (style, colour) in zip(arrays.items(), study.line_styles()):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     last = next(iter(arrays.values()))[1, 0, -1]
     axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"at {last:.2f} π")

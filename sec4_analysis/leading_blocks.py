@@ -17,7 +17,7 @@ from common.tables import PREVIOUS, Row
 from common.vit import SIZES
 from common.weights import read_weights
 from sec3_benchmark.downstream import MOCO_FINETUNING
-from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models
+from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
@@ -141,7 +141,7 @@ def draw(points, path):
                                 squeeze=False)
     methods = dict.fromkeys(point["method"] for point in points)
     for panel, title in zip(axes[0], panels):
-        for method, (style, colour) in zip(methods, report.line_styles()):
+        for method, (style, colour) in zip(methods, line_styles()):
             curve = [p for p in points if (p["panel"], p["method"]) == (title, method)]
             spread = [np.std(p["top1"], ddof=1) if len(p["top1"]) > 1 else 0 for p in curve]
             panel.errorbar([p["k"] for p in curve], [np.mean(p["top1"]) for p in curve], spread, fmt=style,

@@ -62,7 +62,7 @@ def draw_similarities(arrays, path):
         panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
                   xticks=range(0, array.shape[1], 3), yticks=range(0, array.shape[0], 3))
     figure.colorbar(image, ax=axes[len(arrays) - 1], label="CKA")
-    for name, (style, colour) in zip(others, report.line_styles()):
+    for name, (style, colour) in zip(others, study.line_styles()):
         axes[-1].plot(np.diagonal(arrays[name]), style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     axes[-1].set(title=f"equal layers, against {reference}", xlabel="layer", ylabel="CKA", ylim=(0, 1),
                  xticks=range(0, len(arrays[reference]), 3))

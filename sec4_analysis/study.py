@@ -5,6 +5,7 @@ trained here if they are not there yet. Every model sees the same validation ima
 rank analyses; under torchrun the others only help to train.
 """
 import math
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,11 @@ def analyse(args, rows, script, measure, read=validation_images):
     return values, {"preset": args.preset, "data": args.data, "images": len(chosen), "order": args.order,
                     "seed": args.seed, "image_seed": args.image_seed, "data_fingerprint": images.fingerprint(),
                     "models": about}
+
+
+def line_styles():
+    """Line style with marker, and colour, for each of up to 42 curves."""
+    return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(report.COLOURS))
 
 
 def write_numbers(args, item, arrays, content, text):

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from common import fractals
-from common.fractals import class_system, fractal_set, render, render_batch
+from common.fractals import class_system, fractal_set, render_batch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def render(seed, cls, index, size):
+    """One image alone."""
+    return render_batch(seed, [cls], [index], size)[0]
 
 
 def start_python(code, *args):
@@ -38,8 +43,8 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_an_image_does_not_depend_on_the_process_or_the_global_generator():
     np.random.seed(1)
     here = hashlib.sha256(render(5, 2, 7, 48).tobytes()).hexdigest()
-    code = "import hashlib; from common.fractals import render; "
-    code += "print(hashlib.sha256(render(5, 2, 7, 48).tobytes()).hexdigest())"
+    code = "import hashlib; from common.fractals import render_batch; "
+    code += "print(hashlib.sha256(render_batch(5, [2], [7], 48).tobytes()).hexdigest())"
     assert start_python(code).communicate()[0].strip() == here
 
 

@@ -229,11 +229,13 @@ def pieces(batch, count):
 
 def one_step(moco, batches, step=0, dtype=None, scale=None):
     """The loss of a step; its gradients are left in the model."""
-    args = SimpleNamespace(temperature=T, momentum=0.5, seed=0)
+    args = SimpleNamespace(temperature=T, momentum=0.5, seed=0, batch_size=len(batches), micro_batch=1,
+                           precision="fp32")
     method = MoCoMethod(moco, args, total_steps=10)
     method.prepare(CPU, dtype, compiled=False)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    engine = Engine(args, CPU, dtype, scaler, len(batches), iter(batches), SimpleNamespace(add=lambda **values: None))
+    engine = Engine(args, CPU, SimpleNamespace(add=lambda **values: None))
+    engine.dtype, engine.batches = dtype, iter(batches)
+    engine.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     return method.accumulate(step, engine)
 
 
