@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import distributed, options, report
+from common import options, report
 from common.distributed import print0
 from common.errors import UserError
 from sec4_analysis import similarity, study
@@ -52,22 +52,21 @@ def band_pass(tokens, grid, band, cut_off):
     return torch.fft.ifft2(spectrum).real.reshape(B, C, L).transpose(1, 2)
 
 
-def variant(args, models, change):
-    """The arguments of one variant, measured on checkpoints that are there already."""
+def variant(args, change):
+    """The arguments of one variant."""
     change = {name: value for name, value in change.items() if name != "band"}
     if "num_images" in change:
         change["num_images"] = int(change["num_images"] * args.num_images)
     if "image_seed" in change:
         change["image_seed"] += args.seed if args.image_seed is None else args.image_seed
-    return argparse.Namespace(**{**vars(args), "models": models, **change})
+    return argparse.Namespace(**{**vars(args), **change})
 
 
 def measure(args):
     """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or nothing where it leaves."""
-    distributed.start("cpu" if args.dry_run else args.device)  # a login node has no GPU
     if args.order == "authors" or args.models and len(args.models) < 2:
         raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
-    models = [f"{name}={checkpoint}" for name, checkpoint in study.sources(args, ROWS, "a6").items()]
+    checkpoints = study.sources(args, ROWS, "a6")
     if args.dry_run:
         return None
     arrays, about = {}, {}
@@ -75,7 +74,7 @@ def measure(args):
         band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
         print0(f"\n# {name}")
         try:  # every rank takes part in every variant, as they read the data together
-            done = similarity.similarities(variant(args, models, change), (), "a6", band)
+            done = similarity.similarities(variant(args, change), checkpoints, band)
         except UserError as error:
             if not change:
                 raise
@@ -99,14 +98,15 @@ def by_model(arrays):
     return dict(list(split.items())[1:])
 
 
-def table(arrays):
+def describe(arrays):
     """For each model and variant: mean of the diagonal, and the largest change of any pair of layers."""
     rows = []
     for model, variants in by_model(arrays).items():
         usual = next(iter(variants.values()))
         rows += [[model, name, f"{np.diagonal(array).mean():.3f}", f"{np.abs(array - usual).max():.3f}"]
                  for name, array in variants.items()]
-    return report.markdown(["model", "setting", "mean of the diagonal", "largest change of a pair"], rows)
+    return "CKA of equal layers with the first model\n\n" + report.markdown(
+        ["model", "setting", "mean of the diagonal", "largest change of a pair"], rows)
 
 
 def draw(arrays, path):
@@ -128,13 +128,7 @@ def draw(arrays, path):
 
 def main(args):
     """Measures every variant, writes and draws; returns {"model: variant": CKA}, {} where this rank leaves."""
-    if not args.from_numbers:
-        done = measure(args)
-        if not done:
-            return {}
-        text = f"a6, preset {args.preset}: CKA of equal layers with the first model\n\n{table(done[0])}"
-        study.write_numbers(args, "a6", *done, text)
-    return study.draw_from_numbers(args, "a6", draw)
+    return study.figure(args, "a6", lambda: measure(args), describe, draw)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def main(args):
     model = WIDER[args.preset]
     settings = {"model": model, **({"layer_decay": 0.75} if model == "vit_small" else {})}  # as the authors trained it
     reference = Row("stronger", f"supervised {model}", None, ((study.FINETUNE, settings),))
-    return similarity.figure(args, (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3), "b1")
+    rows = (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
+    return similarity.figure(args, "b1", lambda: study.sources(args, rows, "b1"))
 
 
 if __name__ == "__main__":

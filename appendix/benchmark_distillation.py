@@ -5,15 +5,16 @@
 
 Student ViT-Tiny/16, teacher ViT-Base (random weights, which cost what trained ones do), 224 px. The straightforward
 version (tests/straightforward_dmae.py) has explicit attention in every block of both networks, runs the teacher to its
-end and casts its weights in every step. The versions take turns; ratios are medians over the turns. `all` distils all
-twelve blocks. Writes benchmark_distillation.json and .md.
+end and casts its weights in every step. `all` distils all twelve blocks. Clock and memory: appendix/benchmarking.py.
+Writes benchmark_distillation.json and .md.
 """
 import statistics
 from pathlib import Path
 
 import torch
 
-from appendix.benchmark_throughput import DTYPES, from_tests, own_peak, peak_memory, seconds
+from appendix import benchmarking
+from appendix.benchmarking import DTYPES, from_tests, in_turns, synchronize
 from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -33,9 +34,7 @@ def build_parser():
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5, help="measured turns of each version, after one to warm up")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
-    parser.add_argument("--memory-of", nargs=2, metavar=("VERSION", "PRECISION"), help="used by the script itself")
+    benchmarking.add_execution(parser)
     return parser
 
 
@@ -74,22 +73,22 @@ def make_step(version, precision, args, device):
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     return step
 
 
 def measure(precision, args, device):
     """{version: seconds, time of D-MAE in its own as `ratio`, GiB at the peak}, medians over the turns."""
-    steps = {version: make_step(version, precision, args, device) for version in VERSIONS}
-    for step in steps.values():
-        step()
-    turns = [{version: seconds(step) for version, step in steps.items()} for _ in range(args.turns)]
-    del steps, step
-    return {version: {"seconds": statistics.median(turn[version] for turn in turns),
-                      "ratio": statistics.median(turn[version] / turn["D-MAE"] for turn in turns),
-                      "peak_gib": peak_memory(version, precision, args, device, __file__, make_step)}
-            for version in VERSIONS}
+    times = in_turns({version: make_step(version, precision, args, device) for version in VERSIONS}, args.turns)
+    return {version: {"seconds": statistics.median(own),
+                      "ratio": statistics.median(a / b for a, b in zip(own, times["D-MAE"])),
+                      "peak_gib": peak_memory(version, precision, args, device)} for version, own in times.items()}
+
+
+def peak_memory(version, precision, args, device):
+    words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
+    return benchmarking.peak_memory(__file__, (version, precision), words, device,
+                                    lambda: make_step(version, precision, args, device)())
 
 
 def main(args):
@@ -97,7 +96,7 @@ def main(args):
     device = distributed.start(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()
-        print(own_peak())
+        print(benchmarking.resident("VmHWM"))
         return {}
     results = {}
     for precision in args.precisions:

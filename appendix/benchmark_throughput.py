@@ -5,23 +5,20 @@
     python appendix/benchmark_throughput.py --parts loader --data-path DIR
 
 The straightforward step is tests/straightforward_mae.py: every patch is embedded, un-shuffled, predicted and compared,
-with timm's own choice of attention and PyTorch's default AdamW. Both take turns, A B A B, so that a machine whose speed
-drifts slows both; the ratio is the median over pairs. FLOPs are those of our step's matrix products, compared with the
-rate that one large product reaches here. Peak memory is that of a process of its own (CPU) or of the allocator (GPU).
-Writes benchmark.json and benchmark.md.
+with timm's own choice of attention and PyTorch's default AdamW. FLOPs are those of our step's matrix products, compared
+with the rate that one large product reaches here. Clock and memory: appendix/benchmarking.py. Writes benchmark.json and
+benchmark.md.
 """
-import importlib.util
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
+from appendix import benchmarking
+from appendix.benchmarking import DTYPES, from_tests, in_turns, seconds, synchronize
 from common import distributed, options, report
 from common.augment import pretrain_transform
 from common.data import labelled_folder
@@ -34,7 +31,6 @@ from common.runs import identity
 from common.vit import choose_attention
 
 PRESETS = {}
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def build_parser():
@@ -48,18 +44,8 @@ def build_parser():
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
-    parser.add_argument("--memory-of", nargs=2, metavar=("VERSION", "PRECISION"), help="used by the script itself")
+    benchmarking.add_execution(parser)
     return parser
-
-
-def from_tests(name):
-    """A module of the test suite, which is no package: loaded from its file."""
-    spec = importlib.util.spec_from_file_location(name, options.ROOT / "tests" / f"{name}.py")
-    sys.modules[name] = importlib.util.module_from_spec(spec)  # where one reference finds another
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def make_step(version, precision, args, device, compiled=False):
@@ -84,22 +70,8 @@ def make_step(version, precision, args, device, compiled=False):
         (loss if version == "ours" else loss[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     return step
-
-
-def seconds(function):
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def in_turns(ours, other, pairs):
-    """Median seconds of each and the median of the ratios other / ours, measured A B A B after one turn each."""
-    ours(), other()
-    times = [(seconds(ours), seconds(other)) for _ in range(pairs)]
-    return [statistics.median(column) for column in zip(*times)] + [statistics.median(b / a for a, b in times)]
 
 
 def matmul_rate(precision, device):
@@ -109,8 +81,7 @@ def matmul_rate(precision, device):
 
     def product():
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     product()
     return 2 * n**3 / min(seconds(product) for _ in range(5))
 
@@ -123,22 +94,17 @@ def step_flops(args, device):
     return counter.get_total_flops()
 
 
-def peak_memory(version, precision, args, device, script=__file__, make_step=make_step):
-    """GiB at the peak of one step: of a fresh process of `script` on a CPU, of the allocator on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        make_step(version, precision, args, device)()
-        return torch.cuda.max_memory_allocated() / 2**30
-    command = [sys.executable, script, "--memory-of", version, precision, "--device", "cpu",
-               "--batch-size", str(args.batch_size), "--img-size", str(args.img_size),
-               "--patch-size", str(args.patch_size)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def against(ours, other, pairs):
+    """Median seconds of both, and the median over the turns of other / ours."""
+    times = in_turns({"ours": ours, "other": other}, pairs)
+    return (*map(statistics.median, times.values()),
+            statistics.median(b / a for a, b in zip(times["ours"], times["other"])))
 
 
-def own_peak():
-    """GiB that this process had at its peak; getrusage would count its parent's too."""
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 2**20
+def peak_memory(version, precision, args, device):
+    words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
+    return benchmarking.peak_memory(__file__, (version, precision), words, device,
+                                    lambda: make_step(version, precision, args, device)())
 
 
 def measure_steps(args, device):
@@ -147,8 +113,8 @@ def measure_steps(args, device):
     for precision in args.precisions:
         ceiling = matmul_rate(precision, device)
         for compiled in (False, True) if args.compile else (False,):
-            ours, other, ratio = in_turns(make_step("ours", precision, args, device, compiled),
-                                          make_step("straightforward", precision, args, device, compiled), args.pairs)
+            ours, other, ratio = against(make_step("ours", precision, args, device, compiled),
+                                         make_step("straightforward", precision, args, device, compiled), args.pairs)
             rows.append({"precision": precision, "compiled": compiled, "ours_images_per_second": args.batch_size / ours,
                          "straightforward_images_per_second": args.batch_size / other, "ratio": ratio,
                          "flops_per_second": flops / ours, "matmul_flops_per_second": ceiling,
@@ -195,7 +161,7 @@ def measure_loader(args, device):
             for batch, _ in loader:
                 batch.to(device)
 
-        mine, other, ratio = in_turns(ours, torchvisions, args.pairs)
+        mine, other, ratio = against(ours, torchvisions, args.pairs)
     return {"images": count, "workers": args.workers, "ours_images_per_second": count / mine,
             "torchvision_images_per_second": count / other, "ratio": ratio}
 
@@ -227,7 +193,7 @@ def main(args):
     device = distributed.start(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()
-        print(own_peak())
+        print(benchmarking.resident("VmHWM"))
         return
     steps = measure_steps(args, device) if "step" in args.parts else []
     loader = measure_loader(args, device) if "loader" in args.parts else None

@@ -68,6 +68,26 @@ def attention_maps(model, images, args):
     return (image - image.min()) / np.ptp(image).clip(1e-6), maps
 
 
+def numbers(args):
+    """{"MODEL/image" or "MODEL/block B head H": array} and what to know about them, or None: see study.analyse."""
+    done = study.analyse(args, study.sources(args, ROWS, "attention_maps"), partial(attention_maps, args=args),
+                         picture if args.picture else study.validation_images, image=args.image, query=args.query)
+    if done is None:
+        return None
+    arrays, (models, about) = {}, done
+    for name, (image, maps) in models.items():
+        arrays[f"{name}/image"] = image
+        arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
+    return arrays, about
+
+
+def describe(arrays):
+    """The largest weight of each map, as Markdown."""
+    return "weights of attention maps\n\n" + report.markdown(
+        ["map", "largest weight"],
+        [[key, f"{values.max():.4f}"] for key, values in arrays.items() if not key.endswith("/image")])
+
+
 def draw(arrays, path):
     """A row a model: the image, then a map for each layer and head, scaled to its largest weight."""
     plt, models = report.pyplot(), {}
@@ -93,21 +113,7 @@ def main(args):
     """Measures, writes and draws; returns {"MODEL/image" or "MODEL/block B head H": array}."""
     if args.picture and not args.models:
         raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
-    if not args.from_numbers:
-        done = study.analyse(args, ROWS, "attention_maps", partial(attention_maps, args=args),
-                             read=picture if args.picture else study.validation_images)
-        if done is None:
-            return {}
-        models, about = done
-        arrays = {}
-        for name, (image, maps) in models.items():
-            arrays[f"{name}/image"] = image
-            arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
-        about.update(image=args.image, query=args.query)
-        text = report.markdown(["map", "largest weight"], [[key, f"{values.max():.4f}"] for key, values in
-                                                           arrays.items() if not key.endswith("/image")])
-        study.write_numbers(args, "attention_maps", arrays, about, text)
-    return study.draw_from_numbers(args, "attention_maps", draw)
+    return study.figure(args, "attention_maps", lambda: numbers(args), describe, draw)
 
 
 if __name__ == "__main__":

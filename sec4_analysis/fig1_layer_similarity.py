@@ -24,7 +24,7 @@ def build_parser():
 
 def main(args):
     """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
-    return similarity.figure(args, ROWS, "fig1")
+    return similarity.figure(args, "fig1", lambda: study.sources(args, ROWS, "fig1"))
 
 
 if __name__ == "__main__":

@@ -84,16 +84,15 @@ def draw(arrays, path):
 
 def main(args):
     """Measures, writes and draws; returns {model: (2, points, half diagonal)}, values and their frequencies / pi."""
-    if not args.from_numbers:
-        done = study.analyse(args, ROWS, "fig3", partial(amplitudes, first=args.first, sub_blocks=args.sub_blocks))
-        if done is None:
-            return {}
-        arrays, about = done
-        text = (f"fig3, preset {args.preset}: delta log amplitude at the last frequency of the diagonal; "
-                f"point 0 is after patch embedding, {args.first.replace('-', ' ')}\n\n")
-        about.update(first=args.first, sub_blocks=args.sub_blocks)
-        study.write_numbers(args, "fig3", arrays, about, text + table(arrays))
-    return study.draw_from_numbers(args, "fig3", draw)
+    points = {"first": args.first, "sub_blocks": args.sub_blocks}
+
+    def numbers():
+        return study.analyse(args, study.sources(args, ROWS, "fig3"), partial(amplitudes, **points), **points)
+
+    def describe(arrays):
+        return (f"delta log amplitude at the last frequency of the diagonal; point 0 is after patch embedding, "
+                f"{args.first.replace('-', ' ')}\n\n{table(arrays)}")
+    return study.figure(args, "fig3", numbers, describe, draw)
 
 
 if __name__ == "__main__":

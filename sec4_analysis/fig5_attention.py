@@ -34,10 +34,10 @@ def build_parser():
     return parser
 
 
-def distance_and_entropy(model, images, unit, keep_prefix):
+def distance_and_entropy(model, images, distance_unit, keep_prefix):
     """Means over images and query patches: (2, layers, heads + 1), float64. The last column is uniform attention."""
     prefix, grid, patch_size = geometry(model)
-    patch_size = attention.AUTHORS_UNIT if unit == "authors" else patch_size
+    patch_size = attention.AUTHORS_UNIT if distance_unit == "authors" else patch_size
     wanted = [f"blocks.{i}.logits" for i in range(len(model.blocks))]
     total, count, distances = 0.0, 0, None
     for batch in images:
@@ -89,17 +89,17 @@ def draw(arrays, path):
 
 def main(args):
     """Measures, writes and draws; returns {model: (distance and entropy, layers, heads + 1)}."""
-    if not args.from_numbers:
-        measure = partial(distance_and_entropy, unit=args.distance_unit, keep_prefix=args.keep_prefix)
-        done = study.analyse(args, ROWS, "fig5", measure)
-        if done is None:
-            return {}
-        arrays, about = done
-        about.update(distance_unit=args.distance_unit, keep_prefix=args.keep_prefix)
-        text = f"fig5, preset {args.preset}, distances in {args.distance_unit} (uniform attention: " + ", ".join(
-            f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats" for name, array in arrays.items()) + ")\n\n"
-        study.write_numbers(args, "fig5", arrays, about, text + table(arrays))
-    return study.draw_from_numbers(args, "fig5", draw)
+    measures = {"distance_unit": args.distance_unit, "keep_prefix": args.keep_prefix}
+
+    def numbers():
+        return study.analyse(args, study.sources(args, ROWS, "fig5"), partial(distance_and_entropy, **measures),
+                             **measures)
+
+    def describe(arrays):
+        uniform = ", ".join(f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats"
+                            for name, array in arrays.items())
+        return f"distances in {args.distance_unit}; uniform attention: {uniform}\n\n{table(arrays)}"
+    return study.figure(args, "fig5", numbers, describe, draw)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,14 @@ import torch
 from common import report
 from sec4_analysis import cka, study
 from sec4_analysis.features import final_norm, geometry, intermediates
-from sec4_analysis.study import add_arguments, parse  # noqa: F401  of a similarity figure, for Section 5 too
+from sec4_analysis.study import add_arguments, parse, sources  # noqa: F401  of a similarity figure, for Section 5 too
 
 
-def figure(args, rows, item):
-    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}, {} where it leaves."""
-    if not args.from_numbers:
-        done = similarities(args, rows, item)
-        if done is None:
-            return {}
-        arrays, about = done
-        text = f"{item}, preset {args.preset}: CKA of equal layers with {next(iter(arrays))}\n\n"
-        study.write_numbers(args, item, arrays, about, text + diagonal_table(arrays))
-    return study.draw_from_numbers(args, item, draw_similarities)
+def figure(args, item, checkpoints):
+    """Measures, writes and draws the models {name: checkpoint} that `checkpoints()` gives; returns {model: CKA (its
+    layers, layers of the first model)}, {} where it leaves.
+    """
+    return study.figure(args, item, lambda: similarities(args, checkpoints()), describe, draw_similarities)
 
 
 def layer_grams(model, images, authors_norm=False, view=None):
@@ -33,23 +28,24 @@ def layer_grams(model, images, authors_norm=False, view=None):
                          for _, tokens in intermediates(model, batch, wanted, norm)]) for batch in images]
 
 
-def similarities(args, rows, item, view=None):
+def similarities(args, checkpoints, view=None):
     """{name: CKA (its layers, layers of the first model)} and what to know about it, or None: see study.analyse."""
-    done = study.analyse(args, rows, item,
-                         lambda model, images: layer_grams(model, images, args.final_norm == "authors", view))
+    done = study.analyse(args, checkpoints,
+                         lambda model, images: layer_grams(model, images, args.final_norm == "authors", view),
+                         final_norm=args.final_norm, batch_size=args.batch_size)
     if done is None:
         return None
     grams, about = done
     reference = next(iter(grams.values()))
-    arrays = {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}
-    return arrays, {**about, "final_norm": args.final_norm, "batch_size": args.batch_size}
+    return {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}, about
 
 
-def diagonal_table(arrays):
+def describe(arrays):
     """Similarity of equal layers as Markdown, one row a model."""
     depth = max(len(array) for array in arrays.values())
-    return report.markdown(["layer", *range(depth)],
-                           [[name, *(f"{value:.2f}" for value in np.diagonal(a))] for name, a in arrays.items()])
+    return f"CKA of equal layers with {next(iter(arrays))}\n\n" + report.markdown(
+        ["layer", *range(depth)],
+        [[name, *(f"{value:.2f}" for value in np.diagonal(array))] for name, array in arrays.items()])
 
 
 def draw_similarities(arrays, path):

@@ -84,8 +84,14 @@ def given_models(args, words=()):
     return models
 
 
+def start(args):
+    """This rank's device. A dry run is for a cluster's login node too, which has no GPU."""
+    return distributed.start("cpu" if args.dry_run else args.device)
+
+
 def sources(args, rows, script):
     """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
+    start(args)
     if args.models:
         return given_models(args, words=(RANDOM,))
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
@@ -179,12 +185,12 @@ def validation_images(args):
     return load_sets(args, splits=("val",))[0]
 
 
-def analyse(args, rows, script, measure, read=validation_images):
-    """{name: measure(model, batches)} for every model on the images that `read(args)` gives, and what a reader should
-    know about it. None on ranks that are not needed any more, and after a dry run.
+def analyse(args, checkpoints, measure, read=validation_images, **settings):
+    """{name: measure(model, batches)} for every model {name: checkpoint} on the images that `read(args)` gives, and
+    what a reader should know about it, `settings` included. None on ranks that are not needed any more, and after a
+    dry run.
     """
-    device = distributed.start("cpu" if args.dry_run else args.device)  # a login node has no GPU
-    checkpoints = sources(args, rows, script)
+    device = start(args)
     if args.dry_run:
         return None
     first = next(iter(checkpoints))
@@ -206,24 +212,25 @@ def analyse(args, rows, script, measure, read=validation_images):
                        "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
     return values, {"preset": args.preset, "data": args.data, "images": len(chosen), "order": args.order,
                     "seed": args.seed, "image_seed": args.image_seed, "data_fingerprint": images.fingerprint(),
-                    "models": about}
+                    "models": about, **settings}
 
 
-def line_styles():
-    """Line style with marker, and colour, for each of up to 42 curves."""
-    return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(report.COLOURS))
+def figure(args, item, numbers, describe, draw):
+    """The numbers first, then the picture from their file; with --from-numbers the picture alone. Returns the arrays.
 
+    `numbers()` gives ({name: array}, what a reader should know about them), or None where this rank leaves, with {}.
+    `describe(arrays)` is them to read, in Markdown; `draw(arrays, path)` the picture.
+    """
+    if not args.from_numbers:
+        done = numbers()
+        if done is None:
+            return {}
+        arrays, about = done
+        folder = Path(args.output) / item
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
+        report.write_text(folder, item, {"item": item, **about}, f"{item}, preset {args.preset}: {describe(arrays)}")
 
-def write_numbers(args, item, arrays, content, text):
-    """<item>.npz, .json and .md: arrays {name: array}, what they are, and the same to read."""
-    folder = Path(args.output) / item
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
-    report.write_text(folder, item, {"item": item, **content}, text)
-
-
-def draw_from_numbers(args, item, draw):
-    """The picture `draw(arrays, path)` beside the numbers that it is drawn from; returns the arrays."""
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz")
     if path.suffix != ".npz":
         raise UserError(f"--from-numbers {path}: give the .npz that this script wrote")
@@ -232,3 +239,8 @@ def draw_from_numbers(args, item, draw):
     draw(arrays, path.with_suffix(".png"))
     print0(f"drawn: {path.with_suffix('.png')}")
     return arrays
+
+
+def line_styles():
+    """Line style with marker, and colour, for each of up to 42 curves."""
+    return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(report.COLOURS))

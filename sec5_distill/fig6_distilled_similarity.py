@@ -24,8 +24,10 @@ def build_parser():
     return parser
 
 
-def own_models(args):
-    """NAME=CHECKPOINT of the preset's own runs, the teacher is D-MAE's; None after a dry run."""
+def models(args):
+    """{name: checkpoint} of --models or of the preset's own runs, where the teacher is D-MAE's; None after a dry run."""
+    if args.models:
+        return similarity.sources(args, (), "fig6")
     rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),
             Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(args.preset, {})),)),
             Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
@@ -37,15 +39,13 @@ def own_models(args):
     heads = args.per_stage.get("pretrain_dmae", {}).get("teacher_heads")
     args.num_heads_of += [f"teacher={heads}"] if heads else []
     found = {key: seeds[0][-1] for key, seeds in results.items()}
-    return [f"supervised={found['supervised']['checkpoint']}", f"teacher={found['dmae']['teacher']}",
-            f"MAE={found['mae']['checkpoint']}", f"D-MAE={found['dmae']['checkpoint']}"]
+    return {"supervised": found["supervised"]["checkpoint"], "teacher": found["dmae"]["teacher"],
+            "MAE": found["mae"]["checkpoint"], "D-MAE": found["dmae"]["checkpoint"]}
 
 
 def main(args):
     """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
-    if not args.models and not args.from_numbers:
-        args.models = own_models(args)
-    return {} if args.dry_run else similarity.figure(args, (), "fig6")
+    return similarity.figure(args, "fig6", lambda: models(args))
 
 
 if __name__ == "__main__":

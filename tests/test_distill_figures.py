@@ -46,18 +46,19 @@ def commands(script, capsys, *words, parse=tables.parse):
 
 def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
     """Supervised first, the teacher is the one that D-MAE was distilled from, MAE is trained as long as D-MAE."""
-    seen = []
-    monkeypatch.setattr(similarity, "figure", lambda args, rows, item: seen.append((args.models, rows, item)))
+    seen = {}
+    monkeypatch.setattr(similarity, "figure", lambda args, item, checkpoints: seen.update({item: checkpoints()}))
     run(fig6_distilled_similarity, tmp_path, "--seed", "4", parse=similarity.parse)
     assert [name for name, _ in asked] == ["finetune", "pretrain_mae", "pretrain_dmae"]
     assert {settings["seed"] for _, settings in asked} == {4}
     assert asked[1][1]["epochs"] == asked[2][1]["epochs"] == pretrain_dmae.PRESETS["demo"]["epochs"]
-    assert seen == [([f"supervised={tmp_path}/run1/weights.pt", "teacher=teacher.pt",
-                      f"MAE={tmp_path}/run2/weights.pt", f"D-MAE={tmp_path}/run3/weights.pt"], (), "fig6")]
+    assert seen == {"fig6": {"supervised": f"{tmp_path}/run1/weights.pt", "teacher": "teacher.pt",
+                             "MAE": f"{tmp_path}/run2/weights.pt", "D-MAE": f"{tmp_path}/run3/weights.pt"}}
+    assert list(seen["fig6"])[0] == "supervised"  # the reference
 
 
 def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(similarity, "figure", lambda *_: None)
+    monkeypatch.setattr(similarity, "figure", lambda args, item, checkpoints: checkpoints())
     monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
     run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=similarity.parse)
     assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]

@@ -27,6 +27,7 @@ from sec4_analysis import (
     leading_blocks,
     study,
 )
+from sec5_distill import fig6_distilled_similarity
 from tests.helpers import assert_same, noisy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,12 +111,13 @@ def test_a_model_says_how_their_images_are_normalised():
     assert mean.tolist() == [127.5] * 3 and std.tolist() == pytest.approx([63.75, 51, 25.5])
 
 
-# Figures 1, 3, 5 and the maps
+# Figures 1, 3, 5, 6 and the maps
 
 FIGURES = {  # module -> what it gives: {name: shape}
     fig1_layer_similarity: ("fig1", {"A": (13, 13), "B": (13, 13)}),
     fig3_fourier: ("fig3", {"A": (2, 13, 2), "B": (2, 13, 2)}),
     fig5_attention: ("fig5", {"A": (2, 12, 13), "B": (2, 12, 13)}),
+    fig6_distilled_similarity: ("fig6", {"A": (13, 13), "B": (13, 13)}),
     attention_maps: ("attention_maps", {
         f"{model}/{what}": shape for model, image in (("A", (32, 32, 3)), ("B", (24, 24, 3)))
         for what, shape in (("image", image), *((f"block {layer} head {head}", (4, 4))

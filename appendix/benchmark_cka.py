@@ -1,21 +1,22 @@
 """How fast is the similarity of 13 x 13 layers? Against a loop over pairs of layers, in the same run.
 
-    python sec4_analysis/benchmark_cka.py                # a minute on one CPU core; run it alone
-    python sec4_analysis/benchmark_cka.py --device cuda
+    python appendix/benchmark_cka.py                # a minute on one CPU core; run it alone
+    python appendix/benchmark_cka.py --device cuda
 
 Features of ViT-Tiny's size (196 patches, 192 wide) of 1,024 images in mini-batches of 128, drawn at random before the
 clock starts. The loop is the definition as it reads: per pair of layers the matrix of the second and three HSIC. It
-needs all layers of a batch at once, ours one layer at a time. Both take turns; peak memory is that of a process of its
-own (CPU) or of the allocator (GPU). Writes benchmark_cka.json and .md.
+needs all layers of a batch at once, ours one layer at a time. Both take turns; memory: appendix/benchmarking.py. Writes
+benchmark_cka.json and .md.
 """
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from appendix import benchmarking
+from appendix.benchmarking import resident, synchronize
 from common import distributed, options, report
+from common.runs import identity
 from sec4_analysis import cka
 
 PRESETS = {}
@@ -27,9 +28,7 @@ def build_parser():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=13, help="of each of the two models")
     parser.add_argument("--width", type=int, default=196 * 192, help="numbers per image and layer")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
-    parser.add_argument("--memory-of", help="used by the script itself")
+    benchmarking.add_execution(parser)
     return parser
 
 
@@ -46,15 +45,11 @@ class Clock:
         self.device, self.seconds = device, 0.0
 
     def __enter__(self):
-        self.wait()
+        synchronize(self.device)
         self.began = time.perf_counter()
 
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def __exit__(self, *_):
-        self.wait()
+        synchronize(self.device)
         self.seconds += time.perf_counter() - self.began
 
 
@@ -95,47 +90,37 @@ def loop(args, device, batch, clock):
 VERSIONS = {"ours": ours, "loop": loop}
 
 
-def peak_memory(version, args, device):
-    """GiB at the peak of one batch, beside what Python and torch themselves take."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        VERSIONS[version](args, device, 0, Clock(device))
-        return torch.cuda.max_memory_allocated() / 2**30
-    command = [sys.executable, __file__, "--memory-of", version, "--device", "cpu", "--layers", str(args.layers),
-               "--batch-size", str(args.batch_size), "--width", str(args.width)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def resident(name):
-    """VmHWM (peak) or VmRSS (now) of this process in GiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 2**20
+def measure(args, device):
+    """{version: {"seconds", "peak_gib"}}; both get the same values."""
+    clocks, words = {version: Clock(device) for version in VERSIONS}, {
+        "layers": args.layers, "batch_size": args.batch_size, "width": args.width}
+    for compute in VERSIONS.values():
+        compute(args, device, 0, Clock(device))  # warm up
+    for batch in range(args.num_images // args.batch_size):
+        mine, theirs = (compute(args, device, batch, clocks[version]) for version, compute in VERSIONS.items())
+        assert (mine - theirs).abs().max() < 1e-3, "the two disagree"
+    return {version: {"seconds": clocks[version].seconds, "peak_gib": benchmarking.peak_memory(
+        __file__, (version,), words, device, lambda: compute(args, device, 0, Clock(device)))}
+        for version, compute in VERSIONS.items()}
 
 
 def main(args):
-    """Measures and writes; returns {"ours_seconds", "loop_seconds", "ratio", "ours_gib", "loop_gib"}."""
+    """Measures and writes; returns {version: {"seconds", "peak_gib"}}."""
     device = distributed.start(args.device)
     if args.memory_of:
         before = resident("VmRSS")
-        VERSIONS[args.memory_of](args, device, 0, Clock(device))
+        VERSIONS[args.memory_of[0]](args, device, 0, Clock(device))
         print(resident("VmHWM") - before)
         return {}
-    clocks, batches = [Clock(device), Clock(device)], args.num_images // args.batch_size
-    for version in VERSIONS.values():
-        version(args, device, 0, Clock(device))  # warm up
-    for batch in range(batches):
-        mine, theirs = (version(args, device, batch, clock) for version, clock in zip(VERSIONS.values(), clocks))
-        assert (mine - theirs).abs().max() < 1e-3, "the two disagree"
-    result = {"ours_seconds": clocks[0].seconds, "loop_seconds": clocks[1].seconds,
-              "ratio": clocks[1].seconds / clocks[0].seconds,
-              **{f"{version}_gib": peak_memory(version, args, device) for version in VERSIONS}}
-    text = (f"CKA of {args.layers} x {args.layers} layers on {batches * args.batch_size} images in batches of "
-            f"{args.batch_size}, {device.type}, {torch.get_num_threads()} threads\n\n")
-    text += report.markdown(["", "seconds", "peak GiB"], [
-        [version, f"{result[f'{version}_seconds']:.2f}", f"{result[f'{version}_gib']:.2f}"]
-        for version in VERSIONS]) + f"\n\nratio {result['ratio']:.1f}"
-    report.write_text(Path(args.output) / "benchmark_cka", "benchmark_cka", {"settings": vars(args), **result}, text)
-    return result
+    results = measure(args, device)
+    rows = [[version, f"{row['seconds']:.2f}", f"{row['peak_gib']:.2f}"] for version, row in results.items()]
+    text = (f"CKA of {args.layers} x {args.layers} layers on {args.num_images // args.batch_size * args.batch_size} "
+            f"images in batches of {args.batch_size}, {device.type}, {torch.get_num_threads()} threads: ratio "
+            f"{results['loop']['seconds'] / results['ours']['seconds']:.1f}\n\n")
+    report.write_text(Path(args.output) / "benchmark_cka", "benchmark_cka",
+                      {"settings": identity(vars(args)), "versions": results},
+                      text + report.markdown(["", "seconds", "peak GiB"], rows))
+    return results
 
 
 if __name__ == "__main__":
