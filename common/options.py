@@ -210,15 +210,14 @@ def announce(parser, args):
 
 
 def stage_settings(name, explicit=None, row=None):
-    """A stage's module, its parser, and its resolved settings."""
+    """The settings that a stage would run with."""
     module = importlib.import_module(name)
     parser = module.build_parser()
     parser.prog = name
     try:
-        settings = resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+        return resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
     except UserError as error:
         raise UserError(f"stage {name}: {error}") from None
-    return module, parser, settings
 
 
 def stage(name, explicit=None, row=None):
@@ -226,10 +225,10 @@ def stage(name, explicit=None, row=None):
 
     `name` is a module such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
     """
-    module, parser, args = stage_settings(name, explicit, row)
+    args, module = stage_settings(name, explicit, row), importlib.import_module(name)
     torch.compiler.reset()
     print0(f"\n== {name}")
-    announce(parser, args)
+    announce(module.build_parser(), args)
     return module.main(args)
 
 

@@ -145,9 +145,8 @@ def cell(row, column, stage, added):
 def check_row(row, args):
     """An error for settings that a stage does not have or cannot use, and for initial weights that are not there."""
     for module, settings in row.stages:
-        explicit = explicit_settings(module, args, args.seeds[0]) | row.forced.get(module, {})
-        _, _, resolved = options.stage_settings(module, explicit, settings)
-        init = getattr(resolved, "init", None)
+        explicit = explicit_settings(module, args, args.seeds[0], row.forced)
+        init = getattr(options.stage_settings(module, explicit, settings), "init", None)
         if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
             raise UserError(f"{row.name}: no weights at {init}")
 
@@ -155,8 +154,8 @@ def check_row(row, args):
 def remedy(row, source, args, seed):
     """Where to give a folder of weights that the hub did not: for a teacher to the table, else to the row's script."""
     for module, settings in row.stages:
-        explicit = explicit_settings(module, args, seed) | row.forced.get(module, {})
-        if getattr(options.stage_settings(module, explicit, settings)[-1], "teacher", None) == source:
+        explicit = explicit_settings(module, args, seed, row.forced)
+        if getattr(options.stage_settings(module, explicit, settings), "teacher", None) == source:
             return f"here as --set {module.split('.')[-1]}.teacher=FOLDER"
     return f"in place of its name: `{options.command_line(module, {**settings, **explicit})}`"
 
@@ -177,19 +176,20 @@ def require_weights(args):
         raise UserError("; ".join(args.needs_weights.values()))
 
 
-def explicit_settings(module, args, seed):
-    """What was given on the table's command line for a stage, as far as it knows it, and --set."""
-    known = vars(options.stage_settings(module)[-1])
+def explicit_settings(module, args, seed, forced=None):
+    """What was given on the table's command line for a stage, as far as it knows it, --set, and what a row forces."""
+    known = vars(options.stage_settings(module))
     own = ("img_size",) if module.endswith(".detect") else ()  # there the canvas: by --set detect.img_size alone
     given = {name: value for name, value in args.given.items() if name in known and name not in own}
-    return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed}
+    return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed,
+            **(forced or {}).get(module, {})}
 
 
 def run_row(row, seed, args, script, done):
     """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
     finished = []
     for number, (module, settings) in enumerate(row.stages):
-        explicit = explicit_settings(module, args, seed) | row.forced.get(module, {})
+        explicit = explicit_settings(module, args, seed, row.forced)
         previous = finished[-1]["checkpoint"] if finished else None
         settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
         key = json.dumps([module, settings, explicit], sort_keys=True, default=str)

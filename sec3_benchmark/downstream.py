@@ -231,7 +231,7 @@ def require_coco(args):
                         f"{', '.join(absent)}")
 
 
-def stage_settings(names):
+def endings(names):
     """The columns of tables.run_rows for rows that end with transfer.py."""
     return {name: ("sec3_benchmark.detect", {}) if name == COCO else (None, {"dataset": name}) for name in names}
 

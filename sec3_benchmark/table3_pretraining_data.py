@@ -98,7 +98,7 @@ def plan(row, args, full):
                 raise
             return without(row, args, f"cannot be drawn: {error}")
         check_share(row, subset, len(part) / len(full))
-    resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)[2]
+    resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
     if len(part) < resolved.batch_size:
         return without(row, args, f"has {len(part)} images, fewer than one batch of {resolved.batch_size}: --set "
                                   f"{module.split('.')[-1]}.batch_size=N changes it, for all rows of its method")
@@ -126,7 +126,7 @@ def planned(args):
     rows = [runnable(row, args, lists) for row in ROWS]
     chosen = tables.chosen(rows, args, DEMO)
     module, settings = chosen[0].stages[0]
-    base = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)[2]
+    base = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
     [full] = load_sets(base, splits=("train",))
     return [plan(row, args, full) if row in chosen else row for row in rows]
 

@@ -127,7 +127,7 @@ def main(args):
     rows, names = with_models(ROWS, models), downstream.chosen_sets(args)
     if models:
         args.rows = [*(args.rows or []), *models]
-    results = tables.run_rows(rows, args, DEMO, "table4", downstream.stage_settings(names))
+    results = tables.run_rows(rows, args, DEMO, "table4", downstream.endings(names))
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}

@@ -58,7 +58,7 @@ def cells(args, names):
     """Rows and columns of tables.run_rows: a row for the data sets and, of the same key, one for the last column. Run
     together they share their pre-trainings, in a dry run too.
     """
-    columns = downstream.stage_settings(names)
+    columns = downstream.endings(names)
     if not (args.preset != "demo" if args.imagenet is None else args.imagenet):
         return ROWS, columns
     rows = [replace(row, without=(*row.without, "imagenet")) for row in ROWS]

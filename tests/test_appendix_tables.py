@@ -26,7 +26,7 @@ def test_rows_resolve_in_every_preset_they_name(name):
         for preset in row.presets:
             for module, settings in row.stages:
                 places = {} if preset == "demo" else {"data_path": "DIR", "dataset_path": "DIR"}
-                known = vars(stage_settings(module)[-1])
+                known = vars(stage_settings(module))
                 given = {"preset": preset, **{name: value for name, value in places.items() if name in known}}
                 stage_settings(module, given, settings)
 
@@ -34,7 +34,7 @@ def test_rows_resolve_in_every_preset_they_name(name):
 def settings_of(row, **given):
     """The resolved settings of a row's last stage."""
     module, settings = row.stages[-1]
-    return vars(stage_settings(module, given, settings)[2])
+    return vars(stage_settings(module, given, settings))
 
 
 def by_key(table):

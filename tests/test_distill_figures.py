@@ -19,7 +19,7 @@ def asked(monkeypatch, tmp_path):
     asked = []
 
     def stage(name, explicit=None, row=None):
-        settings = vars(options.stage_settings(name, explicit, row)[-1])
+        settings = vars(options.stage_settings(name, explicit, row))
         asked.append((name.split(".")[-1], settings))
         folder = tmp_path / f"run{len(asked)}"
         folder.mkdir()
