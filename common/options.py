@@ -106,7 +106,7 @@ def flags_of(parser):
 
 def explicit_arguments(parser, argv=None):
     """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
-    unset = object()
+    unset = []  # a list, for argparse to copy and extend; told from one that was given by being the same object
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults(parser), unset))))
     return {name: value for name, value in given.items() if value is not unset}
 

@@ -55,8 +55,8 @@ def add_rows(parser, rows=(), demo=()):
                            help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
-    group.add_argument("--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", dest="stage_settings",
-                       help="any other setting of a stage, e.g. finetune.epochs=100")
+    group.add_argument("--set", nargs="+", action="extend", default=[], dest="stage_settings",
+                       metavar="STAGE.KEY=VALUE", help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
 
 

@@ -41,7 +41,7 @@ ROWS = [Row(f"{method}-{data}", f"{name}, {NAMES[data]}", None,
 def build_parser():
     parser = tables.make_parser(__doc__, ROWS, DEMO)
     group = parser.add_argument_group("pre-training data")
-    group.add_argument("--lists", nargs="+", default=[], metavar="PART=FILE",
+    group.add_argument("--lists", nargs="+", action="extend", default=[], metavar="PART=FILE",
                        help="official lists for 1%%, 10%% and lt; default: drawn")
     group.add_argument("--in21k", metavar="DIR", help="ImageNet-21k or any large folder of images, for its rows")
     group.add_argument("--equal", choices=("iterations", "epochs"), default="iterations",

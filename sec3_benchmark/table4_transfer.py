@@ -47,7 +47,7 @@ def build_parser():
     options.add_data(parser)
     downstream.add_datasets(parser)
     tables.add_rows(parser, ROWS, DEMO)
-    parser.add_argument("--models", nargs="+", default=[], metavar="NAME=CHECKPOINT",
+    parser.add_argument("--models", nargs="+", action="extend", default=[], metavar="NAME=CHECKPOINT",
                         help="transfer these weights, of one of the rows or of a new one, and pre-train nothing for "
                              "them; other rows run only if --rows names them")
     options.add_execution(parser)

@@ -26,7 +26,7 @@ DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
 
 def add_arguments(parser):
     group = parser.add_argument_group("leading blocks")
-    group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT",
+    group.add_argument("--models", nargs="+", action="extend", metavar="NAME=CHECKPOINT",
                        help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed. "
                             "Figure 2 fine-tunes those with moco in their NAME as Table 1 does, with layer decay 0.75")
     group.add_argument("--blocks", type=int, nargs="+", default=[0, 3, 6, 9, 12], metavar="K", help="how many to keep")

@@ -44,10 +44,11 @@ RANDOM = "random"  # as a checkpoint: the first model with initial values
 def add_arguments(parser, norm=True):
     """Models, images and figure. `norm`: offer a choice of the final norm, to those that look behind it."""
     group = parser.add_argument_group("models")
-    group.add_argument("--models", nargs="+", metavar="NAME=CHECKPOINT", help="files, timm folders, timm:NAME or "
-                       "random; the first is the reference. Default: the preset's own runs")
-    group.add_argument("--num-heads-of", nargs="+", default=[], metavar="NAME=N", help="for files that cannot say and "
-                       "have other than 12; DeiT-Tiny's own has 3")
+    group.add_argument("--models", nargs="+", action="extend", metavar="NAME=CHECKPOINT",
+                       help="files, timm folders, timm:NAME or random; the first is the reference. Default: the "
+                            "preset's own runs")
+    group.add_argument("--num-heads-of", nargs="+", action="extend", default=[], metavar="NAME=N",
+                       help="for files that cannot say and have other than 12; DeiT-Tiny's own has 3")
     if norm:
         group.add_argument("--final-norm", choices=("own", "authors"), default="own",
                            help="authors: an untrained one for MAE, as in their script")

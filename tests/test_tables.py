@@ -74,7 +74,7 @@ def test_a_stage_that_rows_share_runs_once_for_each_seed(ran):
 
 
 def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
-    run("--rows", "two", "--img-size", "48", "--set", "after.rate=0.25", "before.epochs=9")
+    run("--rows", "two", "--img-size", "48", "--set", "after.rate=0.25", "--set", "before.epochs=9")  # both count
     (_, before), (_, after) = ran
     assert (before.epochs, after.epochs, after.rate) == (9, 3, 0.25)
     assert before.img_size == after.img_size == [48] and before.data == "fractals" and before.preset == "demo"
