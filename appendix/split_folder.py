@@ -1,0 +1,82 @@
+"""Makes train/ and val/ of a folder that has only classes: DIR/<class>/... to SPLIT/train/<class>/ and SPLIT/val/<class>/.
+
+    python appendix/split_folder.py --data-path DIR --split-path SPLIT                    # a tenth of each class to val/
+    python appendix/split_folder.py --data-path DIR --split-path SPLIT --num-classes 20 --per-class 50      # a small set
+
+SPLIT gets symbolic links, so DIR stays as it is and must stay where it is. Which images go where depends on their names
+and --seed alone: each image has its place in a fixed order of its class, from whose front val/ is filled. The same
+command gives the same split, a smaller --per-class a part of the larger one with the same val/.
+"""
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from common import options
+from common.data import labelled_folder
+from common.distributed import print0
+from common.errors import UserError
+
+PRESETS = {}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="one folder of images for each class")
+    parser.add_argument("--split-path", required=True, metavar="SPLIT", help="a new folder")
+    parser.add_argument("--val-share", type=float, default=0.1, help="of each class; at least one image")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="the first so many by name; default: all")
+    parser.add_argument("--per-class", type=int, metavar="N", help="at most so many for training; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def order(paths, root, seed):
+    """The paths of one class in an order that depends on each one's name below `root` and the seed alone."""
+    return sorted(paths, key=lambda path: hashlib.sha256(f"{seed} {os.path.relpath(path, root)}".encode()).digest())
+
+
+def split(images, root, args):
+    """{"train" or "val": [paths of each class]}."""
+    parts = {"train": [], "val": []}
+    for label, name in list(enumerate(images.classes))[:args.num_classes]:
+        paths = order([images.images[i] for i in np.flatnonzero(images.labels == label)], root, args.seed)
+        held_out = max(1, round(args.val_share * len(paths)))
+        if held_out >= len(paths):
+            raise UserError(f"class {name} has {len(paths)} images and {held_out} would go to val/: nothing is left to "
+                            f"train on. Add images, remove the class, or lower --val-share {args.val_share}")
+        parts["val"].append(paths[:held_out])
+        parts["train"].append(paths[held_out:][:args.per_class])
+    return parts
+
+
+def link(paths, root, folder):
+    """Links below `folder` with the same names as below `root`."""
+    for path in paths:
+        target = folder / os.path.relpath(path, root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(os.path.abspath(path))
+
+
+def main(args):
+    """Returns {"train", "val"}: how many images each has."""
+    root, target = Path(args.data_path), Path(args.split_path)
+    if (root / "train").is_dir():
+        raise UserError(f"{root} has a train/ already: give the folder that holds the classes")
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val-share {args.val_share}: a part between 0 and 1")
+    if target.exists():
+        raise UserError(f"--split-path {target} exists: name a new folder, or remove it")
+    parts = split(labelled_folder(root, 3, "folder"), root, args)
+    for part, classes in parts.items():
+        for paths in classes:
+            link(paths, root, target / part)
+    counts = {part: sum(map(len, classes)) for part, classes in parts.items()}
+    print0(f"{len(parts['train'])} classes, {counts['train']} images to train on and {counts['val']} to validate: "
+           f"--data-path {target}")
+    return counts
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)
