@@ -33,11 +33,8 @@ VARIANTS = {  # name -> what differs from Figure 1's setting
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    study.add_arguments(parser)
+    parser = study.make_parser(__doc__)
     parser.add_argument("--cut-off", type=float, default=0.5, help="between low and high, of the highest frequency")
-    options.add_execution(parser)
     return parser
 
 

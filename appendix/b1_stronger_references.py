@@ -16,11 +16,7 @@ WIDER = {"demo": "vit_tiny", "small": "vit_small", "paper": "vit_small"}  # than
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    study.add_arguments(parser)
-    options.add_execution(parser)
-    return parser
+    return study.make_parser(__doc__)
 
 
 def main(args):

@@ -92,16 +92,20 @@ VERSIONS = {"ours": ours, "loop": loop}
 
 def measure(args, device):
     """{version: {"seconds", "peak_gib"}}; both get the same values."""
-    clocks, words = {version: Clock(device) for version in VERSIONS}, {
-        "layers": args.layers, "batch_size": args.batch_size, "width": args.width}
+    clocks = {version: Clock(device) for version in VERSIONS}
     for compute in VERSIONS.values():
         compute(args, device, 0, Clock(device))  # warm up
     for batch in range(args.num_images // args.batch_size):
         mine, theirs = (compute(args, device, batch, clocks[version]) for version, compute in VERSIONS.items())
         assert (mine - theirs).abs().max() < 1e-3, "the two disagree"
-    return {version: {"seconds": clocks[version].seconds, "peak_gib": benchmarking.peak_memory(
-        __file__, (version,), words, device, lambda: compute(args, device, 0, Clock(device)))}
-        for version, compute in VERSIONS.items()}
+    return {version: {"seconds": clock.seconds, "peak_gib": peak_memory(version, args, device)}
+            for version, clock in clocks.items()}
+
+
+def peak_memory(version, args, device):
+    words = {"layers": args.layers, "batch_size": args.batch_size, "width": args.width}
+    return benchmarking.peak_memory(__file__, (version,), words, device,
+                                    lambda: VERSIONS[version](args, device, 0, Clock(device)))
 
 
 def main(args):

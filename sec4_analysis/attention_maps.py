@@ -22,16 +22,13 @@ from sec4_analysis.fig5_attention import ROWS
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    study.add_arguments(parser, norm=False)
+    parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("maps")
     group.add_argument("--image", type=int, default=0, metavar="I", help="which of the drawn images, from 0")
     group.add_argument("--picture", metavar="FILE", help="this image instead, for --models; needs no data set")
     group.add_argument("--layers", type=int, nargs="+", default=[1, 6, 12], help="blocks, from 1")
     group.add_argument("--heads", type=int, nargs="+", default=[1, 2], help="from 1")
     group.add_argument("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
-    options.add_execution(parser)
     return parser
 
 

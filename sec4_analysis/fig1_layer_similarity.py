@@ -15,11 +15,7 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    similarity.add_arguments(parser)
-    options.add_execution(parser)
-    return parser
+    return similarity.make_parser(__doc__)
 
 
 def main(args):

@@ -23,14 +23,11 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    study.add_arguments(parser, norm=False)
+    parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("points")
     group.add_argument("--first", choices=("with-positions", "without-positions"), default="with-positions",
                        help="what the first point, after patch embedding, has in it")
     group.add_argument("--sub-blocks", action="store_true", help="also a point between attention and MLP")
-    options.add_execution(parser)
     return parser
 
 

@@ -22,15 +22,12 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRA
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    study.add_arguments(parser, norm=False)
+    parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("measures")
     group.add_argument("--distance-unit", choices=("pixels", "authors"), default="pixels",
                        help="authors: 14 per patch, whatever the patch size, as in their code")
     group.add_argument("--keep-prefix", action="store_true", help="softmax with the class token, whose share then "
                        "counts as distance 0; default: without it, as the authors")
-    options.add_execution(parser)
     return parser
 
 

@@ -41,8 +41,12 @@ RANDOM = "random"  # as a checkpoint: the first model with initial values
 
 # Command line
 
-def add_arguments(parser, norm=True):
-    """Models, images and figure. `norm`: offer a choice of the final norm, to those that look behind it."""
+def make_parser(description, norm=True):
+    """A figure's parser: data, models, images, execution. `norm`: offer a choice of the final norm, to those that look
+    behind it.
+    """
+    parser = options.make_parser(description)
+    options.add_data(parser)
     group = parser.add_argument_group("models")
     group.add_argument("--models", nargs="+", action="extend", metavar="NAME=CHECKPOINT",
                        help="files, timm folders, timm:NAME or random; the first is the reference. Default: the "
@@ -61,6 +65,8 @@ def add_arguments(parser, norm=True):
     group.add_argument("--seed", type=int, default=0, help="of the preset's own runs and of random models")
     tables.add_rows(parser)
     parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .npz and leave")
+    options.add_execution(parser)
+    return parser
 
 
 def parse(parser, argv=None):

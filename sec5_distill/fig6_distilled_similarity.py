@@ -17,15 +17,11 @@ from sec5_distill import pretrain_dmae
 
 
 def build_parser():
-    parser = options.make_parser(__doc__)
-    options.add_data(parser)
-    similarity.add_arguments(parser)
-    options.add_execution(parser)
-    return parser
+    return similarity.make_parser(__doc__)
 
 
 def models(args):
-    """{name: checkpoint} of --models or of the preset's own runs, where the teacher is D-MAE's; None after a dry run."""
+    """{name: checkpoint} of --models or of the preset's own runs, the teacher is D-MAE's; None after a dry run."""
     if args.models:
         return similarity.sources(args, (), "fig6")
     rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),

@@ -45,7 +45,7 @@ def test_steps_and_loader_against_the_straightforward_ones(tmp_path, here, capsy
 
 
 def test_distillation_against_the_straightforward_one(tmp_path, here):
-    results = run(benchmark_distillation, "--batch-size", "2", "--img-size", "32", "--turns", "1", "--precisions", "fp32",
-                  "--output", str(tmp_path))
+    results = run(benchmark_distillation, "--batch-size", "2", "--img-size", "32", "--turns", "1",
+                  "--precisions", "fp32", "--output", str(tmp_path))
     assert list(results["fp32"]) == ["D-MAE", "MAE", "straightforward", "all"]
     assert results["fp32"]["D-MAE"]["ratio"] == 1
