@@ -66,7 +66,7 @@ def attention_maps(model, images, args):
 
 
 def numbers(args):
-    """{"MODEL/image" or "MODEL/block B head H": array} and what to know about them, or None: see study.analyse."""
+    """{"MODEL/image", "MODEL/block B head H", "query": array} and what to know about them, or None: see study.analyse."""
     done = study.analyse(args, study.sources(args, ROWS, "attention_maps"), partial(attention_maps, args=args),
                          picture if args.picture else study.validation_images, image=args.image, query=args.query)
     if done is None:
@@ -75,22 +75,23 @@ def numbers(args):
     for name, (image, maps) in models.items():
         arrays[f"{name}/image"] = image
         arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
-    return arrays, about
+    return {**arrays, **({"query": np.array(args.query)} if args.query else {})}, about
 
 
 def describe(arrays):
     """The largest weight of each map, as Markdown."""
     return "weights of attention maps\n\n" + report.markdown(
         ["map", "largest weight"],
-        [[key, f"{values.max():.4f}"] for key, values in arrays.items() if not key.endswith("/image")])
+        [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
 def draw(arrays, path):
-    """A row a model: the image, then a map for each layer and head, scaled to its largest weight."""
+    """A row a model: the image, then a map for each layer and head, scaled to its largest weight; cyan: the query."""
     plt, models = report.pyplot(), {}
     for key, array in arrays.items():
-        name, what = key.rsplit("/", 1)
-        models.setdefault(name, []).append((what, array))
+        if key != "query":
+            name, what = key.rsplit("/", 1)
+            models.setdefault(name, []).append((what, array))
     columns = max(len(panels) for panels in models.values())
     figure, axes = plt.subplots(len(models), columns, figsize=(1.5 * columns, 1.75 * len(models)), squeeze=False,
                                 layout="constrained")
@@ -99,6 +100,8 @@ def draw(arrays, path):
             picture = what == "image"
             panel.imshow(report.visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
                          vmax=1 if picture else array.max())
+            if "query" in arrays and not picture:
+                panel.plot(*arrays["query"][::-1], "s", color="cyan", fillstyle="none", markersize=5)
             panel.set_title(name if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
