@@ -59,15 +59,28 @@ def link(paths, root, folder):
         target.symlink_to(os.path.abspath(path))
 
 
+def check_places(root, target):
+    """DIR holds classes and nothing else, and SPLIT lies apart from it."""
+    if not root.is_dir():
+        raise UserError(f"--data-path {root} is no folder: give the one that holds a folder of images for each class")
+    place, new = root.resolve(), target.resolve()
+    if new.is_relative_to(place):  # a class of the next split
+        raise UserError(f"--split-path {target} lies inside --data-path {root}, whose folders are the classes: name a "
+                        f"new folder outside")
+    if place.is_relative_to(new):  # before "exists", whose remedy would remove the images
+        raise UserError(f"--data-path {root} lies inside --split-path {target}: name a new folder beside it")
+    if (root / "train").is_dir():
+        raise UserError(f"{root} has a train/ already: give the folder that holds the classes")
+    if target.exists():
+        raise UserError(f"--split-path {target} exists: name a new folder, or remove it")
+
+
 def main(args):
     """Returns {"train", "val"}: how many images each has."""
     root, target = Path(args.data_path), Path(args.split_path)
-    if (root / "train").is_dir():
-        raise UserError(f"{root} has a train/ already: give the folder that holds the classes")
+    check_places(root, target)
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share {args.val_share}: a part between 0 and 1")
-    if target.exists():
-        raise UserError(f"--split-path {target} exists: name a new folder, or remove it")
     parts = split(labelled_folder(root, 3, "folder"), root, args)
     for part, classes in parts.items():
         for paths in classes:

@@ -58,11 +58,19 @@ def test_the_draw_is_of_names_and_seed(classes, tmp_path):
 @pytest.mark.parametrize(("given", "message"), [
     ({"val_share": 0.9}, "class c has 2 images and 2 would go to val/"),
     ({"val_share": 0.0}, "--val-share 0.0"),
-    ({"split_path": "."}, "exists: name a new folder"),
-    ({"data_path": "no/where"}, "no/where is not a folder"),
+    ({"split_path": "old"}, "--split-path old exists: name a new folder"),
+    ({"data_path": "no/where"}, "no/where is no folder: give the one that holds a folder of images for each class"),
+    ({"data_path": "old"}, "must hold one folder of images for each class"),
+    ({"split_path": "classes/new"}, "classes/new lies inside --data-path .*/classes"),
+    ({"split_path": "old/../classes/deeper/new"}, "lies inside --data-path"),
+    ({"split_path": "link/new"}, "link/new lies inside --data-path"),
+    ({"split_path": "classes"}, "--split-path classes lies inside --data-path"),
+    ({"split_path": "."}, r"--data-path .*/classes lies inside --split-path \."),  # and never "remove it"
 ])
 def test_what_cannot_be_split_is_said(classes, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
+    os.mkdir("old")
+    os.symlink("classes", "link")
     with pytest.raises(UserError, match=message):
         run(**{"folder": classes, "target": "new", **given})
-    assert not os.path.exists("new")
+    assert not os.path.exists("new") and sorted(os.listdir("classes")) == ["a", "b", "c"]
