@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a folder's images per channel, and a list of those that cannot be read.
+"""Mean and standard deviation of a folder's images per channel, and which of them cannot be read, and why.
 
     python appendix/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
     python appendix/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
@@ -6,7 +6,7 @@
 Below DIR (its train/ if there is one) every image is read as training would read it; of val/ beside train/ only the
 unreadable files are listed, as mean and deviation are those of train/ alone. Pass the printed line to the pre-training
 (weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's. Writes
-statistics.json and unreadable.txt.
+statistics.json and unreadable.txt, a line for each such file: its name, a tab, the reason.
 """
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -38,11 +38,12 @@ def build_parser():
 
 
 def sums(images, index):
-    """Pixels, sum and sum of squares per channel, in 0..1, float64 (1 + 2 C); or the path of an unreadable image."""
+    """Pixels, sum and sum of squares per channel, in 0..1, float64 (1 + 2 C); or (path, reason) if unreadable."""
     try:
         image = images.read(index)
-    except UnreadableImage:
-        return str(images.where(index))
+    except UnreadableImage as error:
+        cause = error.__context__  # the decoder's own error, without the name and remedy around it
+        return str(images.where(index)), " ".join(f"{type(cause).__name__}: {cause}".split())
     array = np.asarray(image, dtype=np.float64) / 255
     if images.in_chans in (1, 3):  # PIL: (H, W) or (H, W, C)
         array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
@@ -58,15 +59,17 @@ def read_all(images, indices, workers):
 
 
 def statistics(images, indices, workers=0):
-    """Mean (C,), std (C,) over all pixels of the images, each image weighing by its size; list of unreadable files."""
+    """Mean (C,), std (C,) over all pixels of the images, each image weighing by its size; [(path, reason)] of
+    unreadable ones.
+    """
     total, unreadable = 0.0, []
     for result in read_all(images, indices, workers):
-        if isinstance(result, str):
+        if isinstance(result, tuple):
             unreadable.append(result)
         else:
             total = total + result
     if len(unreadable) == len(indices):
-        raise UserError(f"none of {len(indices)} images could be read, e.g. {unreadable[0]}")
+        raise UserError(f"none of {len(indices)} images could be read; the first, {': '.join(unreadable[0])}")
     mean, square = np.split(total[1:] / total[0], 2)
     return mean, np.sqrt(np.maximum(square - mean**2, 0)), unreadable
 
@@ -77,7 +80,7 @@ def draw(images, args):
 
 
 def unreadable_of_val(args):
-    """The unreadable files of DIR/val where DIR/train is what the statistics are of, and how many were read."""
+    """[(path, reason)] of DIR/val where DIR/train is what the statistics are of, and how many files were read."""
     folder = Path(args.data_path) / "val"
     if not (Path(args.data_path) / "train").is_dir():  # then the whole tree is read, val/ too
         return [], 0
@@ -85,22 +88,24 @@ def unreadable_of_val(args):
                    for file in files if file.lower().endswith(EXTENSIONS))
     images = ImageSet("val", paths, None, [], args.in_chans)
     chosen = draw(images, args)
-    return [found for found in read_all(images, chosen, args.workers) if isinstance(found, str)], len(chosen)
+    return [found for found in read_all(images, chosen, args.workers) if isinstance(found, tuple)], len(chosen)
 
 
 def main(args):
     """Returns {"mean", "std", "images" (which these are of), "unreadable"}."""
+    folder = Path(args.output) / "data_statistics"
+    (folder / "unreadable.txt").unlink(missing_ok=True)  # else a call that fails would leave another folder's list
     images = image_tree(args.data_path, args.in_chans)
     indices = draw(images, args)
     mean, std, unreadable = statistics(images, indices, args.workers)
     used = len(indices) - len(unreadable)
     of_val, read_of_val = unreadable_of_val(args)
     unreadable += of_val
-    result = {"mean": mean.tolist(), "std": std.tolist(), "images": used, "unreadable": unreadable}
-    folder = Path(args.output) / "data_statistics"
+    result = {"mean": mean.tolist(), "std": std.tolist(), "images": used,
+              "unreadable": [path for path, _ in unreadable]}
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "statistics.json", {**result, "data_path": args.data_path})
-    (folder / "unreadable.txt").write_text("".join(f"{path}\n" for path in unreadable))
+    (folder / "unreadable.txt").write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
     print0(f"{result['images']} images: --mean {' '.join(f'{m:.4f}' for m in mean)} "
            f"--std {' '.join(f'{s:.4f}' for s in std)}")
     if read_of_val:

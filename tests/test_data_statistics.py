@@ -39,11 +39,25 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     result = run(tmp_path / "a", tmp_path)
     assert result["mean"] == pytest.approx([0.2, 0.4, 1.0]) and result["std"] == pytest.approx([0, 0, 0], abs=1e-6)
     assert result["unreadable"] == [str(tmp_path / "a" / "2.png")]
-    listed = (tmp_path / "out" / "data_statistics" / "unreadable.txt").read_text().split()
-    assert listed == result["unreadable"] and "--mean 0.2000 0.4000 1.0000" in capsys.readouterr().out
-    (tmp_path / "a" / "1.png").unlink()
-    with pytest.raises(UserError, match="none of 1 images could be read"):
-        run(tmp_path / "a", tmp_path)
+    unreadable = tmp_path / "out" / "data_statistics" / "unreadable.txt"
+    [line] = unreadable.read_text().splitlines()
+    assert line.startswith(f"{tmp_path / 'a' / '2.png'}\tUnidentifiedImageError: cannot identify")
+    assert "--mean 0.2000 0.4000 1.0000" in capsys.readouterr().out
+    for place in ("absent", "b"):  # a call that fails leaves no other folder's list
+        unreadable.write_text("old\n")
+        with pytest.raises(UserError):
+            run(tmp_path / place, tmp_path)
+        assert not unreadable.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_where_none_can_be_read_the_first_says_why(tmp_path, workers):
+    """Four channels without --in-chans, in this process and from another."""
+    for i in range(2):
+        np.save(tmp_path / f"{i}.npy", np.zeros((5, 6, 4), np.uint8))
+    message = r"none of 2 images could be read; the first, .*\d\.npy: ValueError: uint8 array of shape \(5, 6, 4\); "
+    with pytest.raises(UserError, match=message + "--in-chans 3 reads"):
+        run(tmp_path, tmp_path, workers=workers)
 
 
 def test_of_val_beside_train_the_unreadable_alone(tmp_path, capsys):
