@@ -6,7 +6,8 @@
 
 Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
 `np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, and "about", what
-made them as JSON. Without DIR the generated images are taken, and their numbers are the file names.
+made them as JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean, unless --pooling
+says otherwise. Without DIR the generated images are taken, and their numbers are the file names.
 """
 import hashlib
 import json
@@ -39,6 +40,15 @@ def names_of(images, root):
     return [os.path.relpath(path, root) for path in images.images]
 
 
+def read_alone(root):
+    """One line where train/ is not all that lies in the folder, else None: nobody asked for train/."""
+    if not root or not (Path(root) / "train").is_dir():
+        return None
+    others = [str(path) for path in sorted(Path(root).iterdir()) if path.is_dir() and path.name != "train"]
+    remedy = f"; --data-path {' or '.join(others[:3])} reads the others" if others else ""
+    return f"these are of {Path(root) / 'train'} alone{remedy}"
+
+
 def main(args):
     """Returns {"features": the file written, "images", "dim"}."""
     device = distributed.start(args.device)
@@ -54,6 +64,8 @@ def main(args):
         write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files, about=about))
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
+    if isinstance(images.images, list) and (line := read_alone(args.data_path)):
+        print0(line)
     return {"features": str(place), "images": len(values), "dim": values.shape[1]}
 
 

@@ -32,7 +32,8 @@ def add_arguments(parser):
                                                             "or another project's (common/formats.py)")
     group.add_argument("--layer", type=int, default=0, help="block whose output is taken, from 1; 0: the last one, "
                                                             "followed by the final norm")
-    group.add_argument("--pooling", choices=POOLING, default="token", help="class token, or mean of the patch tokens")
+    group.add_argument("--pooling", choices=POOLING, default="token", help="class token, or mean of the patch tokens; "
+                                                                            "a classifier of the mean says so itself")
     return parser
 
 
@@ -54,12 +55,13 @@ def build_encoder(args, device):
     if not args.init:
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
-    options.take_config(args, weights.config)
-    take_statistics(args, weights)
     pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
+    said = {"pooling": "avg"} if pool == "avg" else {}  # other projects' files too; of MAE and the rest, the default
+    options.take_config(args, {**(weights.config or {}), **said})
+    take_statistics(args, weights)
     if pool == "avg" and args.pooling == "token" and not args.layer:
-        raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: probe that (--pooling avg), or a "
-                        f"block's output (--layer)")
+        raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: leave --pooling token out, or "
+                        f"take a block's output (--layer)")
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                       num_heads=args.num_heads, num_classes=0, global_pool=pool)
     print0(load_encoder(vit, weights, explained=unshared(vit, weights)))

@@ -40,7 +40,7 @@ def test_images_without_files_have_numbers():
     assert extract_features.names_of(ImageSet("cifar10", pixels, None, []), "a/folder") == ["0", "1", "2"]
 
 
-def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path):
+def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path, capsys):
     """Its classifier reads fc_norm of the mean: the head on our features gives the model's logits."""
     torch.manual_seed(0)
     vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5).eval()
@@ -58,6 +58,29 @@ def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path):
     image = (eval_transform([32])(read_image(tmp_path / "images" / "0.png")) - mean) / std
     with torch.no_grad():
         assert_close(vit.head(torch.from_numpy(extract(pooling="avg"))), vit(image[None]), 1e-5)
-    with pytest.raises(UserError, match="fine-tuned on the mean .*--pooling avg"):
-        extract()
-    assert extract(layer=3).shape == (1, 96) and len(list((tmp_path / "out" / "extract_features").iterdir())) == 2
+    capsys.readouterr()
+    assert np.array_equal(extract(), extract(pooling="avg"))  # as documented: the classifier says its pooling
+    assert "as the weights say:" in (said := capsys.readouterr().out) and "--pooling avg" in said
+    with pytest.raises(UserError, match="fine-tuned on the mean .*leave --pooling token out"):
+        extract(pooling="token")
+    assert not np.array_equal(extract(layer=3), extract(layer=3, pooling="token"))
+    assert len(list((tmp_path / "out" / "extract_features").iterdir())) == 3
+
+
+def test_where_train_alone_is_read_a_line_says_so(tmp_path, capsys):
+    vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5)
+    save_torch(tmp_path / "ft.pt", {"model": vit.state_dict(), "config": vit.config})
+    for place in ("train/a", "val/a"):
+        (tmp_path / "images" / place).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / place / "0.png")
+
+    def said(folder):
+        extract_features.main(resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={
+            "init": str(tmp_path / "ft.pt"), "data_path": str(folder), "device": "cpu", "workers": 0,
+            "output": str(tmp_path / "out")}))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("these are")]
+    images = tmp_path / "images"
+    assert said(images) == [f"these are of {images}/train alone; --data-path {images}/val reads the others"]
+    assert said(images / "val") == []
+    (images / "test").mkdir()
+    assert extract_features.read_alone(images).endswith(f"--data-path {images}/test or {images}/val reads the others")

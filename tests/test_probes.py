@@ -169,6 +169,29 @@ def test_layer_and_pooling(mae_file, tmp_path, layer, pooling):
     torch.testing.assert_close(features.features(vit, images, layer, pooling), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_classifier_says_its_pooling_unless_it_is_given(mae_file, tmp_path, layer):
+    """On the command line or by a table's row. An MAE says none, and a classifier of the class token the default."""
+    def pooling(global_pool, config=True, **given):
+        vit = build_model("vit_demo", img_size=12, patch_size=4, num_heads=4, num_classes=2, global_pool=global_pool)
+        torch.save({"model": vit.state_dict(), **({"config": vit.config} if config else {})}, tmp_path / "vit.pt")
+        row = dict(init=str(tmp_path / "vit.pt"), device="cpu", workers=0, layer=layer, img_size=[12], patch_size=4,
+                   num_heads=4, model="vit_demo", **given)
+        args = options.resolve(knn_probe.build_parser(), knn_probe.PRESETS, row=row)
+        features.build_encoder(args, CPU)
+        return args.pooling
+    assert [pooling(kind) for kind in ("avg", "token")] == ["avg", "token"]
+    assert pooling("avg", config=False) == "avg" and pooling("token", pooling="avg") == "avg"
+    if layer:
+        assert pooling("avg", pooling="token") == "token"
+    else:
+        with pytest.raises(UserError, match="was fine-tuned on the mean"):
+            pooling("avg", pooling="token")
+    args = knn_settings(mae_file[1], tmp_path, layer=layer)
+    features.build_encoder(args, CPU)
+    assert args.pooling == "token"
+
+
 def test_the_relative_model_has_features_too():
     vit = noisy(build_model("vit_demo_rpe", img_size=12, patch_size=4, num_heads=4, num_classes=0, global_pool="token"))
     images = torch.randn(2, 3, 12, 12)
