@@ -44,6 +44,10 @@ def read_lines(path):
 
 def read_run(folder):
     """{"script", "settings" (those of its identity), "data" (fingerprints)} of a run, and the rows of its log."""
+    absent = [name for name in ("settings.json", "log.jsonl") if not (Path(folder) / name).is_file()]
+    if absent:
+        raise UserError(f"{folder} is no run's folder, as it has no {' and no '.join(absent)}: give one as outputs/"
+                        f"SCRIPT/NAME/, which a training made")
     stored = json.loads((Path(folder) / "settings.json").read_text())
     settings = identity({name: value for name, value in stored.items() if name not in ABOUT})
     about = {"script": stored["script"], "settings": settings, "data": stored["fingerprints"]}

@@ -85,6 +85,10 @@ def test_what_cannot_be_compared_says_why(tmp_path, monkeypatch):
         tmp_path / "section" / "results" / "reference_b.jsonl")
     with pytest.raises(UserError, match=r"a: none of \d+ references has its settings"):
         run("--runs", source, "--output", tmp_path)
+    with pytest.raises(UserError, match=r"nope is no run's folder, as it has no settings.json and no log.jsonl: give"):
+        run("--runs", tmp_path / "nope", "--output", tmp_path)
+    with pytest.raises(UserError, match=r"nope is no run's folder"):
+        run("--runs", tmp_path / "nope", "--write", tmp_path / "r.jsonl")
     (source / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         run("--runs", source, "--write", tmp_path / "r.jsonl")
