@@ -34,7 +34,7 @@ def build_parser():
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     parser.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the checkpoint says")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
-    parser.add_argument("--checkpoint", required=True, help="an MAE with its decoder")
+    parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
     parser.add_argument("--decoder-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--num-heads", type=int, help="likewise")
     parser.add_argument("--num-images", type=int, default=8)

@@ -69,6 +69,14 @@ def test_a_classifier_cannot_reconstruct(saved):
         reconstruct.main(saved(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=2)))
 
 
+@pytest.mark.parametrize("flag", ["--checkpoint", "--init"])
+def test_the_file_goes_by_either_name(flag):
+    """As elsewhere too: --init in the probes, --checkpoint in the converter."""
+    args = options.parse(reconstruct.build_parser(), reconstruct.PRESETS, argv=[flag, "a file.pt"])
+    assert args.checkpoint == "a file.pt" and "checkpoint" in args.explicit and not hasattr(args, "init")
+    assert options.flags_of(reconstruct.build_parser())["checkpoint"] == "--checkpoint"
+
+
 def test_a_required_argument_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         options.parse(reconstruct.build_parser(), reconstruct.PRESETS, argv=[])
