@@ -3,16 +3,20 @@
     python appendix/report_page.py                        # writes outputs/report.html; seconds
     python appendix/report_page.py --folders DIR --output-file page.html
 
-What is kept in results/ comes first, then outputs/, each in the order of the paper. An item shows its table or picture,
-when, by which command, with which preset and data it was made, and the name of the file with its numbers. It needs no
-network and no other file. Numbers of the demo preset are marked: they are no evidence.
+One part is what was made here, in outputs/, the other what the repository keeps in results/, each in the order of the
+paper; with --folders each of them is a part. An item shows where it lies, its table or picture, when, by which command,
+with which preset and data it was made. The page needs no network and no other file. Numbers of the demo preset are
+marked: they are no evidence.
 """
+import argparse
 import base64
 import html
 import json
 import re
+import shlex
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from common import options
 from common.checkpoint import write_atomically
@@ -22,6 +26,7 @@ from common.tables import NOTES
 
 PRESETS = {}
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
+MADE, KEPT = "Made here: outputs/", "Kept with the repository: each section's results/"
 TITLES = {  # of the items, in the paper's order
     "table1": "Table 1: pre-training methods",
     "table2": "Table 2: light networks",
@@ -48,7 +53,9 @@ TITLES = {  # of the items, in the paper's order
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --note: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
-h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+h2 { margin-top: 4rem; }
+h3 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+h3 small { color: #888; font-weight: normal; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
@@ -62,13 +69,25 @@ nav a { display: inline-block; margin-right: 1rem; }
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--folders", nargs="+", metavar="DIR", help="default: every section's results/, then outputs/")
+    parser.add_argument("--folders", nargs="+", metavar="DIR", help="default: outputs/, and every section's results/")
     parser.add_argument("--output-file", default=str(options.ROOT / "outputs" / "report.html"), metavar="FILE")
     return parser
 
 
-def find_items(folders):
-    """Every <item>.json that a table or figure script wrote, folder by folder, in each in the paper's order."""
+def parts_of(args):
+    """{heading: folders}."""
+    if absent := [str(folder) for folder in args.folders or () if not Path(folder).is_dir()]:
+        raise UserError(f"--folders {' '.join(absent)}: no such folder")
+    if args.folders:
+        return {str(folder): [folder] for folder in args.folders}
+    # The reader's own numbers first: they are what the page is opened for, the kept ones what they are held against
+    return {MADE: [options.ROOT / "outputs"], KEPT: [options.ROOT / name / "results" for name in SECTIONS]}
+
+
+def find_items(folders, seen):
+    """Every <item>.json that a table or figure script wrote, folder by folder, in each in the paper's order; but those
+    in `seen`, which learns them.
+    """
     place = {name: number for number, name in enumerate(TITLES)}
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.json"), key=lambda path: (place.get(path.stem, len(place)), path)):
@@ -76,7 +95,8 @@ def find_items(folders):
                 content = json.loads(path.read_text())
             except (json.JSONDecodeError, UnicodeDecodeError):
                 continue
-            if isinstance(content, dict) and "item" in content:
+            if isinstance(content, dict) and "item" in content and path.resolve() not in seen:
+                seen.add(path.resolve())
                 yield path, content
 
 
@@ -111,10 +131,13 @@ def item_html(path, content):
     text = path.with_suffix(".md")
     pictures = [picture for picture in sorted(path.parent.glob("*.png")) if picture.stem.startswith(path.stem)]
     environment = content.get("environment", {})
-    about = {"preset": content.get("preset"), "data": content.get("data"), "made": environment.get("date"),
-             "command": environment.get("command"), "on": environment.get("gpu") or environment.get("cpu"),
-             "torch": environment.get("torch"), "numbers": path.name}
-    parts = [f'<h2 id="{anchor(path)}">{html.escape(title(content))}</h2>']
+    images = [content.get("data"), data_path(environment.get("command"))]  # "folder" alone says little, nor does DIR
+    about = {"preset": content.get("preset"), "data": ", ".join(str(value) for value in images if value),
+             "made": environment.get("date"), "command": environment.get("command"),
+             "on": environment.get("gpu") or environment.get("cpu"), "torch": environment.get("torch"),
+             "numbers": shown(path)}
+    parts = [f'<h3 id="{anchor(path)}">{html.escape(title(content))} <small>{html.escape(shown(path.parent))}/</small>'
+             f'</h3>']
     if content.get("preset") == "demo":
         parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
                      'is no evidence for the paper.</p>')
@@ -132,19 +155,37 @@ def title(content):
     return TITLES.get(content["item"], str(content["item"]))
 
 
+def data_path(command):
+    """What a recorded command gives as --data-path, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data-path", nargs="?")
+    return parser.parse_known_args(shlex.split(command or ""))[0].data_path
+
+
+def shown(path):
+    """Where a file or folder lies, from the repository on if it is in there."""
+    path, root = Path(path).absolute(), options.ROOT.absolute()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
 def anchor(path):
-    return re.sub(r"\W+", "-", "/".join(path.parts[-3:]).removesuffix(".json"))
+    """An id of its own for every file."""
+    return quote(shown(path))
 
 
-def page(items):
-    """The whole page as text."""
-    links = " ".join(f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items)
-    body = "\n".join(item_html(path, content) for path, content in items)
+def page(parts):
+    """The whole page as text: parts {heading: items}."""
+    links = "\n".join(f"<nav><b>{html.escape(heading)}</b><br>" + " ".join(
+        f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items) + "</nav>"
+        for heading, items in parts.items())
+    body = "\n".join("\n".join([f"<h2>{html.escape(heading)}</h2>", *(item_html(*item) for item in items)])
+                     for heading, items in parts.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Tables and figures</title><style>{STYLE}</style></head>
 <body><h1>A Closer Look at Self-Supervised Lightweight Vision Transformers: tables and figures</h1>
-<p>Measured beside published, made {time.strftime("%Y-%m-%d")}.</p><nav>{links}</nav>
+<p>Measured beside published, made {time.strftime("%Y-%m-%d")}.</p>
+{links}
 {body}
 </body></html>
 """
@@ -152,18 +193,16 @@ def page(items):
 
 def main(args):
     """Writes the page; returns {"page", "items"}."""
-    folders = args.folders or [*(options.ROOT / name / "results" for name in SECTIONS), options.ROOT / "outputs"]
-    if absent := [str(folder) for folder in args.folders or () if not Path(folder).is_dir()]:
-        raise UserError(f"--folders {' '.join(absent)}: no such folder")
-    items = list(find_items(folders))
-    if not items:
-        raise UserError(f"no table or figure in {', '.join(map(str, folders))}: run one first, for example "
-                        f"python sec3_benchmark/table1_pretraining_methods.py")
-    text = page(items).encode()
+    parts, seen = parts_of(args), set()
+    found = {heading: list(find_items(folders, seen)) for heading, folders in parts.items()}
+    if not seen:
+        raise UserError(f"no table or figure in {', '.join(map(str, sum(parts.values(), [])))}: run one first, for "
+                        f"example python sec3_benchmark/table1_pretraining_methods.py")
+    text = page({heading: items for heading, items in found.items() if items}).encode()
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output_file, lambda file: file.write(text))
-    print0(f"{len(items)} items, {len(text) / 1e6:.1f} MB: {args.output_file}")
-    return {"page": args.output_file, "items": len(items)}
+    print0(f"{len(seen)} items, {len(text) / 1e6:.1f} MB: {args.output_file}")
+    return {"page": args.output_file, "items": len(seen)}
 
 
 if __name__ == "__main__":

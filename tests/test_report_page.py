@@ -36,7 +36,7 @@ class Reader(HTMLParser):
 
 def make(folders, tmp_path):
     parser = report_page.build_parser()
-    args = resolve(parser, {}, explicit={"folders": [str(folder) for folder in folders],
+    args = resolve(parser, {}, explicit={"folders": [str(folder) for folder in folders] or None,
                                          "output_file": str(tmp_path / "page" / "report.html")})
     result = report_page.main(args)
     return result, Reader((tmp_path / "page" / "report.html").read_text())
@@ -57,7 +57,7 @@ def test_the_page_holds_every_item_and_nothing_from_elsewhere(tmp_path):
     (tmp_path / "outputs" / "broken.json").write_text("{")
     result, page = make([tmp_path / "outputs", tmp_path / "results"], tmp_path)
     text = " ".join(page.text)
-    assert result["items"] == 3 and page.tags.count("h2") == 3 and page.tags.count("table") == 3
+    assert result["items"] == 3 and page.tags.count("h3") == 3 and page.tags.count("table") == 3
     places = [text.rindex(title) for title in ("table9", "Figure 2: leading blocks", "fig9")]
     assert places == sorted(places)  # folder by folder, and there in the paper's order
     assert page.tags.count("img") == 1 and page.tags.count("li") == 2
@@ -67,6 +67,31 @@ def test_the_page_holds_every_item_and_nothing_from_elsewhere(tmp_path):
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert {address[1:] for address in page.addresses if address.startswith("#")} == set(page.ids)
     assert "script" not in page.tags and "link" not in page.tags
+
+
+def test_what_was_made_here_and_what_is_kept_are_two_parts(tmp_path, monkeypatch):
+    """The same figure in both: each says where it lies and of which images it is, and has an anchor of its own."""
+    monkeypatch.setattr(report_page.options, "ROOT", tmp_path)
+    for place, options in (("outputs/fig1", "--preset small --data-path 'my images'"), ("sec4_analysis/results", ""),
+                           ("outputs/other-fig1", "--data-path=DIR"), ("outputs/other/fig1", "--models 'a'")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "fig1.json").write_text(json.dumps({
+            "item": "fig1", "data": "folder", "environment": {"command": f"python fig1.py {options}"}}))
+    result, page = make((), tmp_path)
+    text = (tmp_path / "page" / "report.html").read_text()
+    made, kept = text.split("<h2>Made here: outputs/</h2>")[1].split("<h2>Kept with the repository: ")
+    assert result["items"] == 4 == len(set(page.ids)) and made.count("<h3") == 3 and kept.count("<h3") == 1
+    assert {address[1:] for address in page.addresses} == set(page.ids)
+    for place, data in (("outputs/fig1", "folder, my images"), ("outputs/other-fig1", "folder, DIR"),
+                        ("outputs/other/fig1", "folder")):
+        assert f"Figure 1: similarity of layers <small>{place}/</small>" in made and f"data: {data};" in made
+        assert f"numbers: {place}/fig1.json<" in made and place not in kept
+    assert "<small>sec4_analysis/results/</small>" in kept and "data: folder;" in kept
+    (tmp_path / "sec4_analysis" / "results" / "fig1.json").unlink()
+    assert make((), tmp_path)[1].tags.count("h2") == 1  # no heading of nothing
+    outputs = tmp_path / "outputs"
+    result, page = make([outputs / "fig1", outputs], tmp_path)  # once, where it is named first
+    assert result["items"] == 3 == len(page.ids) and page.tags.count("h2") == 2
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):
