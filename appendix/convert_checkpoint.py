@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest o
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="any format of common/formats.py, also timm:NAME")
+    parser.add_argument("--checkpoint", "--init", required=True, help="any format of common/formats.py, also timm:NAME")
     parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
@@ -156,7 +156,8 @@ def main(args):
     take_statistics(args, weights)
     statistics = channel_statistics(args.in_chans, args.mean, args.std)
     if args.to == "timm":
-        export_timm(model, args.output, **statistics)
+        names = weights.classes if getattr(model, "num_classes", 0) else None
+        export_timm(model, args.output, **statistics, class_names=names)
         difference = checked(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)
     else:
         difference = write_file(model, args)

@@ -16,7 +16,7 @@ from common.data import load_images
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
-from common.optim import adamw, parameter_groups, steps_per_epoch
+from common.optim import adamw, epoch_in_words, parameter_groups, steps_per_epoch
 from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
@@ -80,7 +80,7 @@ def schedule_of(args, images):
     """The schedule as a function of the step; prints the arithmetic."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
     drop_step = round(args.drop_at * args.epochs * per_epoch)
-    print0(f"{len(images)} images, {per_epoch} steps per epoch; peak lr {peak:.3g} = {args.base_lr:g} x "
+    print0(f"{epoch_in_words(images, args.batch_size)} peak lr {peak:.3g} = {args.base_lr:g} x "
            f"{args.batch_size} / 256, a tenth of it from step {drop_step}")
     return lambda step: step_decay(step, peak=peak, warmup_lr=args.warmup_lr, drop_step=drop_step,
                                    warmup_steps=args.warmup_epochs * per_epoch)

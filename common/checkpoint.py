@@ -49,8 +49,7 @@ def save_torch(path, content):
 
 
 def save_json(path, content):
-    text = json.dumps(content, indent=1, allow_nan=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
 
 
 def steps_saved(folder):

@@ -64,7 +64,7 @@ class ImageSet:
             return convert(Image.fromarray(np.asarray(self.images[index])), self.in_chans)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). Repair or "
-                                  f"remove it; in training, --on-bad-image skip passes it over") from None
+                                  f"remove it") from None
 
     def fingerprint(self):
         """Content, not place: number of images, names, labels, and of up to 1,000 files size and first 64 KiB."""
@@ -114,14 +114,21 @@ def convert(image, in_chans):
     return image if image.mode == mode else image.convert(mode)
 
 
+class ClassFolders(tv.DatasetFolder):
+    def find_classes(self, directory):  # hidden folders, a notebook's checkpoints say, are none
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return names, {name: label for label, name in enumerate(names)}
+
+
 def labelled_folder(root, in_chans, name):
     """<root>/<class>/...: every class folder needs an image."""
     if not Path(root).is_dir():
-        raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/")
+        raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
+                        f"val/ alone); appendix/split_folder.py makes both of a folder of classes")
     try:
-        folder = tv.DatasetFolder(root, loader=None, extensions=EXTENSIONS)
+        folder = ClassFolders(root, loader=None, extensions=EXTENSIONS)
     except FileNotFoundError as error:
-        raise DataError(f"{root}: {error}. It must hold one folder of images for each class") from None
+        raise DataError(f"{root}: {error}. It must hold one folder of images for each class, and no other") from None
     paths, labels = zip(*folder.samples)
     return ImageSet(name, list(paths), np.asarray(labels), folder.classes, in_chans)
 

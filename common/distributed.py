@@ -78,10 +78,6 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def is_main():
     return rank() == 0
 
@@ -134,7 +130,7 @@ def all_sum(tensor):
 @contextmanager
 def once_per_node():
     """The body's work (a download, generated data) is done by the first rank of each node while its others wait."""
-    if local_rank() == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             yield True
         finally:

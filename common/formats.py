@@ -145,9 +145,12 @@ def source_grid(weights, prefix):
 
 
 def fit_channels(weight, in_chans, notes):
-    """The patch convolution (D, C, p, p) for other inputs, as timm does from C = 3: summed for 1 channel, which is a
-    grey image read as RGB, else repeated in turn and scaled by 3 / in_chans.
+    """The patch convolution (D, C, p, p) for other inputs: a grey image read as RGB gives the same, either way. From
+    C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
     """
+    if weight.shape[1] == 1 and in_chans == 3:
+        notes.append("input channel shared out to 3")
+        return weight.repeat(1, 3, 1, 1) / 3
     if weight.shape[1] == in_chans or weight.shape[1] != 3:  # require_fit refuses what is still unequal
         return weight
     notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")

@@ -215,25 +215,22 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
     with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
         if mine and not is_whole(path, shape):
             write_set(path, shape, seed, first + labels, indices)
-    return open_set(path, shape), labels
+    return np.lib.format.open_memmap(path, mode="r"), labels
 
 
 def is_whole(path, shape):
-    """Whether the file is there and as `write_set` left it; says so if it is damaged."""
-    try:
-        return path.exists() and open_set(path, shape) is not None
-    except ValueError as error:
-        print(f"drawing {path} again, it is damaged: {error}")
+    """Whether the file is there and just as `write_set` leaves it; says so if it is damaged."""
+    if not path.exists():
         return False
-
-
-def open_set(path, shape):
-    """Maps a file into memory; ValueError if it is not just what `write_set` leaves."""
-    images = np.lib.format.open_memmap(path, mode="r")  # raises where the header is none, or the file too short
-    found = images.dtype, images.shape, path.stat().st_size - images.offset
-    if found != (np.uint8, shape, images.nbytes):
-        raise ValueError(f"{found[0]} {found[1]} in {found[2]} bytes, where uint8 {shape} is expected")
-    return images
+    try:
+        images = np.lib.format.open_memmap(path, mode="r")  # raises where the header is none, or the file too short
+        found = f"{images.dtype} {images.shape} in {path.stat().st_size - images.offset} bytes"
+    except ValueError as error:
+        found = str(error)
+    expected = f"uint8 {shape} in {math.prod(shape)} bytes"
+    if found != expected:
+        print(f"drawing {path} again, it is damaged: {found}, where {expected} are expected")
+    return found == expected
 
 
 def write_set(path, shape, seed, classes, indices):

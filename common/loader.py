@@ -37,7 +37,7 @@ def epoch_order(length, seed, epoch):
 class Views(Dataset):
     """Sample (epoch, index) -> what `transform` makes of the image: a dict of tensors, plus label and index."""
 
-    def __init__(self, images, transform, seed, on_bad_image="stop"):
+    def __init__(self, images, transform, seed, on_bad_image=None):
         self.images, self.transform, self.seed, self.on_bad_image = images, transform, seed, on_bad_image
 
     def __getitem__(self, key):
@@ -53,9 +53,10 @@ class Views(Dataset):
         """The image and its index; in its place, if it is unreadable and to be skipped, one drawn from the same key."""
         try:
             return self.images.read(index), index
-        except UnreadableImage:
+        except UnreadableImage as error:
             if self.on_bad_image != "skip":
-                raise
+                hint = ", or pass it over by --on-bad-image skip" if self.on_bad_image else ""  # not in an evaluation
+                raise UnreadableImage(f"{error}{hint}") from None
         substitutes = np.random.default_rng((self.seed, epoch, index)).permutation(len(self.images))
         for used in substitutes[:100]:
             try:

@@ -6,6 +6,7 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 import argparse
 import difflib
 import importlib
+import re
 import shlex
 import sys
 import traceback
@@ -37,7 +38,9 @@ def make_parser(description):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # without the usage, which fills a screen
-            remedy = "--help lists the arguments"
+            near = {name for word in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized")
+                    for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}
+            remedy = (f"perhaps {', '.join(sorted(near))}? " if near else "") + "--help lists the arguments"
             if "--set" in self._option_string_actions:
                 remedy += "; those of a stage are given by --set STAGE.KEY=VALUE"
             self.exit(2, f"{self.prog}: error: {message} ({remedy})\n")
@@ -204,7 +207,7 @@ def announce(parser, args):
     """Prints the preset and what differs from the defaults, which are the paper's values."""
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
-    if "preset" in usual:
+    if getattr(args, "preset", None):
         said = words({**changed, "preset": None}, flags_of(parser))
         print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
@@ -221,9 +224,8 @@ def stage_settings(name, explicit=None, row=None):
 
 
 def stage(name, explicit=None, row=None):
-    """Runs another script's `main` with keyword settings, in this process, and returns its result.
-
-    `name` is a module such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
+    """Runs another script's `main` with keyword settings, in this process, and returns its result. `name` is a module
+    such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
     """
     args, module = stage_settings(name, explicit, row), importlib.import_module(name)
     torch.compiler.reset()

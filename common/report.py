@@ -50,11 +50,6 @@ def spread(values):
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def published(value):
-    """A published number, or "-" where no source gives one."""
-    return "-" if value in (None, {}) else value
-
-
 def visible(image):
     """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)
@@ -87,11 +82,10 @@ def write_table(folder, item, args, columns, rows, notes=()):
     a row. Rows without a measurement are named below the table.
     """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
-    absent = "; ".join(f"{row['name']} ({published(row['published'])}: {row['status']})"
+    absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"
                        for row in rows if not row["measured"])
+    notes = [f"Not measured here (published: why): {absent}" if absent else "", *notes]
     notes = [note for note in notes if note]
-    if absent:
-        notes = [f"Not measured here (published: why): {absent}", *notes]
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
-                              "notes": list(notes)}, text)
+                              "notes": notes}, text)

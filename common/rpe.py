@@ -30,16 +30,15 @@ def build_relative_vit(model="vit_tiny_rpe", *, img_size=224, patch_size=16, in_
                        num_heads=12, global_pool="avg", drop_path=0.0, shared_table=False):
     """As `build_vit`. The default is the paper's, of 5,825,128 parameters."""
     size, _, variant = model.rpartition("_")
-    config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
-                  num_classes=num_classes, num_heads=num_heads, global_pool=global_pool, shared_table=shared_table)
+    config = dict(img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                  num_heads=num_heads, global_pool=global_pool)
     patch_grid(img_size, patch_size)
     check_heads(size_of(size)["embed_dim"], num_heads)
-    vit = Beit(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-               num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path, init_values=0.1,
-               norm_layer=partial(nn.LayerNorm, eps=1e-6), use_abs_pos_emb=VARIANTS["_" + variant],
-               use_rel_pos_bias=not shared_table, use_shared_rel_pos_bias=shared_table, **size_of(size))
+    vit = Beit(**config, drop_path_rate=drop_path, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+               use_abs_pos_emb=VARIANTS["_" + variant], use_rel_pos_bias=not shared_table,
+               use_shared_rel_pos_bias=shared_table, **size_of(size))
     vit.no_embed_class = False  # said as a VisionTransformer says it: the class token has a position
-    vit.config = config
+    vit.config = {"model": model, **config, "shared_table": shared_table}
     return init_relative_vit(vit)
 
 

@@ -67,6 +67,7 @@ class Run:
 
     def __init__(self, folder, settings):
         self.folder, self.settings, self.result = Path(folder), settings, None
+        self.classes = None  # of a classifier: their names, in the order of its outputs
         self.save_to = settings.get("save_to")
 
     @property
@@ -97,6 +98,7 @@ class Run:
     def weights(self, model):
         """The content of a file of weights: all that is needed to use them elsewhere."""
         return {"model": {name: value.cpu() for name, value in model.state_dict().items()}, "config": model.config,
+                "classes": self.classes and [str(name) for name in self.classes],
                 "statistics": channel_statistics(*(self.settings[name] for name in ("in_chans", "mean", "std")))}
 
     def finish(self, result, model):
@@ -115,8 +117,11 @@ class Run:
 def deliver(result, save_to):
     """Copies a finished run's weights to --save-to."""
     if save_to and distributed.is_main():
-        Path(save_to).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(save_to, lambda file: file.write(Path(result["checkpoint"]).read_bytes()))
+        try:
+            Path(save_to).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(save_to, lambda file: file.write(Path(result["checkpoint"]).read_bytes()))
+        except OSError as error:
+            raise OSError(f"--save-to {save_to}: {error}. The weights are in {result['checkpoint']}") from error
         print0(f"weights copied to {save_to}")
 
 
@@ -127,7 +132,9 @@ def open_run(script, name, args, fingerprints):
     Rank 0 creates, locks and decides; the others are told. A folder that another process holds is an error that names
     that process.
     """
-    settings = vars(args)
+    settings, save_to = vars(args), getattr(args, "save_to", None)
+    if save_to and Path(save_to).is_dir():
+        raise UserError(f"--save-to {save_to} is a folder: name a file in it")
     digest = settings_hash(settings, fingerprints)
     folder = Path(args.output) / script / f"{name}-{digest}"
     lock, problem, result = None, None, None

@@ -196,6 +196,8 @@ def run_row(row, seed, args, script, done):
         if key not in done:
             done[key] = dry_run(row, number, module, settings, explicit, args, script) if args.dry_run else \
                 options.stage(module, explicit=explicit, row=settings)
+        elif args.dry_run:
+            print0(f"# {module.split('.')[-1]}.py: as above")
         finished.append(done[key])
     return finished
 

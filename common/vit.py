@@ -56,15 +56,12 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
     """A classifier: `global_pool` "avg" is mean of the patch tokens -> fc_norm -> head, "token" is norm -> class token
     -> head. The default is the paper's ViT-Tiny of 5,717,416 parameters. The module carries its settings as `config`.
     """
-    config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
-                  num_classes=num_classes, num_heads=num_heads, global_pool=global_pool, class_token=class_token,
-                  reg_tokens=reg_tokens)
+    config = dict(img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                  num_heads=num_heads, global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens)
     patch_grid(img_size, patch_size)
     check_heads(size_of(model)["embed_dim"], num_heads)
-    vit = architecture(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-                       num_heads=num_heads, global_pool=global_pool, drop_path_rate=drop_path,
-                       class_token=class_token, reg_tokens=reg_tokens, weight_init="skip", **SIZES[model])
-    vit.config = config
+    vit = architecture(**config, drop_path_rate=drop_path, weight_init="skip", **SIZES[model])
+    vit.config = {"model": model, **config}
     return init_vit(vit)
 
 
@@ -104,11 +101,6 @@ def leading_blocks(state, k):
             return int(name.split(".")[1]) < k
         return k > 0 and name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed"))
     return {name: value for name, value in state.items() if kept(name)}
-
-
-def parameter_count(model):
-    """Number of parameters, frozen ones included."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def final_norm(vit):

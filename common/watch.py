@@ -12,8 +12,6 @@ from common.data import DataError
 from common.distributed import print0
 
 BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
-
-
 STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
 
 
@@ -148,7 +146,7 @@ class Meter:
 
     def show(self, step, loss, lr, speed, waiting, now):
         self.line.set_postfix_str(f"loss {loss:.4f} lr {lr:.2e} {speed:.0f} img/s, {waiting:.0%} waiting for data")
-        if self.line.disable and now > self.report_at:
+        if self.line.disable and (now > self.report_at or step == self.total):
             left = (now - self.began) / (step - self.start) * (self.total - step)
             print0(f"step {step} of {self.total}: loss {loss:.4f}, {speed:.0f} images/s, "
                    f"{waiting:.0%} waiting for data, {left / 60:.1f} minutes left")

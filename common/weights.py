@@ -51,6 +51,7 @@ class Weights:
     left_out: list  # names of tensors beside the model (D-MAE's teacher)
     model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
     statistics: dict | None = None  # mean and std, per channel in 0..1, of the images, where the source says them
+    classes: list | None = None  # their names, where the source is a classifier and says them
 
 
 def fingerprint(state):
@@ -75,9 +76,7 @@ LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left o
 
 def read_weights(source):
     """A file (ours, mae-lite, MAE, MoCo-v3, DINO, SimMIM, DeiT, timm, .safetensors), a timm folder or `timm:NAME`
-    -> Weights.
-
-    FileNotFoundError if nothing is there, FormatError if what is there cannot be read or understood.
+    -> Weights. FileNotFoundError if nothing is there, FormatError if it cannot be read or understood.
     """
     if str(source).startswith("timm:") or Path(source).is_dir():
         return read_timm(str(source))
@@ -92,7 +91,7 @@ def read_weights(source):
             if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
                 raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
             return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out,
-                           statistics=content.get("statistics") if config else None)
+                           **{name: content.get(name) for name in ("statistics", "classes") if config})
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
 

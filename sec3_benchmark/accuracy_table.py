@@ -46,7 +46,7 @@ def duration(hours):
 
 COLUMNS = {
     "pre-training and recipe": lambda row: row["name"],
-    "published": lambda row: report.published(row["published"]),
+    "published": lambda row: row["published"] or "-",
     "measured": lambda row: report.spread(row["measured"]),
     "seeds": lambda row: row["seeds"] or "",
     "pre-training": lambda row: duration(row["pretrain_hours"]),

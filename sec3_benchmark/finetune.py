@@ -177,6 +177,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
         if run.result:
             print0(in_words(run.result))
             return run.result
+        run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build(args, num_classes, weights, drop_path=args.drop_path).to(device)
         optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),

@@ -97,7 +97,8 @@ def plan(row, args, full):
             if subset not in DATA.values():  # a list that was given
                 raise
             return without(row, args, f"cannot be drawn: {error}")
-        check_share(row, subset, len(part) / len(full))
+        if subset not in DATA.values():
+            check_share(row, subset, len(part) / len(full))
     resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
     if len(part) < resolved.batch_size:
         return without(row, args, f"has {len(part)} images, fewer than one batch of {resolved.batch_size}: --set "

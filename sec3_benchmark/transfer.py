@@ -17,7 +17,7 @@ from common.data import take_statistics
 from common.distributed import print0
 from common.formats import read_weights
 from common.loader import seed_everything
-from common.optim import learning_rate, parameter_groups, steps_per_epoch
+from common.optim import epoch_in_words, learning_rate, parameter_groups, steps_per_epoch
 from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
@@ -86,7 +86,7 @@ def schedule(args, images):
     per_epoch = steps_per_epoch(images, args.batch_size)
     peak = args.base_lr * args.batch_size / 512 if args.lr is None else args.lr
     why = f"{args.base_lr:g} x {args.batch_size} / 512" if args.lr is None else "--lr, so --base-lr is not read"
-    print0(f"{len(images)} images, {per_epoch} steps per epoch; peak lr {peak:.3g} = {why}")
+    print0(f"{epoch_in_words(images, args.batch_size)} peak lr {peak:.3g} = {why}")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, min_lr=args.min_lr)
 
@@ -105,6 +105,7 @@ def main(args):
         if run.result:
             print0(f"{args.dataset}: {in_words(run.result)}")
             return run.result
+        run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build_classifier(args, len(train_set.classes), weights).to(device)
         optimizer = sgd(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),

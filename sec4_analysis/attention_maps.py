@@ -32,12 +32,19 @@ def build_parser():
     return parser
 
 
+def parse(parser, argv=None):
+    """The arguments. With a picture they have no preset and no data set."""
+    args = study.parse(parser, argv)
+    if args.picture:
+        args.preset, args.data = None, Path(args.picture).name
+    return args
+
+
 def picture(args):
-    """The one image of --picture as a set of its own. `args` then says so, in place of a preset and its data."""
+    """The one image of --picture as a set of its own."""
     if not Path(args.picture).is_file():
         raise UserError(f"--picture {args.picture}: no such file")
     args.num_images, args.order = 1, "drawn"
-    args.preset, args.data = None, Path(args.picture).name
     return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
 
 
@@ -66,7 +73,7 @@ def attention_maps(model, images, args):
 
 
 def numbers(args):
-    """{"MODEL/image", "MODEL/block B head H", "query": array} and what to know about them, or None: see study.analyse."""
+    """{"MODEL/image", "MODEL/block B head H", "query": array} and what to know about them; None: see study.analyse."""
     done = study.analyse(args, study.sources(args, ROWS, "attention_maps"), partial(attention_maps, args=args),
                          picture if args.picture else study.validation_images, image=args.image, query=args.query)
     if done is None:
@@ -117,4 +124,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    options.start(main, build_parser(), parse=parse)

@@ -75,9 +75,10 @@ def scratch_settings(loaded, told):
             networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
     first = next(iter(networks.values()), {})
     for name, network in networks.items():
-        if network != first:
-            raise UserError(f"--models: {next(iter(networks))} is {first} and {name} {network}, and k = 0 one network "
-                            f"for all: draw them apart")
+        if other := [key for key in {**first, **network} if first.get(key) != network.get(key)]:
+            raise UserError(f"--models: k = 0 is one network for all, and {next(iter(networks))} and {name} differ in "
+                            + ", ".join(f"{key} ({first.get(key)}, {network.get(key)})" for key in other)
+                            + ": draw them apart")
     return first
 
 

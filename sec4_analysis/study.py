@@ -236,7 +236,8 @@ def figure(args, item, numbers, describe, draw):
         folder = Path(args.output) / item
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
-        report.write_text(folder, item, {"item": item, **about}, f"{item}, preset {args.preset}: {describe(arrays)}")
+        where = f"preset {args.preset}" if args.preset else args.data
+        report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {describe(arrays)}")
 
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz")
     if path.suffix != ".npz":

@@ -20,6 +20,10 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, ordinary parameters in fine-tuning
 
 
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def golden(name):
     """Reference values "mae" -> {key: array}; `config`, where there is one, comes as a dict."""
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:

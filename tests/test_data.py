@@ -24,6 +24,7 @@ from common.data import (
     statistics,
     take_statistics,
 )
+from common.loader import Views
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
 
@@ -201,7 +202,10 @@ def test_unreadable_files_are_named(tmp_path, case):
     with pytest.raises(UnreadableImage) as error:
         one_file(path).read(0)
     assert str(path) in str(error.value)
-    assert "--on-bad-image skip" in str(error.value)
+    for choice, hinted in (("stop", True), (None, False)):  # in training, and in an evaluation, which has no choice
+        with pytest.raises(UnreadableImage) as error:
+            Views(one_file(path), None, 0, choice)[0, 0]
+        assert ("--on-bad-image skip" in str(error.value)) == hinted and str(path) in str(error.value)
 
 
 def test_image_files_have_one_or_three_channels(tmp_path):

@@ -20,8 +20,8 @@ from common import options
 from common.errors import UserError
 from common.formats import load_encoder, load_model, read_weights
 from common.loader import seed_everything
-from common.vit import SIZES, build_vit, parameter_count
-from tests.helpers import assert_close, assert_resumes_exactly, golden, tiny_run
+from common.vit import SIZES, build_vit
+from tests.helpers import assert_close, assert_resumes_exactly, golden, parameter_count, tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(img_size=16, local_size=8, patch_size=4, num_heads=4, out_dim=10, hidden_dim=12, bottleneck_dim=6)

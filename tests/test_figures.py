@@ -202,18 +202,18 @@ def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
     """Its maps are those of the same image in a data set."""
     file = place / "data" / "val" / "class2" / "7.png"
     words = ["--models", f"A={place / 'vit.pt'}", "--picture", str(file), "--device", "cpu", "--output", str(tmp_path)]
-    arrays = attention_maps.main(study.parse(attention_maps.build_parser(), words))
+    arrays = attention_maps.main(attention_maps.parse(attention_maps.build_parser(), words))
     about = json.loads((tmp_path / "attention_maps" / "attention_maps.json").read_text())
     assert (about["preset"], about["data"], about["images"]) == (None, "7.png", 1)
     (tmp_path / "alone" / "val" / "all").mkdir(parents=True)
     (tmp_path / "alone" / "val" / "all" / "7.png").write_bytes(file.read_bytes())
     words = [*words[:2], "--preset", "small", "--data-path", str(tmp_path / "alone"), "--num-images", "1", *words[4:]]
-    again = attention_maps.main(study.parse(attention_maps.build_parser(), words))
+    again = attention_maps.main(attention_maps.parse(attention_maps.build_parser(), words))
     assert arrays.keys() == again.keys() and all(np.array_equal(arrays[key], again[key]) for key in again)
     for words, message in ((["--picture", "no.png", "--models", f"A={place / 'vit.pt'}"], "no.png: no such file"),
                            (["--picture", str(file)], "--picture needs --models")):
         with pytest.raises(ValueError, match=message):
-            attention_maps.main(study.parse(attention_maps.build_parser(), [*words, "--output", str(tmp_path)]))
+            attention_maps.main(attention_maps.parse(attention_maps.build_parser(), [*words, "--output", str(tmp_path)]))
 
 
 def test_models_of_different_depths_stand_in_one_table():
@@ -320,7 +320,7 @@ def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
     assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
     told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
     assert told == {key: value for key, value in {**network, **other}.items() if key not in ("img_size", "model")}
-    with pytest.raises(ValueError, match="k = 0 one network for all"):
+    with pytest.raises(ValueError, match="k = 0 is one network for all"):
         scratch(f"A={tmp_path / 'small.pt'}", f"B={place / 'vit.pt'}")
 
 

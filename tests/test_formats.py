@@ -273,6 +273,10 @@ def test_one_channel_reads_a_grey_image_as_rgb(tmp_path):
     wide = classifier(in_chans=6)  # the same image twice: scaled by half, it gives the same tokens
     assert "repeated and scaled from 3 to 6" in str(load_encoder(wide, weights, head="keep"))
     assert_close(wide(images().repeat(1, 2, 1, 1)), source(images()), 1e-5)
+    grey_source, back = classifier(in_chans=1), classifier()
+    report = load_encoder(back, read_weights(own_file(tmp_path / "g.pt", grey_source)), head="keep")
+    assert_close(back(grey.expand(-1, 3, -1, -1)), grey_source(grey), 1e-5)  # and the other way round
+    assert "input channel shared out to 3" in str(report)
     with pytest.raises(FormatError, match=r"proj.weight \[96, 4, 8, 8\] for \[96, 3, 8, 8\]"):
         load_encoder(classifier(), read_weights(own_file(tmp_path / "b.pt", classifier(in_chans=4))))
 

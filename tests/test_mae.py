@@ -6,8 +6,8 @@ from torch import nn
 
 from common import mae as mae_module
 from common.mae import MAE, normalise_patches
-from common.vit import SIZES, parameter_count
-from tests.helpers import assert_close, fill_by_name, golden
+from common.vit import SIZES
+from tests.helpers import assert_close, fill_by_name, golden, parameter_count
 
 
 @pytest.fixture

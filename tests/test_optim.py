@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import optim
 from common.mae import MAE
 from common.optim import adamw, layer_of, learning_rate, parameter_groups, set_learning_rate, warmup_cosine
 from common.options import resolve
@@ -165,3 +166,10 @@ def test_adamw_equals_the_textbook():
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         w = w * (1 - rate * 0.05) - rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
     assert torch.allclose(weight.detach().double(), w, rtol=1e-5)
+
+
+def test_an_epoch_says_how_many_images_sit_out():
+    def said(images, batch_size):
+        return optim.epoch_in_words(range(images), batch_size)
+    assert said(186, 128) == "186 images, 1 steps per epoch (58 images sit out each epoch: lower --batch-size);"
+    assert said(1000, 64) == "1000 images, 15 steps per epoch;"  # 4 %

@@ -324,6 +324,13 @@ def test_fresh_leaves_no_trace(tmp_path):
         assert sorted(p.name for p in run.folder.iterdir()) == ["lock", "settings.json"]
 
 
+def test_a_copy_that_cannot_be_written_says_where_the_weights_are(tmp_path):
+    (tmp_path / "file").touch()
+    with open_run("script", "name", run_settings(tmp_path, save_to=str(tmp_path / "file" / "copy.pt")), {}) as run:
+        with pytest.raises(OSError, match=f"--save-to .*copy.pt: .* The weights are in {run.folder}/weights.pt"):
+            run.finish({"top1": 1.0}, Tiny(2, 2))
+
+
 def test_a_run_with_replaced_images_is_reused_only_by_who_allows_it(tmp_path):
     with open_run("script", "name", run_settings(tmp_path, on_bad_image="skip"), {}) as run:
         run.finish({"top1": 1.0, "bad_images": 2}, Tiny(2, 2))
@@ -389,8 +396,10 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
 MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error says
     "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder"),
     "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractal"),
-    "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo",
-                        "12 images, fewer than one batch of 4096: lower --batch-size, or pass --preset small"),
+    "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo", "12 images, fewer than one "
+                        "batch of 4096: lower --batch-size, say to 3, or pass --preset small"),
+    "misspelt": ("pretrain_mae --epcohs 1", "unrecognized arguments: --epcohs 1 (perhaps --epochs? --help lists"),
+    "a folder as file": ("pretrain_mae --save-to DATA", "is a folder: name a file in it"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
                             "patches of 16 px do not tile an image of 30 x 30 px: choose --img-size as multiples of"),
     "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'small', 'paper')"),

@@ -13,11 +13,11 @@ from common.formats import FormatError, load_encoder, load_model, read_weights
 from common.mae import MAE
 from common.optim import parameter_groups
 from common.rpe import build_model, unshared
-from common.vit import SIZES, parameter_count
+from common.vit import SIZES
 from sec3_benchmark import finetune
 from sec4_analysis.attention import attention_logits
 from sec4_analysis.features import intermediates
-from tests.helpers import brute_force_bias, noisy, table_row
+from tests.helpers import brute_force_bias, noisy, parameter_count, table_row
 
 SMALL = dict(img_size=(12, 8), patch_size=4, num_classes=3, num_heads=4)  # 3 x 2 patches
 

@@ -15,8 +15,16 @@ from common.errors import UserError
 from common.formats import load_encoder, load_model, read_weights
 from common.optim import parameter_groups
 from common.rpe import build_model
-from common.vit import SIZES, parameter_count
-from tests.helpers import assert_close, assert_resumes_exactly, brute_force_bias, golden, noisy, tiny_run
+from common.vit import SIZES
+from tests.helpers import (
+    assert_close,
+    assert_resumes_exactly,
+    brute_force_bias,
+    golden,
+    noisy,
+    parameter_count,
+    tiny_run,
+)
 
 SMALL = dict(img_size=(16, 8), patch_size=4, num_heads=4, drop_path=0.0)  # 4 x 2 patches
 

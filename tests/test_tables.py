@@ -144,9 +144,13 @@ def test_a_teacher_out_of_reach_is_given_to_the_table(tmp_path):
 def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
     run("--rows", "two", "--seeds", "2", "--dry-run", "--set", "after.rate=0.3")
     assert ran == []
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("python")]
     scripts, settings = zip(*[(line.split()[1], shlex.split(line)[2:]) for line in lines])
     assert scripts == ("toys/before.py", "toys/after.py")
+    assert "# before.py: as above" not in printed
+    run("--rows", "one", "two", "--dry-run")
+    assert "# row 2 of 2: two, seed 0\n# before.py: as above\n" in capsys.readouterr().out
     before, after = (options.resolve(sys.modules[f"toys.{name}"].build_parser(), {"demo": {"data": "fractals"}},
                                      explicit=options.explicit_arguments(
                                          sys.modules[f"toys.{name}"].build_parser(), list(words)))

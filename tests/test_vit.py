@@ -10,11 +10,10 @@ from common.vit import (
     eval_mode,
     leading_blocks,
     pair,
-    parameter_count,
     patch_grid,
 )
 from sec4_analysis.attention import attention_logits
-from tests.helpers import assert_close, fill_by_name, golden
+from tests.helpers import assert_close, fill_by_name, golden, parameter_count
 
 
 def demo(**settings):

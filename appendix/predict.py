@@ -1,0 +1,100 @@
+"""What does a classifier say of images? The most likely class of every image in a folder, and how often it is right.
+
+    python appendix/predict.py --init classifier.pt --data-path FOLDER       # any tree of images, or one image
+    python appendix/predict.py --init classifier.pt --data-path DIR/val      # DIR/val/<class>/: accuracy of each class
+
+Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Where each image
+lies in a folder that is called as one of the classes, accuracy is printed too, over all images and of each class.
+Writes predictions.csv: file, class, probability, and the folder's class if there is one.
+"""
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import distributed, options
+from common.checkpoint import write_atomically
+from common.data import EXTENSIONS, ImageSet
+from common.distributed import print0
+from common.errors import UserError
+from common.formats import load_model, read_weights
+from common.vit import eval_mode
+from sec4_analysis.study import batches
+
+PRESETS = {}
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
+    parser.add_argument("--data-path", required=True, help="a folder, read with all that is below it, or one image")
+    parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the images; default: as the file says")
+    parser.add_argument("--std", type=float, nargs="+", help="likewise")
+    parser.add_argument("--batch-size", type=int, default=128, help="images at once")
+    parser.add_argument("--workers", type=int, default=-1, help="loading processes; -1: by the cores")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
+    return parser
+
+
+def find_images(path):
+    """The image, or all below the folder, sorted by name."""
+    path = Path(path)
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()
+                                                 and file.suffix.lower() in EXTENSIONS)
+    if not found:
+        raise UserError(f"--data-path {path}: " + ("no image in it" if path.is_dir() else "no such file or folder"))
+    return found
+
+
+@torch.inference_mode()
+def predict(model, files, args, device):
+    """Most likely class and its probability of each image: (N,), (N,)."""
+    images = ImageSet("images", [str(file) for file in files], None, [], model.patch_embed.proj.in_channels)
+    parts = [model(batch).float().softmax(dim=1).max(dim=1)
+             for batch in batches(model, images, np.arange(len(images)), args, device)]
+    return torch.cat([part.indices for part in parts]).tolist(), torch.cat([part.values for part in parts]).tolist()
+
+
+def print_accuracy(truth, said):
+    """Of all images and of each class, worst first."""
+    right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth)}
+    total = sum(map(sum, right.values()))
+    print0(f"{100 * total / len(truth):.2f} % of {len(truth)} images are right; of each class, worst first:")
+    for name, hits in sorted(right.items(), key=lambda item: sum(item[1]) / len(item[1])):
+        print0(f"  {name}: {sum(hits)} of {len(hits)}")
+
+
+def main(args):
+    """Returns {"classes": the most likely one's name for each image, "accuracy" (None where unknown), "file"}."""
+    device, weights = distributed.start(args.device), read_weights(args.init)
+    model = eval_mode(load_model(weights, num_heads=args.num_heads), device)
+    if not getattr(model, "num_classes", 0):
+        raise UserError(f"{args.init} holds no classifier: fine-tune from it first (finetune.py or transfer.py)")
+    names = weights.classes or [str(number) for number in range(model.num_classes)]
+    files = find_images(args.data_path)
+    chosen, probabilities = predict(model, files, args, device)
+    said = [names[number] for number in chosen]
+
+    truth = [next((part for part in reversed(file.parts[:-1]) if part in names), "") for file in files]
+    known = all(truth)
+    rows = zip(files, said, (f"{value:.4f}" for value in probabilities), *([truth] if known else []))
+    path = Path(args.output) / "predictions" / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    for file, name, value in list(zip(files, said, probabilities))[:10]:
+        print0(f"{file}: {name} ({value:.1%})")
+    if known:
+        print_accuracy(truth, said)
+    print0(f"all {len(files)} in {path}" + ("" if weights.classes else "; the file does not name its classes"))
+    return {"classes": said, "accuracy": np.mean([a == b for a, b in zip(truth, said)]) if known else None,
+            "file": str(path)}
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), PRESETS)

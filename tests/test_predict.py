@@ -1,0 +1,89 @@
+"""appendix/predict.py: the classes of a classifier of ours by name, and the accuracy that its own evaluation had."""
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from appendix import convert_checkpoint, predict
+from common import options
+from common.checkpoint import save_torch
+from common.errors import UserError
+from common.mae import MAE
+from common.options import resolve
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of two classes and a hidden one, and classifiers of it: colour and grey."""
+    folder, rng = tmp_path_factory.mktemp("predict"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 9)):
+        for name, level in (("cat", 60), ("dog", 150)):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(level - 60, level + 60, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "data" / split / name / f"{i}.png")
+    hidden = folder / "data" / "train" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    Image.new("RGB", (20, 20)).save(hidden / "0.png")
+    common = {"preset": "small", "data_path": str(folder / "data"), "output": str(folder / "outputs"), "device": "cpu",
+              "workers": 0, "img_size": [16], "patch_size": 8, "model": "vit_demo", "epochs": 3, "batch_size": 16,
+              "warmup_epochs": 0, "precision": "fp32", "randaugment": "none", "mixup": 0.0}
+    trained = {name: options.stage("sec3_benchmark.finetune", explicit={**common, "in_chans": channels})
+               for name, channels in (("colour", 3), ("grey", 1))}
+    return SimpleNamespace(folder=folder, **trained)
+
+
+def run(place, tmp_path, init, data, **given):
+    return predict.main(resolve(predict.build_parser(), {}, explicit={
+        "init": str(init), "data_path": str(data), "device": "cpu", "workers": 0, "output": str(tmp_path), **given}))
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey"])
+def test_the_accuracy_is_that_of_the_evaluation(place, tmp_path, kind, capsys):
+    trained = getattr(place, kind)
+    found = run(place, tmp_path, trained["checkpoint"], place.folder / "data" / "val")
+    assert 100 * found["accuracy"] == pytest.approx(trained["top1"]) and trained["top1"] > 50
+    with open(found["file"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18 and {row["folder"] for row in rows} == {"cat", "dog"}
+    right = sum(row["class"] == row["folder"] for row in rows)
+    assert right / 18 == found["accuracy"] and f"{100 * right / 18:.2f} % of 18 images are right" in \
+        capsys.readouterr().out
+
+
+def test_16_bit_and_single_images_are_read_as_in_training(place, tmp_path):
+    original = place.folder / "data" / "val" / "dog" / "0.png"
+    grey = np.asarray(Image.open(original).convert("L"))
+    for name, array in (("8.png", grey), ("16.png", grey.astype(np.uint16) * 257)):
+        Image.fromarray(array).save(tmp_path / name)
+    rows = []
+    for name in ("8.png", "16.png"):
+        found = run(place, tmp_path, place.colour["checkpoint"], tmp_path / name)
+        rows.append(list(csv.DictReader(open(found["file"], newline="")))[0])
+        assert found["accuracy"] is None and "folder" not in rows[-1]
+    assert rows[0]["class"] == rows[1]["class"] and rows[0]["probability"] == rows[1]["probability"]
+
+
+def test_the_names_travel_to_timm(place, tmp_path):
+    convert_checkpoint.main(resolve(convert_checkpoint.build_parser(), {}, explicit={
+        "checkpoint": place.colour["checkpoint"], "to": "timm", "output": str(tmp_path / "out")}))
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == ["cat", "dog"]
+
+
+def test_without_names_and_without_a_classifier(place, tmp_path, capsys):
+    content = torch.load(place.colour["checkpoint"], weights_only=True)
+    del content["classes"]  # as in files of before
+    save_torch(tmp_path / "old.pt", content)
+    found = run(place, tmp_path, tmp_path / "old.pt", place.folder / "data" / "val")
+    assert set(found["classes"]) <= {"0", "1"} and "does not name its classes" in capsys.readouterr().out
+    model = MAE("vit_demo", img_size=16, patch_size=8)
+    save_torch(tmp_path / "mae.pt", {"model": model.state_dict(), "config": model.config})
+    with pytest.raises(UserError, match="holds no classifier"):
+        run(place, tmp_path, tmp_path / "mae.pt", place.folder / "data" / "val")
+    with pytest.raises(UserError, match="no such file or folder"):
+        run(place, tmp_path, place.colour["checkpoint"], tmp_path / "nowhere")
