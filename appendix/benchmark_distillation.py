@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from appendix import benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, synchronize
+from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, synchronize
 from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -82,13 +82,8 @@ def measure(precision, args, device):
     times = in_turns({version: make_step(version, precision, args, device) for version in VERSIONS}, args.turns)
     return {version: {"seconds": statistics.median(own),
                       "ratio": statistics.median(a / b for a, b in zip(own, times["D-MAE"])),
-                      "peak_gib": peak_memory(version, precision, args, device)} for version, own in times.items()}
-
-
-def peak_memory(version, precision, args, device):
-    words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
-    return benchmarking.peak_memory(__file__, (version, precision), words, device,
-                                    lambda: make_step(version, precision, args, device)())
+                      "peak_gib": peak_of_step(__file__, make_step, version, precision, args, device)}
+            for version, own in times.items()}
 
 
 def main(args):

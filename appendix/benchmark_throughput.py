@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from appendix import benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, seconds, synchronize
+from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize
 from common import distributed, options, report
 from common.augment import pretrain_transform
 from common.data import labelled_folder
@@ -101,12 +101,6 @@ def against(ours, other, pairs):
             statistics.median(b / a for a, b in zip(times["ours"], times["other"])))
 
 
-def peak_memory(version, precision, args, device):
-    words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
-    return benchmarking.peak_memory(__file__, (version, precision), words, device,
-                                    lambda: make_step(version, precision, args, device)())
-
-
 def measure_steps(args, device):
     """Rows of the step comparison."""
     flops, rows = step_flops(args, device), []
@@ -118,8 +112,9 @@ def measure_steps(args, device):
             rows.append({"precision": precision, "compiled": compiled, "ours_images_per_second": args.batch_size / ours,
                          "straightforward_images_per_second": args.batch_size / other, "ratio": ratio,
                          "flops_per_second": flops / ours, "matmul_flops_per_second": ceiling,
-                         "ours_peak_gib": peak_memory("ours", precision, args, device),
-                         "straightforward_peak_gib": peak_memory("straightforward", precision, args, device)})
+                         "ours_peak_gib": peak_of_step(__file__, make_step, "ours", precision, args, device),
+                         "straightforward_peak_gib": peak_of_step(__file__, make_step, "straightforward", precision,
+                                                                   args, device)})
             print0(rows[-1])
     return rows
 

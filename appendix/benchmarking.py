@@ -60,6 +60,13 @@ def peak_memory(script, version, words, device, function):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def peak_of_step(script, make_step, version, precision, args, device):
+    """GiB at the peak of one training step."""
+    words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
+    return peak_memory(script, (version, precision), words, device,
+                       lambda: make_step(version, precision, args, device)())
+
+
 def resident(name):
     """VmHWM (at the peak) or VmRSS (now) of this process in GiB; getrusage would count its parent's too."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))

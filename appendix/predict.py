@@ -4,7 +4,7 @@
     python appendix/predict.py --init classifier.pt --data-path DIR/val      # DIR/val/<class>/: accuracy of each class
 
 Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Where each image
-lies in a folder that is called as one of the classes, accuracy is printed too, over all images and of each class.
+lies in a folder of --data-path that is called as one of the classes, accuracy is printed too, over all and of each.
 Writes predictions.csv: file, class, probability, and the folder's class if there is one.
 """
 import csv
@@ -79,7 +79,8 @@ def main(args):
     chosen, probabilities = predict(model, files, args, device)
     said = [names[number] for number in chosen]
 
-    truth = [next((part for part in reversed(file.parts[:-1]) if part in names), "") for file in files]
+    truth = [file.relative_to(args.data_path).parts[:1] for file in files]  # () of a single image
+    truth = [part[0] if part and part[0] in names else "" for part in truth]
     known = all(truth)
     rows = zip(files, said, (f"{value:.4f}" for value in probabilities), *([truth] if known else []))
     path = Path(args.output) / "predictions" / "predictions.csv"

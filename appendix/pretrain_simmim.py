@@ -80,7 +80,7 @@ def schedule_of(args, images):
     """The schedule as a function of the step; prints the arithmetic."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
     drop_step = round(args.drop_at * args.epochs * per_epoch)
-    print0(f"{epoch_in_words(images, args.batch_size)} peak lr {peak:.3g} = {args.base_lr:g} x "
+    print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {args.base_lr:g} x "
            f"{args.batch_size} / 256, a tenth of it from step {drop_step}")
     return lambda step: step_decay(step, peak=peak, warmup_lr=args.warmup_lr, drop_step=drop_step,
                                    warmup_steps=args.warmup_epochs * per_epoch)

@@ -23,20 +23,21 @@ def steps_per_epoch(images, batch_size):
     if len(images) < batch_size:
         small = ", or pass --preset small, which is made for such a set" if batch_size > 512 else ""
         raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: lower "
-                        f"--batch-size, say to {max(1, len(images) // 4)}{small}")
+                        f"--batch-size, say to {len(images) // 8 * 2 or 1}{small}")
     return len(images) // batch_size
 
 
 def epoch_in_words(images, batch_size):
     left = len(images) % batch_size
     hint = f" ({left} images sit out each epoch: lower --batch-size)" if left > 0.1 * len(images) else ""
-    return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint};"
+    return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint}"
 
 
 def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0):
     """The schedule of a recipe as a function of the step: peak = base lr * batch / 256. Prints the arithmetic."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
-    print0(epoch_in_words(images, args.batch_size), f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
+    print0(f"{epoch_in_words(images, args.batch_size)}; "
+           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, warmup_lr=warmup_lr, min_lr=min_lr)
 

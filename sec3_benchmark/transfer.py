@@ -86,7 +86,7 @@ def schedule(args, images):
     per_epoch = steps_per_epoch(images, args.batch_size)
     peak = args.base_lr * args.batch_size / 512 if args.lr is None else args.lr
     why = f"{args.base_lr:g} x {args.batch_size} / 512" if args.lr is None else "--lr, so --base-lr is not read"
-    print0(f"{epoch_in_words(images, args.batch_size)} peak lr {peak:.3g} = {why}")
+    print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {why}")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, min_lr=args.min_lr)
 

@@ -213,7 +213,8 @@ def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
     for words, message in ((["--picture", "no.png", "--models", f"A={place / 'vit.pt'}"], "no.png: no such file"),
                            (["--picture", str(file)], "--picture needs --models")):
         with pytest.raises(ValueError, match=message):
-            attention_maps.main(attention_maps.parse(attention_maps.build_parser(), [*words, "--output", str(tmp_path)]))
+            attention_maps.main(attention_maps.parse(attention_maps.build_parser(),
+                                                     [*words, "--output", str(tmp_path)]))
 
 
 def test_models_of_different_depths_stand_in_one_table():

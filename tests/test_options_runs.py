@@ -397,7 +397,7 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder"),
     "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractal"),
     "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo", "12 images, fewer than one "
-                        "batch of 4096: lower --batch-size, say to 3, or pass --preset small"),
+                        "batch of 4096: lower --batch-size, say to 2, or pass --preset small"),
     "misspelt": ("pretrain_mae --epcohs 1", "unrecognized arguments: --epcohs 1 (perhaps --epochs? --help lists"),
     "a folder as file": ("pretrain_mae --save-to DATA", "is a folder: name a file in it"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",

@@ -58,11 +58,14 @@ def test_the_accuracy_is_that_of_the_evaluation(place, tmp_path, kind, capsys):
 def test_16_bit_and_single_images_are_read_as_in_training(place, tmp_path):
     original = place.folder / "data" / "val" / "dog" / "0.png"
     grey = np.asarray(Image.open(original).convert("L"))
+    home = tmp_path / "cat"  # a folder above the image tells nothing of it
+    home.mkdir()
     for name, array in (("8.png", grey), ("16.png", grey.astype(np.uint16) * 257)):
-        Image.fromarray(array).save(tmp_path / name)
+        Image.fromarray(array).save(home / name)
+    assert run(place, tmp_path, place.colour["checkpoint"], home)["accuracy"] is None
     rows = []
     for name in ("8.png", "16.png"):
-        found = run(place, tmp_path, place.colour["checkpoint"], tmp_path / name)
+        found = run(place, tmp_path, place.colour["checkpoint"], home / name)
         rows.append(list(csv.DictReader(open(found["file"], newline="")))[0])
         assert found["accuracy"] is None and "folder" not in rows[-1]
     assert rows[0]["class"] == rows[1]["class"] and rows[0]["probability"] == rows[1]["probability"]
