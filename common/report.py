@@ -30,10 +30,10 @@ def draw_curve(log_path, path):
         return
     plt = pyplot()
     figure, axes = plt.subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6), layout="constrained")
-    axes[0].plot([r["epoch"] for r in steps], [r["loss"] for r in steps], linewidth=1)
-    axes[0].set(xlabel="epoch", ylabel="training loss")
-    axes[1].plot([r["epoch"] for r in steps], [r["lr"] for r in steps], linewidth=1)
-    axes[1].set(xlabel="epoch", ylabel="learning rate")
+    for axis, key, name in zip(axes, ("loss", "lr"), ("training loss", "learning rate")):
+        axis.plot([r["epoch"] for r in steps], [r[key] for r in steps], linewidth=1,
+                  marker="." if len(steps) < 10 else None)  # a line of one point is not seen
+        axis.set(xlabel="epoch", ylabel=name)
     if evals:
         measure = next(iter(evals[0]["eval"]))  # the main one comes first
         axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)

@@ -47,7 +47,13 @@ def build_parser():
     return parser
 
 
-def imagenet_row(row):
+def last_columns(args):
+    """{key: heading} of what is fine-tuned on as in Table 1: ImageNet as published and, if another is run, --data."""
+    own = args.imagenet and args.data != "imagenet"
+    return {"imagenet": "IN1K (Table 1)", **({"own": f"{args.data} (as Table 1)"} if own else {})}
+
+
+def table1_row(row):
     """The row of Table 1: fine-tuned where Table 5 transfers; the supervised one is that already."""
     *before, _ = row.stages
     return replace(row, stages=tuple(before) if before[-1][0] == FINETUNE else
@@ -58,24 +64,25 @@ def cells(args, names):
     """Rows and columns of tables.run_rows: a row for the data sets and, of the same key, one for the last column. Run
     together they share their pre-trainings, in a dry run too.
     """
-    columns = downstream.endings(names)
-    if not (args.preset != "demo" if args.imagenet is None else args.imagenet):
+    columns, last = downstream.endings(names), [*last_columns(args)][-1]
+    if not args.imagenet:
         return ROWS, columns
-    rows = [replace(row, without=(*row.without, "imagenet")) for row in ROWS]
-    rows += [replace(imagenet_row(row), without=tuple(columns)) for row in ROWS]
-    return rows, {**columns, "imagenet": (None, {})}
+    rows = [replace(row, without=(*row.without, last)) for row in ROWS]
+    rows += [replace(table1_row(row), without=tuple(columns)) for row in ROWS]
+    return rows, {**columns, last: (None, {})}
 
 
-def columns(names):
-    """One for each data set, two for COCO, then ImageNet; each cell: published / measured."""
-    def imagenet(row):
-        return downstream.beside(row["published"]["imagenet"], row["measured"].get("imagenet"))
-    return {**downstream.columns(names), "IN1K (Table 1)": imagenet}
+def columns(args, names):
+    """One for each data set, two for COCO, then the last ones; each cell: published / measured."""
+    def column(key):
+        return lambda row: downstream.beside(row["published"].get(key), row["measured"].get(key))
+    return {**downstream.columns(names), **{heading: column(key) for key, heading in last_columns(args).items()}}
 
 
 def main(args):
     """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
     distributed.start("cpu" if args.dry_run else args.device)
+    args.imagenet = args.preset != "demo" if args.imagenet is None else args.imagenet
     names = downstream.chosen_sets(args)
     rows, settings = cells(args, names)
     results = tables.run_rows(rows, args, DEMO, "table5", settings)
@@ -83,7 +90,7 @@ def main(args):
         return []
     nothing = {name: [] for name in names}
     rows = [downstream.summary(row, results.get(row.key, nothing)) for row in ROWS]
-    report.write_table(Path(args.output) / "table5", "table5", args, columns(names), rows, notes=[
+    report.write_table(Path(args.output) / "table5", "table5", args, columns(args, names), rows, notes=[
         "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *args.needs_weights.values(),
         NOTES[args.preset]])
     return rows
