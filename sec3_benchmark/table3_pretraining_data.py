@@ -153,8 +153,9 @@ def draw(table, path):
     figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = {parts.index(row["part"]): row["measured"] for row in rows if row["method"] == method}
-        axes.plot(list(mine), [sum(values) / len(values) for values in mine.values()], marker="_", markersize=14,
-                  linestyle=("-", "--")[number], linewidth=1, color=report.COLOURS[number], label=method)
+        axes.plot(list(mine), [sum(values) / len(values) for values in mine.values()], ("-", "--")[number],
+                  marker="_" if max(map(len, mine.values())) > 1 else None, markersize=14,  # a mean
+                  linewidth=1, color=report.COLOURS[number], label=method)
         for place, values in mine.items():
             axes.scatter([place] * len(values), values, s=14, marker="os"[number], color=report.COLOURS[number])
     axes.set(xticks=range(len(parts)), xticklabels=[NAMES[part] for part in parts], xlabel="pre-training data",

@@ -11,6 +11,7 @@ sec3_benchmark/downstream.py, which also holds each set's settings; `--set trans
 The COCO columns are long runs of their own, made where `--datasets` names coco (in the demo: generated scenes).
 """
 import json
+import math
 import statistics
 from dataclasses import replace
 from itertools import cycle
@@ -109,7 +110,7 @@ def panel(axis, heading, gap, sizes, colours):
         return
     for row, values in gap.items():
         names = sorted(values, key=sizes.get)
-        spread = [statistics.stdev(values[name]) if len(values[name]) > 1 else 0 for name in names]
+        spread = [statistics.stdev(values[name]) if len(values[name]) > 1 else math.nan for name in names]
         axis.errorbar([sizes[name] for name in names], [statistics.mean(values[name]) for name in names], spread,
                       marker="o", markersize=4, capsize=2, label=row, color=colours[row])
     shown = {name: sizes[name] for values in gap.values() for name in values}

@@ -144,7 +144,7 @@ def draw(points, path):
     for panel, title in zip(axes[0], panels):
         for method, (style, colour) in zip(methods, line_styles()):
             curve = [p for p in points if (p["panel"], p["method"]) == (title, method)]
-            spread = [np.std(p["top1"], ddof=1) if len(p["top1"]) > 1 else 0 for p in curve]
+            spread = [np.std(p["top1"], ddof=1) if len(p["top1"]) > 1 else np.nan for p in curve]
             panel.errorbar([p["k"] for p in curve], [np.mean(p["top1"]) for p in curve], spread, fmt=style,
                            color=colour, markersize=4, linewidth=1.2, capsize=2, label=method)
         panel.set(title=title, xlabel="leading blocks kept, k", xticks=sorted({p["k"] for p in points}))

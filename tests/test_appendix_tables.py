@@ -1,5 +1,7 @@
 """Every table's rows, of all sections: they resolve in each preset that they name, and share the runs they should."""
 import importlib
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,8 +63,29 @@ def test_rows_that_two_tables_share_are_the_same_run():
         assert settings_of(by_key(a1_recipes)[ours]) == settings_of(by_key(table1)[theirs])
     assert by_key(a2_mae_settings)["base"].stages == by_key(table1)["mae"].stages
     for row in table5_distillation.ROWS:
-        assert table5_distillation.imagenet_row(row).stages == by_key(table1)[TABLE1.get(row.key, row.key)].stages
+        assert table5_distillation.table1_row(row).stages == by_key(table1)[TABLE1.get(row.key, row.key)].stages
     for row in b5_dino_simmim.ROWS:  # probes lie between; fine-tuning starts from what they hand on
         assert (row.stages[0], row.stages[-1]) == by_key(table1)[row.key].stages
     assert by_key(a3_mocov3_settings)["base"].stages == by_key(table1)["mocov3"].stages
     assert options.PRESET_NAMES == by_key(table1)["mae"].presets
+
+
+@pytest.mark.parametrize("item", ["table1", "table3", "fig2", "fig4", "table5", "fig7", "a2_", "b5_"])
+def test_the_narrow_scale_sets_what_its_stages_know(item):
+    [script] = ROOT.glob(f"*/{item}*.py")
+    said = subprocess.run(["bash", ROOT / "appendix" / "narrow.sh", script.relative_to(ROOT), "--data-path", "DIR"],
+                          env={"PATH": "/usr/bin:/bin", "LAUNCH": "echo", "TEACHER": "t.pt"}, text=True,
+                          capture_output=True, check=True).stdout.split()
+    assert said[-2:] == ["--data-path", "DIR"] and said[0] == str(script.relative_to(ROOT))
+    settings = {}
+    for text in said[said.index("--set") + 1:-2]:
+        stage, key, value = re.fullmatch(r"(\w+)\.(\w+)=(.+)", text).groups()
+        settings.setdefault(stage, {})[key] = value
+    for stage, given in settings.items():
+        [path] = ROOT.glob(f"*/{stage}.py")
+        resolved = vars(stage_settings(f"{path.parent.name}.{stage}", given, {"preset": "small"}))
+        assert resolved["img_size"] == [48] and resolved["model"].startswith("vit_demo")
+    stages = importlib.import_module(f"{script.parent.name}.{script.stem}")
+    rows = [row for row in getattr(stages, "ROWS", ()) if "small" in row.presets]
+    assert {module.split(".")[1] for row in rows for module, _ in row.stages} - set(settings) <= {
+        "knn_probe", "linear_probe", "finetune_distilled"}
