@@ -1,6 +1,10 @@
-"""What every test runs under."""
+"""What every test runs under, and stages that remember what they were asked and train nothing."""
+import json
+
 import pytest
 import torch
+
+from common import options
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +14,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """[(stage, its settings)] in order; what a stage returns, weights, top-1, AP, is named after its number."""
+    asked = []
+
+    def stage(name, explicit=None, row=None):
+        settings = vars(options.stage_settings(name, explicit, row))
+        asked.append((name.split(".")[-1], settings))
+        folder = tmp_path / f"run{len(asked)}"
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(settings))
+        number = float(len(asked))
+        return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
+                "best_top1": number, "box_ap": number, "mask_ap": number / 2, "seconds": 60.0,
+                "images_per_second": 2.0 * number, "train_images": 7}
+    monkeypatch.setattr(options, "stage", stage)
+    return asked

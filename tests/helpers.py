@@ -5,6 +5,7 @@ The arrays in tests/golden/ came from the public reference implementations, once
 """
 import json
 import os
+import shlex
 import signal
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import options, report, training
+from common import options, report, tables, training
 from common.data import ImageSet
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -96,7 +97,18 @@ def assert_resumes_exactly(module, folder, monkeypatch, stop=3, **explicit):
     return whole
 
 
-# Runs and models
+# Tables, runs and models
+
+def run(script, tmp_path, *words, parse=tables.parse):
+    return script.main(parse(script.build_parser(), [*words, "--output", str(tmp_path), "--device", "cpu"]))
+
+
+def commands(script, capsys, *words, parse=tables.parse):
+    """The stages of a dry run: {script: [its words]}."""
+    script.main(parse(script.build_parser(), [*words, "--dry-run", "--output", "out"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    return [shlex.split(line)[1:] for line in lines]
+
 
 TIMING = ("images_per_second", "waiting")  # of a log's rows: what the clock says
 

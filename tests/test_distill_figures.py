@@ -1,46 +1,16 @@
 """Figures 6 and 7, Table 5 and D-MAE's rows of Table 1: which runs they ask for and what they make of the results. The
-stages are stand-ins that remember what they were asked; tests/test_distill.py runs the real one.
+stages are stand-ins; tests/test_distill.py runs the real one.
 """
 import json
-import shlex
 
 import pytest
 
-from common import options, tables
+from common import tables
 from common.errors import UserError
 from sec3_benchmark import finetune, table1_pretraining_methods, table4_transfer
 from sec4_analysis import similarity
 from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation
-
-
-@pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """[(stage, its settings)] in order; each stage's weights are named after its number, its top-1 is that number."""
-    asked = []
-
-    def stage(name, explicit=None, row=None):
-        settings = vars(options.stage_settings(name, explicit, row))
-        asked.append((name.split(".")[-1], settings))
-        folder = tmp_path / f"run{len(asked)}"
-        folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps(settings))
-        number = float(len(asked))
-        return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
-                "best_top1": number, "seconds": 60.0, "images_per_second": 2.0 * number, "train_images": 7}
-    monkeypatch.setattr(options, "stage", stage)
-    return asked
-
-
-def run(script, tmp_path, *words, parse=tables.parse):
-    return script.main(parse(script.build_parser(), [*words, "--output", str(tmp_path), "--device", "cpu"]))
-
-
-def commands(script, capsys, *words, parse=tables.parse):
-    """The stages of a dry run: {script: [its words]}."""
-    script.main(parse(script.build_parser(), [*words, "--dry-run", "--output", "out"]))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
-    return [shlex.split(line)[1:] for line in lines]
-
+from tests.helpers import commands, run
 
 # Figure 6
 
