@@ -51,7 +51,7 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
     target, depth, notes = vit.state_dict(), len(vit.blocks), []
     if keep_blocks is not None and not 0 <= keep_blocks <= depth:
         raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
-    check_heads(weights, vit.blocks[0].attn.num_heads, notes)
+    compare_heads(weights, vit.blocks[0].attn.num_heads, notes)
     check_kind(weights, vit)
     # 1. What of the source is wanted, and what of the model must be in it
     ignored = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
@@ -80,7 +80,7 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
     return Report(weights, len(state), [name for name in target if name not in state], left_out, notes)
 
 
-def check_heads(weights, num_heads, notes):
+def compare_heads(weights, num_heads, notes):
     """The source's number of heads must be the model's; where the source cannot say, the report does."""
     if weights.config is None:
         notes.append(f"head count is not in the file, {num_heads} assumed: with another the result is "
