@@ -12,7 +12,8 @@ good, and Table 4 should then be run with other seeds. Winners belong into SETTI
 from common import options, tables
 from common.tables import PREVIOUS, Row
 from sec3_benchmark.accuracy_table import accuracy_table
-from sec3_benchmark.downstream import PUBLISHED, check_path, title
+from sec3_benchmark.downstream import PUBLISHED, title
+from sec3_benchmark.downstream_sets import check_path
 
 PRETRAIN, TRANSFER = "sec3_benchmark.pretrain_mae", "sec3_benchmark.transfer"
 PRESETS = {"demo": dict(data="fractals", dataset="fractals-small", lrs=[0.03, 0.1, 0.3], layer_decays=[0.75]),
@@ -23,7 +24,8 @@ def build_parser():
     parser = options.make_parser(__doc__)
     options.add_data(parser)
     group = parser.add_argument_group("sweep")
-    group.add_argument("--dataset", default="cifar100", metavar="NAME", help="see sec3_benchmark/downstream.py")
+    group.add_argument("--dataset", default="cifar100", metavar="NAME",
+                       help="see sec3_benchmark/downstream_sets.py")
     group.add_argument("--dataset-path", metavar="ROOT", help="where it lies")
     group.add_argument("--init", metavar="CHECKPOINT", help="default: an MAE pre-trained on --data, or found done")
     group.add_argument("--lrs", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="peak rates")

@@ -7,35 +7,24 @@
 
 The paper's claim: on small sets the self-supervised ViT-Tiny trail the supervised one, MAE most of all, and the gap
 shrinks with the size of the set. Its plot, gap against size, is drawn from the table's numbers. ROOT is explained in
-sec3_benchmark/downstream.py, which also holds each set's settings; `--set transfer.lr=0.03` changes one for all sets.
+sec3_benchmark/downstream_sets.py, each set's settings are in downstream.py; `--set transfer.lr=0.03` changes all.
 The COCO columns are long runs of their own, made where `--datasets` names coco (in the demo: generated scenes).
 """
 import json
 import math
 import statistics
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
 from common import distributed, options, report, tables
 from common.distributed import is_main
-from common.errors import UserError
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark import downstream
-from sec3_benchmark.downstream import COCO_AP, PUBLISHED, SETS
+from sec3_benchmark.downstream import COCO_AP, PUBLISHED, TRANSFER
+from sec3_benchmark.downstream_sets import SETS
 
-FINETUNE, TRANSFER = "sec3_benchmark.finetune", ("sec3_benchmark.transfer", {"init": PREVIOUS})
-MAE, MOCO = "sec3_benchmark.pretrain_mae", "sec3_benchmark.pretrain_mocov3"
 DEMO = ("random", "supervised", "mocov3", "mae")
-ROWS = [  # TRANSFER starts from what the stage before it left, here: none, a classifier, an encoder
-    Row("random", "random", PUBLISHED["random"], (TRANSFER,)),
-    Row("supervised", "supervised (DeiT-Tiny)", PUBLISHED["supervised"], ((FINETUNE, {}), TRANSFER)),
-    Row("mocov3", "MoCo-v3", PUBLISHED["mocov3"], ((MOCO, {}), TRANSFER)),
-    Row("mae", "MAE", PUBLISHED["mae"], ((MAE, {}), TRANSFER)),
-    Row("dino", "DINO", PUBLISHED["dino"], (("appendix.pretrain_dino", {}), TRANSFER)),
-    # SimMIM's relative positions come along; detect.py is for plain ViTs
-    Row("simmim", "SimMIM", PUBLISHED["simmim"], (("appendix.pretrain_simmim", {}), TRANSFER), without=("coco",)),
-]
+ROWS = [Row("random", "random", PUBLISHED["random"], (TRANSFER,)), *downstream.ROWS]
 NOTES = {
     **tables.NOTES,
     "paper": "Settings per data set: CIFAR-100's are published, those of the other sets are ours and not tuned, as no "
@@ -48,25 +37,9 @@ def build_parser():
     options.add_data(parser)
     downstream.add_datasets(parser)
     tables.add_rows(parser, ROWS, DEMO)
-    parser.add_argument("--models", nargs="+", action="extend", default=[], metavar="NAME=CHECKPOINT",
-                        help="transfer these weights, of one of the rows or of a new one, and pre-train nothing for "
-                             "them; other rows run only if --rows names them")
+    downstream.add_models(parser)
     options.add_execution(parser)
     return parser
-
-
-def with_models(rows, models):
-    """The rows, those in `models` {name: file} starting from these weights, and a row for each other name."""
-    known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
-    given = {}
-    for name, file in models.items():
-        if name not in known and name in keys:
-            raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
-        row = known.get(name, Row(name, name, {}, (TRANSFER,)))
-        module, settings = row.stages[-1]
-        given[name] = replace(row, note=f"weights given: {Path(file).name}",
-                              stages=((module, {**settings, "init": file}),))
-    return list({**known, **given}.values())
 
 
 def published(row):
@@ -124,10 +97,7 @@ def panel(axis, heading, gap, sizes, colours):
 def main(args):
     """Runs the chosen rows on the chosen sets; writes table4.json, .md and, from the json, .png; returns the rows."""
     distributed.start("cpu" if args.dry_run else args.device)
-    models = options.named(args.models, "--models")
-    rows, names = with_models(ROWS, models), downstream.chosen_sets(args)
-    if models:
-        args.rows = [*(args.rows or []), *models]
+    rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
     results = tables.run_rows(rows, args, DEMO, "table4", downstream.endings(names))
     if args.dry_run:
         return []

@@ -21,7 +21,8 @@ from common.optim import epoch_in_words, learning_rate, parameter_groups, steps_
 from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
-from sec3_benchmark.downstream import FRACTALS, SETS, SETTINGS, load_downstream
+from sec3_benchmark.downstream import SETTINGS
+from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from sec3_benchmark.evaluate import evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
 
@@ -38,7 +39,7 @@ def build_parser():
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cifar100", metavar="NAME",
                        help=f"{', '.join([*SETS, *FRACTALS])}; or a folder in --dataset-path; or `folder`, that itself")
-    group.add_argument("--dataset-path", metavar="ROOT", help="where it lies, see sec3_benchmark/downstream.py")
+    group.add_argument("--dataset-path", metavar="ROOT", help="where it lies, see sec3_benchmark/downstream_sets.py")
     options.add_images(group)
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("start")

@@ -5,7 +5,8 @@
     python sec4_analysis/fig4_leading_blocks_small_data.py --preset small --datasets A B --dataset-path ROOT \\
            --models MAE=mae.pt MoCo-v3=moco.pt
 
---data-path is what the methods pre-train on; --datasets names what is transferred to (sec3_benchmark/downstream.py).
+--data-path is what the methods pre-train on; --datasets names what is transferred to, see
+sec3_benchmark/downstream_sets.py.
 The paper's claim (Section 4.1): accuracy rises with k everywhere, more so the smaller the set, so high layers matter
 there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes fig4.json, .md and draws fig4.png.
 """

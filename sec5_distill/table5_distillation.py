@@ -2,33 +2,25 @@
 
     python sec5_distill/table5_distillation.py                                               # demo: two fractal sets
     python sec5_distill/table5_distillation.py --preset small --data-path DIR --dataset-path ROOT --datasets NAME
+    python sec5_distill/table5_distillation.py --dataset-path ROOT --models supervised=FILE mae=FILE dmae=FILE ...
     torchrun --nproc-per-node=8 sec5_distill/table5_distillation.py --data-path IMAGENET --dataset-path ROOT
 
 The paper's claim: D-MAE-Tiny catches up with the supervised DeiT-Tiny on small sets, where MAE-Tiny trails far behind,
 and is the best of all on ImageNet and COCO. Stages and settings are those of Tables 4 and 1, so that their runs are
-reused. ROOT and each set's settings: sec3_benchmark/downstream.py.
+reused. ROOT: sec3_benchmark/downstream_sets.py; each set's settings: downstream.py beside it.
 """
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from common import distributed, options, report, tables
-from common.tables import PREVIOUS, Row
 from sec3_benchmark import downstream
-from sec3_benchmark.downstream import MOCO_FINETUNING, PUBLISHED
+from sec3_benchmark.downstream import MOCO_FINETUNING
 
-FINETUNE, TRANSFER = "sec3_benchmark.finetune", ("sec3_benchmark.transfer", {"init": PREVIOUS})
+FINETUNE = "sec3_benchmark.finetune"
 FINETUNING = {"mocov3": MOCO_FINETUNING}  # as in Table 1
 DEMO = ("supervised", "mae", "dmae")
-ROWS = [
-    Row("supervised", "supervised (DeiT-Tiny)", PUBLISHED["supervised"], ((FINETUNE, {}), TRANSFER)),
-    Row("mocov3", "MoCo-v3", PUBLISHED["mocov3"], (("sec3_benchmark.pretrain_mocov3", {}), TRANSFER)),
-    Row("mae", "MAE", PUBLISHED["mae"], (("sec3_benchmark.pretrain_mae", {}), TRANSFER)),
-    Row("dino", "DINO", PUBLISHED["dino"], (("appendix.pretrain_dino", {}), TRANSFER)),
-    # SimMIM's relative positions come along; detect.py is for plain ViTs
-    Row("simmim", "SimMIM", PUBLISHED["simmim"], (("appendix.pretrain_simmim", {}), TRANSFER), without=("coco",)),
-    Row("dmae", "D-MAE", PUBLISHED["dmae"], (("sec5_distill.pretrain_dmae", {}), TRANSFER)),
-]
+ROWS = [*downstream.ROWS, downstream.row("dmae", "D-MAE", "sec5_distill.pretrain_dmae")]
 NOTES = {
     **tables.NOTES,
     "paper": "CIFAR-100's settings are published, those of the other sets are ours and not tuned, as no source gives "
@@ -41,6 +33,7 @@ def build_parser():
     options.add_data(parser)
     downstream.add_datasets(parser)
     tables.add_rows(parser, ROWS, DEMO)
+    downstream.add_models(parser)
     parser.add_argument("--imagenet", action=argparse.BooleanOptionalAction,
                         help="fill the last column, Table 1's fine-tuning on --data, too; default: but in the demo")
     options.add_execution(parser)
@@ -55,21 +48,21 @@ def last_columns(args):
 
 def table1_row(row):
     """The row of Table 1: fine-tuned where Table 5 transfers; the supervised one is that already."""
-    *before, _ = row.stages
-    return replace(row, stages=tuple(before) if before[-1][0] == FINETUNE else
-                   (*before, (FINETUNE, {"init": PREVIOUS, **FINETUNING.get(row.key, {})})))
+    *before, (_, settings) = row.stages
+    tuned = (FINETUNE, {"init": settings["init"], **FINETUNING.get(row.key, {})})
+    return replace(row, stages=tuple(before) if before and before[-1][0] == FINETUNE else (*before, tuned))
 
 
-def cells(args, names):
+def cells(args, names, rows):
     """Rows and columns of tables.run_rows: a row for the data sets and, of the same key, one for the last column. Run
-    together they share their pre-trainings, in a dry run too.
+    together they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
     """
     columns, last = downstream.endings(names), [*last_columns(args)][-1]
     if not args.imagenet:
-        return ROWS, columns
-    rows = [replace(row, without=(*row.without, last)) for row in ROWS]
-    rows += [replace(table1_row(row), without=tuple(columns)) for row in ROWS]
-    return rows, {**columns, last: (None, {})}
+        return rows, columns
+    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.stages) > 1]
+    return [*(replace(row, without=(*row.without, last)) for row in rows),
+            *(replace(row, without=tuple(columns)) for row in tuned)], {**columns, last: (None, {})}
 
 
 def columns(args, names):
@@ -83,16 +76,17 @@ def main(args):
     """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
     distributed.start("cpu" if args.dry_run else args.device)
     args.imagenet = args.preset != "demo" if args.imagenet is None else args.imagenet
-    names = downstream.chosen_sets(args)
-    rows, settings = cells(args, names)
-    results = tables.run_rows(rows, args, DEMO, "table5", settings)
+    rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
+    to_run, settings = cells(args, names, rows)
+    results = tables.run_rows(to_run, args, DEMO, "table5", settings)
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}
-    rows = [downstream.summary(row, results.get(row.key, nothing)) for row in ROWS]
+    rows = [downstream.summary(row, results.get(row.key, nothing)) for row in rows]
+    given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
     report.write_table(Path(args.output) / "table5", "table5", args, columns(args, names), rows, notes=[
-        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *args.needs_weights.values(),
-        NOTES[args.preset]])
+        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *given,
+        *args.needs_weights.values(), NOTES[args.preset]])
     return rows
 
 

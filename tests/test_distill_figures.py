@@ -106,6 +106,18 @@ def test_table_5s_last_column_is_table_1s(asked, tmp_path):
     assert [name for name, _ in asked[7:]] == ["pretrain_dmae", "transfer", "transfer"]
 
 
+def test_table_5_starts_from_given_weights(asked, tmp_path):
+    files = {name: tmp_path / f"{name}.pt" for name in ("supervised", "mocov3", "dmae")}
+    for file in files.values():
+        file.touch()
+    run(table5_distillation, tmp_path, "--imagenet", "--models", *(f"{name}={file}" for name, file in files.items()))
+    asked_of = [(name, settings["init"].split("/")[-1]) for name, settings in asked]
+    assert asked_of == [("transfer", f"{name}.pt") for name in files for _ in range(2)] + \
+        [("finetune", "mocov3.pt"), ("finetune", "dmae.pt")]  # the supervised one is fine-tuned already
+    assert [settings["layer_decay"] for _, settings in asked[6:]] == [0.75, 0.85]  # MoCo-v3's as in Table 1
+    assert "D-MAE: weights given: dmae.pt." in (tmp_path / "table5" / "table5.md").read_text()
+
+
 @pytest.mark.parametrize("row", ["mocov3", "mae", "dino", "simmim", "dmae"])
 def test_its_last_column_asks_for_table_1s_runs(row, capsys):
     ours = commands(table5_distillation, capsys, "--rows", row, "--imagenet")[-1]

@@ -24,8 +24,9 @@ from common.mae import DECODERS, MAE
 from common.optim import parameter_groups
 from common.runs import settings_hash
 from common.vit import SIZES, build_vit
-from sec3_benchmark import downstream, pretrain_mae, table4_transfer, transfer
-from sec3_benchmark.downstream import FRACTALS, PUBLISHED, SETS, load_downstream
+from sec3_benchmark import downstream, downstream_sets, pretrain_mae, table4_transfer, transfer
+from sec3_benchmark.downstream import PUBLISHED
+from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from tests.helpers import assert_close, assert_same
 from tests.processes import ROOT, start, start_ranks
 
@@ -297,7 +298,7 @@ def test_a_sets_settings_give_way_to_the_command_line_and_win_over_the_preset():
 
 
 def test_every_set_is_in_both_literals():
-    assert set(downstream.SETTINGS) == {*SETS, *FRACTALS} and set(downstream.READERS) == set(SETS)
+    assert set(downstream.SETTINGS) == {*SETS, *FRACTALS} and set(downstream_sets.READERS) == set(SETS)
     assert PUBLISHED["random"]["inat18"] == 58.7 and PUBLISHED["mocov3"]["coco-mask"] == 35.1
     assert PUBLISHED["dmae"]["imagenet"] == 78.4 and PUBLISHED["mae"]["pets"] == 76.5
     assert {row: numbers.get("imagenet") for row, numbers in PUBLISHED.items()} == {
@@ -552,7 +553,9 @@ def test_gaps_are_differences_to_the_supervised_row():
 
 def test_given_weights_keep_their_row_s_settings_and_colours_suffice(tmp_path):
     given = {"simmim": "F", "a": "F", "b": "F"}
-    rows = {row.key: row for row in table4_transfer.with_models(table4_transfer.ROWS, given)}
+    args = argparse.Namespace(models=[f"{name}={file}" for name, file in given.items()], rows=["random"])
+    rows = {row.key: row for row in downstream.with_models(table4_transfer.ROWS, args)}
+    assert args.rows == ["random", "simmim", "a", "b"]
     assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
     assert rows["a"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
     table = {"preset": "small", "rows": [
