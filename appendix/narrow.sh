@@ -28,7 +28,7 @@ declare -A recipe=(
     [pretrain_dino]="model=vit_demo local_size=24 $moco"
     [pretrain_simmim]="model=vit_demo_simmim $mae"
     [finetune]="model=vit_demo epochs=15 warmup_epochs=1 batch_size=64 base_lr=4e-3 eval_every=0"
-    [transfer]="model=vit_demo epochs=20 warmup_epochs=2 batch_size=64 base_lr=4e-3 eval_every=0")
+    [transfer]="model=vit_demo epochs=20 warmup_epochs=2 batch_size=64 eval_every=0")
 settings=()
 for stage in $stages; do
     for setting in img_size=48 ${recipe[$stage]}; do settings+=("$stage.$setting"); done
