@@ -165,8 +165,8 @@ def figure(args, item, stage, panels):
             return []
         text = f"{item}, preset {args.preset}: top-1 (%) over the number k of leading blocks kept"
         text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
-        report.write_text(path.parent, item, {"item": item, "preset": args.preset, "seeds": args.seeds,
-                                              "points": points}, text)
+        report.write_text(path.parent, item, {"item": item, "preset": args.preset, "data": args.data,
+                                              "seeds": args.seeds, "points": points}, text)
     if path.suffix != ".json":
         raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not is_main():
