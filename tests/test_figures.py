@@ -373,7 +373,7 @@ def test_other_ranks_do_not_read_what_the_first_one_writes(tmp_path, monkeypatch
     monkeypatch.setattr(leading_blocks, "run_points", lambda *args: [
         {"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}])
     monkeypatch.setattr(leading_blocks.report, "write_text", lambda *args: None)  # as on a rank that is not the first
-    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", seeds=[0])
+    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", data="folder", seeds=[0])
     assert leading_blocks.figure(args, "fig2", study.FINETUNE, lambda args: {"": {}}) == []
 
 
