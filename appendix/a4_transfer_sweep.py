@@ -43,11 +43,11 @@ def parse(parser, argv=None):
 def rows_of(args):
     """A row for each pair of rate and layer decay."""
     before, init = (((), args.init) if args.init else (((PRETRAIN, {}),), PREVIOUS))
-    for lr in args.lrs:
-        for decay in args.layer_decays:
+    for lr in dict.fromkeys(args.lrs):
+        for decay in dict.fromkeys(args.layer_decays):
             chosen = args.dataset == "cifar100" and (lr, decay) == (0.1, 0.75) and not args.init  # published from MAE
             settings = {"dataset": args.dataset, "init": init, "lr": lr, "layer_decay": decay}
-            yield Row(f"{lr:g}-{decay:g}", f"{title(args.dataset)}, lr {lr:g}, layer decay {decay:g}",
+            yield Row(f"{lr}-{decay}", f"{title(args.dataset)}, lr {lr}, layer decay {decay}",
                       PUBLISHED["mae"]["cifar100"] if chosen else None, (*before, (TRANSFER, settings)))
 
 

@@ -52,6 +52,8 @@ COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mas
 def main(args):
     """Runs the chosen rows and writes a5_detection.json and .md; returns the rows."""
     args.data, args.data_path = "coco" if args.dataset_path else "scenes", None  # what the table says of its data
+    if "img_size" in args.given:  # here it is the canvas, which tables with other stages leave alone
+        args.per_stage.setdefault("detect", {}).setdefault("img_size", args.img_size)
     results = tables.run_rows(ROWS, args, DEMO, "a5_detection")
     if args.dry_run:
         return []
@@ -59,7 +61,8 @@ def main(args):
     for row in ROWS:
         final = [stages[-1] for stages in results.get(row.key, [])]
         measured = {key: [result[key] for result in final] for key in ("box_ap", "mask_ap")} if final else {}
-        rows.append({"name": row.name, "published": row.published, "measured": measured, "seeds": len(final),
+        published = row.published if final else ", ".join(f"{key} {value}" for key, value in row.published.items())
+        rows.append({"name": row.name, "published": published, "measured": measured, "seeds": len(final),
                      "seconds": [result["seconds"] for result in final], "run": [result["run"] for result in final],
                      "status": "run" if final else "not chosen"})
     report.write_table(Path(args.output) / "a5_detection", "a5_detection", args, COLUMNS, rows,

@@ -42,6 +42,14 @@ def read_lines(path):
         raise UserError(f"{path} is no log ({error}): give a run's folder or a reference_*.jsonl") from None
 
 
+def read_reference(path):
+    """What a reference is of, and its rows."""
+    lines = read_lines(path)
+    if not lines or "script" not in lines[0]:
+        raise UserError(f"{path} is no reference: --write makes one of a finished run")
+    return lines[0], lines[1:]
+
+
 def read_run(folder):
     """{"script", "settings" (those of its identity), "data" (fingerprints)} of a run, and the rows of its log."""
     absent = [name for name in ("settings.json", "log.jsonl") if not (Path(folder) / name).is_file()]
@@ -114,7 +122,7 @@ def matching(args):
     files = args.references or sorted(options.ROOT.glob("*/results/reference_*.jsonl"))
     if not files:
         raise UserError("no reference_*.jsonl in any results/: --write makes one")
-    references = [(about, rows) for about, *rows in map(read_lines, files)]
+    references = [read_reference(file) for file in files]
     for folder in map(Path, folders):
         about, rows = read_run(folder)
         found = [(theirs, log) for theirs, log in references

@@ -5,9 +5,9 @@
     python appendix/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.pth.tar  # module.base_encoder.*
 
 Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models with relative positions. A file
-of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). The plain and
-MoCo-v3's format hold neither heads nor the mean and std of the images: where these are not the usual ones, what a
-reader must then pass is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
+of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). What is written does,
+with image size, mean and std, for timm and for the scripts here. Other projects' readers look at the tensors alone:
+what they must be told is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
 `out.pth?matching_heuristics=True`.
 """
 from pathlib import Path
@@ -25,7 +25,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.formats import DECODER, load_model, read_weights, require_fit
 from common.mae import DECODERS, MAE
-from common.vit import eval_mode
+from common.vit import SIZES, eval_mode
 from common.weights import STEM, TABLE, shape_config, vit_config
 
 PRESETS = {}
@@ -94,7 +94,7 @@ def encoder_state(to, model):
 
 
 def unsaid(config, statistics):
-    """Of a model, what a plain file does not say and its reader would take for something else: words to pass."""
+    """What other projects' readers, who look at the tensors alone, would take for something else: words to pass."""
     usual = channel_statistics(config["in_chans"])
     assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
                "img_size": config["img_size"][:1] * 2, **usual}  # a square image, as positions have it
@@ -128,17 +128,17 @@ def checked(model, again, args):
     return difference
 
 
-def write_file(model, args):
-    """A file under the chosen names, read back and compared before it gets its own name."""
+def write_file(model, args, about):
+    """A file under the chosen names with `about` beside them, read back and compared before it gets its own name."""
     key, prefix = PREFIXES[args.to]
     if any(name.endswith(TABLE) for name in model.state_dict()):
         raise UserError(f"{args.checkpoint} has relative positions, which no plain ViT has: it cannot be converted")
+    state = {prefix + name: value for name, value in encoder_state(args.to, model).items()}
     draft = Path(f"{args.output}.unchecked")
+    draft.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_torch(draft, {key: {prefix + name: value for name, value in encoder_state(args.to, model).items()}})
-        again = load_model(draft, num_heads=model.config["num_heads"], img_size=model.config["img_size"],
-                           decoder_heads=model.config.get("decoder_heads"))
-        difference = checked(model, again, args)
+        save_torch(draft, {key: state, **about})
+        difference = checked(model, load_model(draft), args)
         draft.replace(args.output)
     finally:
         draft.unlink(missing_ok=True)
@@ -152,18 +152,21 @@ def main(args):
     model = load_model(weights, **given)
     if model.config is None:
         raise UserError(f"{args.checkpoint} is a {type(model).__name__}: ViTs and MAEs can be converted, no others")
+    if args.to != "timm" and model.config["model"] is None:
+        raise UserError(f"{args.checkpoint} has the width and depth of none of {', '.join(SIZES)}: choose --to timm")
     args.in_chans = model.config["in_chans"]
     take_statistics(args, weights)
     statistics = channel_statistics(args.in_chans, args.mean, args.std)
+    names = weights.classes if getattr(model, "num_classes", 0) else None
     if args.to == "timm":
-        names = weights.classes if getattr(model, "num_classes", 0) else None
         export_timm(model, args.output, **statistics, class_names=names)
         difference = checked(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)
     else:
-        difference = write_file(model, args)
+        config = {**model.config, **({"num_classes": 0} if args.to == "mocov3" else {})}
+        difference = write_file(model, args, {"config": config, "statistics": statistics, "classes": names})
     print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")
     if args.to != "timm" and (words := unsaid(model.config, statistics)):
-        print0(f"the file cannot say so itself; pass to what reads it: {' '.join(words)}")
+        print0(f"tell other projects' readers: {' '.join(words)}")
     return {"output": args.output, "difference": difference}
 
 

@@ -8,7 +8,6 @@ unreadable files are listed, as mean and deviation are those of train/ alone. Pa
 (weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's. Writes
 statistics.json and unreadable.txt, a line for each such file: its name, a tab, the reason.
 """
-import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from common import options
 from common.checkpoint import save_json
-from common.data import EXTENSIONS, ImageSet, UnreadableImage, image_tree
+from common.data import ImageSet, UnreadableImage, image_files, image_tree
 from common.distributed import print0
 from common.errors import UserError
 
@@ -32,7 +31,7 @@ def build_parser():
     parser.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
     parser.add_argument("--num-images", type=int, help="a seeded draw of so many, of train/ and of val/; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=4, help="reading processes; 0: none")
+    parser.add_argument("--workers", type=int, default=-1, help="reading processes; 0: none, -1: by the cores")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser
 
@@ -53,7 +52,7 @@ def sums(images, index):
 
 def read_all(images, indices, workers):
     """Yields what `sums` says of each image."""
-    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+    with ProcessPoolExecutor(workers if workers > 0 else None) if workers else nullcontext() as pool:
         read = partial(pool.map, chunksize=64) if pool else map
         yield from tqdm(read(partial(sums, images), indices), total=len(indices), unit="image", disable=None)
 
@@ -84,9 +83,7 @@ def unreadable_of_val(args):
     folder = Path(args.data_path) / "val"
     if not (Path(args.data_path) / "train").is_dir():  # then the whole tree is read, val/ too
         return [], 0
-    paths = sorted(os.path.join(place, file) for place, _, files in os.walk(folder, followlinks=True)
-                   for file in files if file.lower().endswith(EXTENSIONS))
-    images = ImageSet("val", paths, None, [], args.in_chans)
+    images = ImageSet("val", image_files(folder), None, [], args.in_chans)
     chosen = draw(images, args)
     return [found for found in read_all(images, chosen, args.workers) if isinstance(found, tuple)], len(chosen)
 

@@ -22,6 +22,7 @@ from common.augment import eval_transform
 from common.checkpoint import write_atomically
 from common.data import load_images
 from common.distributed import print0
+from common.errors import UserError
 
 PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
            "small": dict(data="folder", img_size=[64], patch_size=8), "paper": dict(data="folder")}
@@ -54,12 +55,14 @@ def main(args):
     device = distributed.start(args.device)
     encoder, fingerprint = build_encoder(args, device)
     images = load_images(args)
-    values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
     about = json.dumps({"weights": fingerprint, "images": images.fingerprint(), **settings_of(args)}, sort_keys=True)
     name = f"{Path(args.init).name}-layer{args.layer}-{args.pooling}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     place = Path(args.save_to or Path(args.output) / "extract_features" / f"{name}.npz")
+    if place.is_dir():
+        raise UserError(f"--save-to {place} is a folder: name a file in it")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
     if distributed.is_main():
-        place.parent.mkdir(parents=True, exist_ok=True)
         files = np.array(names_of(images, args.data_path))
         write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files, about=about))
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"

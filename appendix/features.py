@@ -16,9 +16,10 @@ from common.data import statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_encoder, read_weights
-from common.loader import default_workers, eval_loader, to_device
+from common.loader import default_workers, to_device
 from common.rpe import MODELS, build_model, unshared
 from common.vit import eval_mode
+from sec3_benchmark.evaluate import eval_loader
 
 POOLING = ("token", "avg")
 

@@ -20,7 +20,7 @@ from common import distributed, options
 from common.data import take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.vit import SIZES, build_vit, eval_mode
+from common.vit import SIZES, build_vit, eval_mode, pair
 from common.weights import read_weights
 from sec3_benchmark import finetune
 
@@ -53,12 +53,12 @@ class DistilledViT(VisionTransformer):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
 
-def build_distilled(args, num_classes, weights, head="drop", drop_path=0.0):
+def build_distilled(args, num_classes, weights, keep_head=False, drop_path=0.0):
     if args.global_pool != "avg":
         raise UserError("--global-pool token: the class token serves the teacher's head, so the other head reads the "
                         "mean of the patches; leave --global-pool out")
-    fresh = () if head == "keep" else ("dist_norm.weight", "dist_norm.bias", "head_dist.weight", "head_dist.bias")
-    return finetune.build_classifier(args, num_classes, weights, head, drop_path,
+    fresh = () if keep_head else ("dist_norm.weight", "dist_norm.bias", "head_dist.weight", "head_dist.bias")
+    return finetune.build_classifier(args, num_classes, weights, keep_head, drop_path,
                                      partial(build_vit, architecture=DistilledViT), fresh)
 
 
@@ -89,7 +89,13 @@ def read_teacher(args, device):
     if weights.model is None:
         raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/convert_checkpoint.py "
                         f"makes one from a checkpoint)")
-    return eval_mode(weights.model, device).requires_grad_(False), weights.fingerprint
+    teacher = eval_mode(weights.model, device).requires_grad_(False)
+    try:
+        teacher(torch.zeros(1, args.in_chans, *pair(args.img_size), device=device))
+    except (AssertionError, RuntimeError) as error:  # a ViT of another size, other channels
+        raise UserError(f"--teacher {args.teacher} cannot read images of {args.in_chans} x "
+                        f"{' x '.join(map(str, pair(args.img_size)))}: {error}") from error
+    return teacher, weights.fingerprint
 
 
 def main(args):

@@ -3,8 +3,8 @@
     python appendix/predict.py --init classifier.pt --data-path FOLDER       # any tree of images, or one image
     python appendix/predict.py --init classifier.pt --data-path DIR/val      # DIR/val/<class>/: accuracy of each class
 
-Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Where each image
-lies in a folder of --data-path that is called as one of the classes, accuracy is printed too, over all and of each.
+Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
+of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.
 Writes predictions.csv: file, class, probability, and the folder's class if there is one.
 """
 import csv
@@ -16,11 +16,12 @@ import torch
 
 from common import distributed, options
 from common.checkpoint import write_atomically
-from common.data import EXTENSIONS, ImageSet
+from common.data import ImageSet, image_files
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.vit import eval_mode
+from sec4_analysis.features import check_plain
 from sec4_analysis.study import batches
 
 PRESETS = {}
@@ -43,8 +44,7 @@ def build_parser():
 def find_images(path):
     """The image, or all below the folder, sorted by name."""
     path = Path(path)
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()
-                                                 and file.suffix.lower() in EXTENSIONS)
+    found = [path] if path.is_file() else [Path(file) for file in image_files(path)]
     if not found:
         raise UserError(f"--data-path {path}: " + ("no image in it" if path.is_dir() else "no such file or folder"))
     return found
@@ -60,41 +60,48 @@ def predict(model, files, args, device):
 
 
 def print_accuracy(truth, said):
-    """Of all images and of each class, worst first."""
-    right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth)}
-    total = sum(map(sum, right.values()))
-    print0(f"{100 * total / len(truth):.2f} % of {len(truth)} images are right; of each class, worst first:")
+    """Of all images whose class is known and of each class, worst first; returns the first, 0..1."""
+    right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
+    total, count = (sum(map(f, right.values())) for f in (sum, len))
+    print0(f"{100 * total / count:.2f} % of {count} images are right"
+           + (f" ({len(truth) - count} lie in no folder of a class)" if count < len(truth) else "")
+           + "; of each class, worst first:")
     for name, hits in sorted(right.items(), key=lambda item: sum(item[1]) / len(item[1])):
         print0(f"  {name}: {sum(hits)} of {len(hits)}")
+    return total / count
+
+
+def class_folders(files, root, classes):
+    """For each image the class that its folder below `root` is called as, or ""."""
+    first = [file.relative_to(root).parts[:1] for file in files]  # () of a single image
+    return [part[0] if part and part[0] in classes else "" for part in first]
 
 
 def main(args):
     """Returns {"classes": the most likely one's name for each image, "accuracy" (None where unknown), "file"}."""
     device, weights = distributed.start(args.device), read_weights(args.init)
     model = eval_mode(load_model(weights, num_heads=args.num_heads), device)
+    check_plain(model, args.init)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"{args.init} holds no classifier: fine-tune from it first (finetune.py or transfer.py)")
     names = weights.classes or [str(number) for number in range(model.num_classes)]
     files = find_images(args.data_path)
+    path = Path(args.output) / "predictions" / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     chosen, probabilities = predict(model, files, args, device)
     said = [names[number] for number in chosen]
 
-    truth = [file.relative_to(args.data_path).parts[:1] for file in files]  # () of a single image
-    truth = [part[0] if part and part[0] in names else "" for part in truth]
-    known = all(truth)
+    truth = class_folders(files, args.data_path, weights.classes or ())
+    known = any(truth)
     rows = zip(files, said, (f"{value:.4f}" for value in probabilities), *([truth] if known else []))
-    path = Path(args.output) / "predictions" / "predictions.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
     for file, name, value in list(zip(files, said, probabilities))[:10]:
-        print0(f"{file}: {name} ({value:.1%})")
-    if known:
-        print_accuracy(truth, said)
+        print0(f"{str(file).encode(errors='replace').decode()}: {name} ({value:.1%})")
+    accuracy = print_accuracy(truth, said) if known else None
     print0(f"all {len(files)} in {path}" + ("" if weights.classes else "; the file does not name its classes"))
-    return {"classes": said, "accuracy": np.mean([a == b for a, b in zip(truth, said)]) if known else None,
-            "file": str(path)}
+    return {"classes": said, "accuracy": accuracy, "file": str(path)}
 
 
 if __name__ == "__main__":

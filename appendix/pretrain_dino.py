@@ -120,6 +120,8 @@ def crops_of(args):
     if not 0 < args.local_min < args.global_min < 1:
         raise UserError(f"--local-min {args.local_min} and --global-min {args.global_min}: areas of crops, the first "
                         f"the smaller, between 0 and 1")
+    if args.local_size % args.patch_size:
+        raise UserError(f"--local-size {args.local_size}: a multiple of --patch-size {args.patch_size}")
     return MultiCrop(args.img_size, args.local_size, args.local_crops, args.global_min,
                      (args.local_min, args.global_min), args.blur_sigma)
 

@@ -5,7 +5,8 @@
 
 Seconds. Any MAE file that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With normalised targets
 the network predicts each patch without its mean and contrast; the picture puts those of the true patch back and says
-so. The last column shows visible patches as they are and predicted ones elsewhere. Writes reconstruction.png and .npz.
+so. A foreign file is taken to have such targets, unless --raw-pixels says otherwise. The last column shows visible
+patches as they are and predicted ones elsewhere. Writes reconstruction.png and .npz.
 """
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
-from common.mae import MAE
-from common.report import pyplot, visible
+from common.mae import MAE, take
+from common.report import pyplot
 from common.vit import eval_mode
+from sec4_analysis.attention_maps import visible
 
 PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}
 
@@ -37,11 +39,29 @@ def build_parser():
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
     parser.add_argument("--decoder-heads", type=int, help="only for a foreign file, which cannot say")
     parser.add_argument("--num-heads", type=int, help="likewise")
+    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--raw-pixels", action="store_true", help="likewise: it predicts raw pixels")
+    parser.add_argument("--mask-ratio", type=float, help="share of patches removed; default: the file's, else 0.75")
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="chooses images and masks")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     parser.add_argument("--device", default="auto")
     return parser
+
+
+def predict_all(model, images, noise):
+    """Prediction of every patch (B, L, p*p*C) in image order, and the mask (B, L): 1 where a patch was removed."""
+    ids_shuffle = noise.argsort(dim=1)
+    ids_visible = ids_shuffle[:, : model.num_visible]
+    latent = model.forward_encoder(take(model.patchify(images), ids_visible), ids_visible)
+    mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
+    return take(model.forward_decoder(latent, ids_shuffle), ids_shuffle.argsort(dim=1)), mask
+
+
+def unpatchify(model, patches):
+    """The inverse of `MAE.patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
+    B, C, (h, w), p = len(patches), model.in_chans, model.grid, model.patch_size
+    return patches.reshape(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)
 
 
 def pixels_from(pred, patches, norm_pix):
@@ -56,11 +76,11 @@ def reconstruct(model, images, noise):
     """Images (B, C, H, W) -> three of that shape: masked images (grey where removed), reconstructions with the visible
     patches in place, and what is predicted everywhere.
     """
-    pred, mask = model.reconstruct(images, noise)
+    pred, mask = predict_all(model, images, noise)
     patches, mask = model.patchify(images), mask.unsqueeze(-1)
     predicted = pixels_from(pred, patches, model.norm_pix)
-    return model.unpatchify(patches * (1 - mask)), model.unpatchify(patches * (1 - mask) + predicted * mask), \
-        model.unpatchify(predicted)
+    return tuple(unpatchify(model, seen) for seen in (
+        patches * (1 - mask), patches * (1 - mask) + predicted * mask, predicted))
 
 
 def draw(arrays, path, title):
@@ -84,7 +104,8 @@ def main(args):
     """Writes reconstruction.npz and reconstruction.png; returns their folder."""
     device = distributed.start(args.device)
     weights = read_weights(args.checkpoint)
-    model = load_model(weights, num_heads=args.num_heads, decoder_heads=args.decoder_heads)
+    model = load_model(weights, num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size,
+                       mask_ratio=args.mask_ratio, norm_pix=False if args.raw_pixels else None)
     if not isinstance(model, MAE):
         raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = eval_mode(model, device)

@@ -93,7 +93,7 @@ def find_items(folders, seen):
         for path in sorted(Path(folder).rglob("*.json"), key=lambda path: (place.get(path.stem, len(place)), path)):
             try:
                 content = json.loads(path.read_text())
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (json.JSONDecodeError, UnicodeDecodeError, OSError):
                 continue
             if isinstance(content, dict) and "item" in content and path.resolve() not in seen:
                 seen.add(path.resolve())

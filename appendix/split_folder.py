@@ -34,7 +34,9 @@ def build_parser():
 
 def order(paths, root, seed):
     """The paths of one class in an order that depends on each one's name below `root` and the seed alone."""
-    return sorted(paths, key=lambda path: hashlib.sha256(f"{seed} {os.path.relpath(path, root)}".encode()).digest())
+    def place(path):
+        return hashlib.sha256(os.fsencode(f"{seed} {os.path.relpath(path, root)}")).digest()
+    return sorted(paths, key=place)
 
 
 def split(images, root, args):

@@ -43,8 +43,6 @@ def eval_transform(size, crop_pct=CROP_PCT):
     return Compose([partial(resize_to_cover, size=resized), CenterCrop(size), to_uint8])
 
 
-# Crop and resize
-
 class RandomResizedCrop:
     """A random part of the image, resized to `size` (H, W): area U(scale) of the image, aspect w/h log-uniform in
     `ratio`, at most 10 tries, then the central crop.

@@ -68,14 +68,12 @@ def save_step(folder, step, state):
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
 
 
-def damage(path):
-    """None if every record of a torch file passes its checksum and says it is a file, else what is wrong."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip() or next((r.filename for r in archive.infolist() if r.external_attr), None)
-        return f"record {bad} is not as it was written" if bad else None
-    except Exception as error:  # flipped bytes in a header raise anything
-        return f"{type(error).__name__}: {error}"
+def read_whole(path):
+    """A torch file whose every record passes its checksum and says that it is a file; whatever else is raises."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip() or next((r.filename for r in archive.infolist() if r.external_attr), None):
+            raise OSError(f"record {bad} is not as it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_newest(folder):
@@ -85,13 +83,10 @@ def load_newest(folder):
     steps = steps_saved(folder)
     for step in steps:
         path = Path(folder) / f"step-{step:08d}.pt"
-        wrong = damage(path)
-        if wrong is None:
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                wrong = f"{type(error).__name__}: {error}"
-        print0(f"{path} is damaged ({wrong}): falling back to the checkpoint before it")
+        try:
+            return read_whole(path)
+        except Exception as error:  # flipped bytes raise anything
+            print0(f"{path} is damaged ({type(error).__name__}: {error}): falling back to the checkpoint before it")
     if steps:
         raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): pass --fresh to start the run again")
     return None

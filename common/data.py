@@ -72,7 +72,7 @@ class ImageSet:
         digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
         if isinstance(self.images, list):
             root = os.path.commonpath(self.images) if len(self) > 1 else os.path.dirname(self.images[0])
-            digest.update("\n".join(os.path.relpath(path, root) for path in self.images).encode())
+            digest.update(os.fsencode("\n".join(os.path.relpath(path, root) for path in self.images)))
         for index in range(0, len(self), math.ceil(len(self) / 1000)):
             if isinstance(self.images, list):
                 digest.update(str(os.path.getsize(self.images[index])).encode())
@@ -133,14 +133,21 @@ def labelled_folder(root, in_chans, name):
     return ImageSet(name, list(paths), np.asarray(labels), folder.classes, in_chans)
 
 
+def image_files(root):
+    """All images below a folder, also where links lead (but not back up), sorted by name."""
+    found = []
+    for folder, below, files in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not Path(folder).resolve().is_relative_to(Path(folder, name).resolve())]
+        found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
+    return sorted(found)
+
+
 def image_tree(root, in_chans):
-    """All images below a folder, sorted by name, without labels: enough to pre-train on."""
+    """The images below a folder without labels: enough to pre-train on."""
     root = Path(root) / "train" if (Path(root) / "train").is_dir() else Path(root)
     if not root.is_dir():
         raise DataError(f"--data-path {root} is not a folder")
-    paths = sorted(os.path.join(folder, file) for folder, _, files in os.walk(root, followlinks=True)
-                   for file in files if file.lower().endswith(EXTENSIONS))
-    if not paths:
+    if not (paths := image_files(root)):
         raise DataError(f"no image below {root} (looked for {' '.join(EXTENSIONS)})")
     return ImageSet("folder", paths, None, [], in_chans)
 
@@ -221,6 +228,8 @@ def take_statistics(args, weights):
     before, asked for others, that is a DataError. With weights None nothing happens.
     """
     theirs = weights.statistics if weights else None
+    if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # grey as colour, or the other way round
+        theirs = {name: [round(sum(values) / len(values), 6)] * args.in_chans for name, values in theirs.items()}
     if not theirs or len(theirs["mean"]) != args.in_chans:
         return
     for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():

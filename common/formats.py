@@ -42,10 +42,10 @@ class Report:
                 + "".join(heads))
 
 
-def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
+def load_encoder(vit, weights, keep_blocks=None, keep_head=False, explained=()):
     """Loads Weights into a timm VisionTransformer, in place; returns a Report. An error leaves the model as it was.
 
-    keep_blocks: None for all, or the first k (leading_blocks). head: "drop", "keep", or "auto" to keep it if it fits.
+    keep_blocks: None for all, or the first k (leading_blocks). keep_head: the classifier too, which must fit.
     explained: further endings of names that the two need not share (the tables of the RPE variant, say).
     """
     target, depth, notes = vit.state_dict(), len(vit.blocks), []
@@ -54,7 +54,9 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
     compare_heads(weights, vit.blocks[0].attn.num_heads, notes)
     check_kind(weights, vit)
     # 1. What of the source is wanted, and what of the model must be in it
-    ignored = DECODER if keeps_head(weights, target, head, keep_blocks) else (*DECODER, "head.")
+    if keep_head:
+        require_head(weights, target, keep_blocks)
+    ignored = DECODER if keep_head else (*DECODER, "head.", *SECOND_HEAD)
     if "fc_norm.weight" in target:
         ignored += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
     wanted, required = weights.state, [name for name in target if not name.startswith(FINAL)]
@@ -70,8 +72,7 @@ def load_encoder(vit, weights, keep_blocks=None, head="drop", explained=()):
 
     # 3. Whatever is left unexplained is an error
     missing = [name for name in required if name not in state]
-    unexpected = [name for name in weights.state
-                  if name not in target and not name.startswith((*ignored, *SECOND_HEAD))]
+    unexpected = [name for name in weights.state if name not in target and not name.startswith(ignored)]
     missing, unexpected = ([name for name in names if not name.endswith(tuple(explained))]
                            for names in (missing, unexpected))
     require_fit(weights.source, target, state, missing, unexpected)
@@ -92,9 +93,11 @@ def compare_heads(weights, num_heads, notes):
 
 def check_kind(weights, vit):
     """Says which argument to change where the source is a model of another size or kind."""
+    if STEM not in weights.state or any(name.startswith("patch_embed.backbone.") for name in weights.state):
+        raise FormatError(f"{weights.source} is no plain ViT (a convolution alone embeds its patches): give one")
     theirs, ours = weights.state[STEM].shape, vit.state_dict()[STEM].shape
+    name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
     if theirs[0] != ours[0]:
-        name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
         raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
                           + (f"pass --model {name}" if name else "no --model has that width"))
     if theirs[2:] != ours[2:]:
@@ -102,46 +105,56 @@ def check_kind(weights, vit):
                           f"pass --patch-size {theirs[2]}")
     relative, wanted = (any(name.endswith(TABLE) for name in state) for state in (weights.state, vit.state_dict()))
     if relative and not wanted:
-        model = "vit_tiny_rpe" if "pos_embed" in weights.state else "vit_tiny_simmim"
+        model = f"{name}_rpe" if "pos_embed" in weights.state else f"{name}_simmim"
         raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
                           f"(finetune.py, transfer.py); other scripts take plain ViTs only")
+    size = (weights.config or {}).get("img_size")
+    if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
+        raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
+                          f"which cannot be resized: leave --img-size out")
 
 
-def keeps_head(weights, target, head, keep_blocks):
-    """Whether the classifier is loaded: only with its classes, all blocks, and the norm whose output it reads."""
+def require_head(weights, target, keep_blocks):
+    """A classifier is kept only with its classes, all blocks, and the norm whose output it reads."""
     theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
+    norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
     norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
-    fits = theirs == ours > 0 and norm in weights.state and keep_blocks is None
-    if head == "keep" and not theirs:
+    if not theirs:
         raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
-    if head == "keep" and not fits:
-        found = next((name for name in ("fc_norm.weight", "norm.weight") if name in weights.state), "no norm")
-        raise FormatError(f"{weights.source} classifies {theirs} classes after {found}, the model {ours} after {norm}, "
-                          f"with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: --global-pool token")
-    return fits and head != "drop"
+    if "head_dist.weight" in weights.state.keys() - target.keys():
+        raise FormatError(f"{weights.source} has a second head: appendix/finetune_distilled.py --eval-only asks both")
+    if theirs != ours or norm not in norms or keep_blocks is not None:
+        raise FormatError(f"{weights.source} classifies {theirs} classes after {norms[0]}, the model {ours} after "
+                          f"{norm}, with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: "
+                          f"--global-pool token")
 
 
 def fit_positions(weights, vit, notes):
     """The source's pos_embed, its patches (not the other tokens) resized to the model's grid, bicubic, as timm does."""
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    old, new = source_grid(weights, prefix), tuple(vit.patch_embed.grid_size)
+    new = tuple(vit.patch_embed.grid_size)
+    old = source_grid(weights, prefix, new)
     if old != new:
         notes.append(f"positions resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
     return resample_abs_pos_embed(weights.state["pos_embed"], list(new), list(old), num_prefix_tokens=prefix)
 
 
-def source_grid(weights, prefix):
-    """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square."""
+def source_grid(weights, prefix, wanted=(0, 0)):
+    """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square, else the
+    `wanted` ones if they are as many.
+    """
     if "dist_token" in weights.state:
         raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
                           f"plain DeiT's weights")
     count, config = weights.state["pos_embed"].shape[1] - prefix, weights.config
-    grid = patch_grid(config["img_size"], config["patch_size"]) if config else (math.isqrt(max(count, 0)),) * 2
-    if grid[0] * grid[1] != count:
-        why = f"its grid is {grid}" if config else "no square, and no image size is in the file"
-        raise FormatError(f"{weights.source} has positions for {count} patches ({why}): rebuild it by load_model with "
-                          f"its img_size, or give a file with settings")
-    return grid
+    square = (math.isqrt(max(count, 0)),) * 2
+    grids = [patch_grid(config["img_size"], config["patch_size"])] if config else [square, wanted]
+    for grid in grids:
+        if math.prod(grid) == count:
+            return grid
+    why = f"its grid is {grids[0]}" if config else "no square, and no image size is in the file"
+    raise FormatError(f"{weights.source} has positions for {count} patches ({why}): give its --img-size, height and "
+                      f"width, or a file with settings")
 
 
 def fit_channels(weight, in_chans, notes):
@@ -172,9 +185,9 @@ def require_fit(source, target, state, missing=None, unexpected=None):
 def load_model(source, **overrides):
     """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
 
-    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, a non-square img_size); of our
-    files they may change mask_ratio, norm_pix and drop_path. A FormatError if one contradicts the source. The model's
-    `statistics` are those of the images it learnt from, or None.
+    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, norm_pix, a non-square
+    img_size); of our files they may change mask_ratio and drop_path. A FormatError if one contradicts the source. The
+    model's `statistics` are those of the images it learnt from, or None.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
@@ -182,7 +195,7 @@ def load_model(source, **overrides):
     weights = source if isinstance(source, Weights) else read_weights(source)
     source, config = weights.source, weights.config or {}
     for name, value in given.items():
-        known = (name in config and name not in ("mask_ratio", "norm_pix")) or weights.model is not None
+        known = (name in config and name != "mask_ratio") or weights.model is not None
         if known and config.get(name) != value:
             raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
     if weights.model is not None:

@@ -95,11 +95,11 @@ class StepSampler:
 
 def outlive_signals(worker):
     """A stop signal to the whole job is the main process's business: it finishes its step with these workers, which
-    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay ten seconds more.
+    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay a minute more.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def default_workers(workers, device):
@@ -118,14 +118,6 @@ def train_loader(views, sampler, workers, device):
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
                       collate_fn=getattr(views.transform, "collate", None),
                       prefetch_factor=2 if workers else None, worker_init_fn=outlive_signals)
-
-
-def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):
-    """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
-    keys = [(epoch, index) for index in range(rank, len(images), world)]
-    batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
-    return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
 def to_device(batch, device, mean, std):

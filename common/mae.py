@@ -122,27 +122,12 @@ class MAE(nn.Module):
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
 
-    @torch.no_grad()
-    def reconstruct(self, images, noise):
-        """Prediction of every patch (B, L, p*p*C) in image order, and the mask (B, L): 1 where a patch was removed."""
-        patches = self.patchify(images)
-        ids_shuffle = noise.argsort(dim=1)
-        ids_visible = ids_shuffle[:, : self.num_visible]
-        pred = self.forward_decoder(self.forward_encoder(take(patches, ids_visible), ids_visible), ids_shuffle)
-        mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
-        return take(pred, ids_shuffle.argsort(dim=1)), mask
-
     def patchify(self, images):
         """(B, C, H, W) -> (B, L, p*p*C): patches row by row, inside a patch row, column, channel."""
         B, C, (h, w), p = len(images), self.in_chans, self.grid, self.patch_size
         if images.shape[1:] != (C, h * p, w * p):
             raise UserError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
         return images.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
-
-    def unpatchify(self, patches):
-        """The inverse of `patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
-        B, C, (h, w), p = len(patches), self.in_chans, self.grid, self.patch_size
-        return patches.reshape(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)
 
     def embed(self, patches, ids):
         """Patches (B, K, p*p*C) at places ids (B, K) -> tokens with positions (B, K, D)."""

@@ -125,6 +125,8 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
         raise UserError(f"no setting {', '.join(unknown)}{meant} (--help lists them)")
     given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
     given.update(explicit_arguments(parser, words(given, flags_of(parser))))
+    if empty := [name for name, value in given.items() if value == ""]:  # not taken for "none"
+        raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
     preset = given.get("preset") or ("paper" if given.get("data_path") or given.get("dataset_path") else "demo")
     settings.update((presets or {}).get(preset, {}))
     named = {**settings, **given}
@@ -158,11 +160,13 @@ def take_config(args, config, names=None):
 
 
 # The smallest and the largest value of settings that several scripts share
-RANGES = {"epochs": (1, None), "iterations": (1, None), "batch_size": (1, None), "micro_batch": (1, None),
-          "patch_size": (1, None), "in_chans": (1, None), "num_heads": (1, None), "log_every": (1, None),
-          "workers": (-1, None), "seed": (0, None), "local_crops": (0, None), "views": (0, None),
-          "warmup_epochs": (0, None), "eval_every": (0, None), "num_images": (1, None), "mask_ratio": (0, 1),
-          "drop_path": (0, 1), "smoothing": (0, 1), "erasing": (0, 1), "crop_min": (0.001, 1)}
+RANGES = {
+    **dict.fromkeys(("epochs", "iterations", "batch_size", "micro_batch", "patch_size", "in_chans", "num_heads",
+                     "log_every", "num_images", "num_classes", "per_class"), (1, None)),
+    **dict.fromkeys(("seed", "local_crops", "views", "warmup_epochs", "eval_every", "clip_grad", "base_lr", "lr",
+                     "mixup", "cutmix", "weight_decay"), (0, None)),
+    **dict.fromkeys(("mask_ratio", "drop_path", "smoothing", "erasing"), (0, 1)),
+    "workers": (-1, None), "crop_min": (0.001, 1), "beta2": (0, 0.9999)}
 
 
 def check_ranges(settings):

@@ -50,11 +50,6 @@ def spread(values):
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def visible(image):
-    """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
-    return image if image.shape[-1] == 3 else image.mean(axis=-1)
-
-
 def markdown(header, rows):
     """A Markdown table, columns aligned so that it reads in a terminal too; short rows end in empty cells."""
     cells = [[str(c) for c in row] + [""] * (len(header) - len(row)) for row in [header, *rows]]

@@ -38,9 +38,10 @@ ADDED_LATER = {}
 
 def identity(settings):
     """The settings that change a run's result. None and False say "not used" and stay out, so that a new argument whose
-    default is off leaves the identity of old runs as it was.
+    default is off leaves the identity of old runs as it was. Equal sides are one number.
     """
-    return {name: value for name, value in settings.items()
+    sides = ("img_size", "position_size")
+    return {name: list(dict.fromkeys(value)) if name in sides else value for name, value in settings.items()
             if name not in EXECUTION + BY_CONTENT and value is not None and value is not False
             and (name not in ADDED_LATER or value != ADDED_LATER[name])}
 
@@ -68,11 +69,7 @@ class Run:
     def __init__(self, folder, settings):
         self.folder, self.settings, self.result = Path(folder), settings, None
         self.classes = None  # of a classifier: their names, in the order of its outputs
-        self.save_to = settings.get("save_to")
-
-    @property
-    def log_path(self):
-        return self.folder / "log.jsonl"
+        self.log_path, self.save_to = self.folder / "log.jsonl", settings.get("save_to")
 
     def log(self, row):
         """Appends a row to log.jsonl."""
@@ -92,8 +89,9 @@ class Run:
         """Forgets the rows after the first `size` bytes, which are those written after the checkpoint that a run
         resumes from, so that its log reads like an uninterrupted one.
         """
-        if distributed.is_main() and self.log_size() > size:
-            os.truncate(self.log_path, size)
+        if distributed.is_main() and self.log_size():
+            kept = self.log_path.read_bytes()[:size]  # less after a power failure, perhaps half a row
+            os.truncate(self.log_path, kept.rfind(b"\n") + 1)
 
     def weights(self, model):
         """The content of a file of weights: all that is needed to use them elsewhere."""
@@ -117,6 +115,8 @@ class Run:
 def deliver(result, save_to):
     """Copies a finished run's weights to --save-to."""
     if save_to and distributed.is_main():
+        if not Path(result["checkpoint"]).exists():
+            raise OSError(f"{result['checkpoint']} is gone, so --save-to has nothing to copy: --fresh makes it again")
         try:
             Path(save_to).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(save_to, lambda file: file.write(Path(result["checkpoint"]).read_bytes()))
@@ -165,8 +165,18 @@ def open_run(script, name, args, fingerprints):
             lock.close()
 
 
+def finished(folder):
+    """The result of a finished run, else None; the folder may have moved since."""
+    if (done := folder / "result.json").exists():
+        return {**json.loads(done.read_text()), "run": str(folder), "checkpoint": str(folder / WEIGHTS)}
+
+
 def _prepare(folder, fresh, settings):
-    """Makes and locks the folder; returns the lock (closed at the end) and the result of a finished run."""
+    """Makes and locks the folder; returns the lock (closed at the end), or None and the result of a finished run, which
+    many may read at once.
+    """
+    if not fresh and (result := finished(folder)):
+        return None, result
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a+")
     try:
@@ -185,10 +195,7 @@ def _prepare(folder, fresh, settings):
         for path in folder.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = folder / "result.json"
-    if done.exists():
-        stored = json.loads(done.read_text())
-        stored.update(run=str(folder), checkpoint=str(folder / WEIGHTS))  # the folder may have moved
-        return lock, stored
+    if result := finished(folder):  # by another process, meanwhile
+        return lock, result
     save_json(folder / "settings.json", settings)
     return lock, None

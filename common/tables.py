@@ -17,7 +17,7 @@ PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in e
 NOTES = {
     "demo": "The demo's numbers come from generated images and minutes of training. They show that the chain works and "
             "say nothing about the paper's claims.",
-    "small": "Same chain on other images at 64 px: compare the rows with each other, not with the published column.",
+    "small": "Same chain on other images: compare the rows with each other, not with the published column.",
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
 OWN_DATA = {"transfer", "detect"}  # stages that do not read --data-path
@@ -82,6 +82,8 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
         except json.JSONDecodeError:
             pass  # a plain word
         args.per_stage.setdefault(stage, {})[key.replace("-", "_")] = value
+    if len(seeds := given.get("seeds", [])) > len(set(seeds)):
+        parser.error(f"--seeds {' '.join(map(str, seeds))}: each once, or their spread means nothing")
     return args
 
 
@@ -147,6 +149,8 @@ def check_row(row, args):
     for module, settings in row.stages:
         explicit = explicit_settings(module, args, args.seeds[0], row.forced)
         init = getattr(options.stage_settings(module, explicit, settings), "init", None)
+        if len(args.seeds) > 1 and "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()):
+            raise UserError("--set STAGE.seed of the last stage would count one run for each of --seeds")
         if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
             raise UserError(f"{row.name}: no weights at {init}")
 
@@ -165,8 +169,9 @@ def overruled(row, args):
     words = []
     for module, settings in row.stages:
         explicit = explicit_settings(module, args, args.seeds[0])
-        words += options.words({name: explicit[name] for name, value in settings.items()
-                                if explicit.get(name, value) != value and name not in row.forced.get(module, {})})
+        changed = {name: explicit[name] for name, value in settings.items()
+                   if explicit.get(name, value) != value and name not in row.forced.get(module, {})}
+        words += options.words({name: "off" if value in (None, False) else value for name, value in changed.items()})
     return " ".join(words)
 
 
@@ -181,8 +186,7 @@ def explicit_settings(module, args, seed, forced=None):
     known = vars(options.stage_settings(module))
     own = ("img_size",) if module.endswith(".detect") else ()  # there the canvas: by --set detect.img_size alone
     given = {name: value for name, value in args.given.items() if name in known and name not in own}
-    return {**given, **args.per_stage.get(module.split(".")[-1], {}), "seed": seed,
-            **(forced or {}).get(module, {})}
+    return {**given, "seed": seed, **args.per_stage.get(module.split(".")[-1], {}), **(forced or {}).get(module, {})}
 
 
 def run_row(row, seed, args, script, done):

@@ -198,6 +198,8 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
                 note_evaluation(snapshot, stop, evaluate, per_epoch)
+        if distributed.all_max(stop.received)[0]:  # while the last evaluation was noted
+            raise SystemExit(STOPPED)
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")

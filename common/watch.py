@@ -53,8 +53,9 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if kind is SystemExit:
+            how = "without --fresh" if self.run.settings.get("fresh") else "to continue"
             print0(f"stopped by a signal after step {self.progress['step']} of {self.total}; saved in "
-                   f"{self.run.folder}. Repeat the command.")
+                   f"{self.run.folder}. Repeat the command {how}.")
 
 
 class Guard:

@@ -24,8 +24,9 @@ from torchvision.transforms.v2 import functional as TF
 from common import distributed
 from common.augment import to_uint8
 from common.data import DataError, ImageSet, UnreadableImage, statistics
-from common.loader import default_workers, eval_loader, to_device
+from common.loader import default_workers, to_device
 from common.vit import pair
+from sec3_benchmark.evaluate import eval_loader
 from sec3_benchmark.mask_rcnn import paste
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
@@ -69,26 +70,50 @@ def objects(coco, image_id):
 
 
 def has_outline(annotation):
-    """Whether it has run lengths, or a polygon of three corners or more."""
-    outline = annotation.get("segmentation")
-    return bool(outline) and (isinstance(outline, dict) or any(len(polygon) >= 6 for polygon in outline))
+    """Whether it has run lengths or a polygon."""
+    return bool(annotation.get("segmentation"))
 
 
 def object_mask(annotation, height, width):
     """The pixels of an object, (height, width) bool: polygons, run lengths or compressed run lengths."""
     outline = annotation["segmentation"]
     if isinstance(outline, list):
-        polygons = [polygon for polygon in outline if len(polygon) >= 6]
-        outline = run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+        outline = run_lengths.merge(run_lengths.frPyObjects(outline, height, width))
     elif isinstance(outline["counts"], list):
         outline = run_lengths.frPyObjects(outline, height, width)
     return run_lengths.decode(outline).astype(bool)
 
 
+def regular(content):
+    """A COCO dictionary as pycocotools needs it, in place: no object is number 0, which it takes for "no match", each
+    number stands once, each object says whether it is a crowd, and a polygon has three corners or more.
+    """
+    annotations = content["annotations"]
+    numbers = [one.get("id") for one in annotations]
+    if {0, None} & set(numbers) or len(set(numbers)) < len(numbers):
+        for number, one in enumerate(annotations, 1):
+            one["id"] = number
+    for one in annotations:
+        one.setdefault("iscrowd", 0)
+        if isinstance(one.get("segmentation"), list):
+            one["segmentation"] = [polygon for polygon in one["segmentation"] if len(polygon) >= 6]
+    return content
+
+
+def check_ground_truth(coco, path):
+    """Average precision needs box, area and outline of every object, and an object at all: known before a training."""
+    for one in coco.anns.values():
+        if lacking := [key for key in ("bbox", "area", "segmentation") if not one.get(key)]:
+            raise DataError(f"{path}: object {one['id']} on image {one['image_id']} has no {' and no '.join(lacking)} "
+                            f"(of three corners or more), so it cannot be measured: add it, or remove the object")
+    if not any(not one["iscrowd"] for one in coco.anns.values()):
+        raise DataError(f"{path} has no object that is no crowd: there is nothing to measure")
+
+
 def read_annotations(path):
     """pycocotools' index of an annotation file. Objects of categories that it does not list are an error."""
     try:
-        coco = in_memory(json.loads(path.read_text()))
+        coco = in_memory(regular(json.loads(path.read_text())))
         strange = {one["category_id"] for one in coco.anns.values()} - coco.cats.keys()
     except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} is not whole, or no COCO annotations ({type(error).__name__}: {error}): fetch it "
@@ -101,6 +126,8 @@ def read_annotations(path):
 
 def load_coco(root, in_chans=3, splits=("train", "val")):
     """Training and validation set of a COCO folder, or one of them. Images without objects are kept for validation."""
+    if in_chans not in (1, 3):
+        raise DataError(f"--in-chans {in_chans}: objects are detected on images of 1 or 3 channels")
     sets = []
     for split in splits:
         path = Path(root) / "annotations" / f"instances_{split}2017.json"
@@ -113,6 +140,8 @@ def load_coco(root, in_chans=3, splits=("train", "val")):
         categories = [coco.cats[i]["name"] for i in sorted(coco.cats)]
         if not ids:
             raise DataError(f"{path} has no image with objects")
+        if split == "val":
+            check_ground_truth(coco, path)
         sets.append(CocoSet(f"coco-{split}", files, None, categories, in_chans, coco, ids))
     if sets[0].classes != sets[-1].classes:
         raise DataError(f"{root}: train has {len(sets[0].classes)} categories, val {len(sets[-1].classes)}, or other "

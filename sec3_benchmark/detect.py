@@ -24,10 +24,11 @@ from common.loader import seed_everything
 from common.optim import adamw, learning_rate, steps_per_epoch
 from common.runs import open_run
 from common.training import Method, train, wrap
-from common.vit import build_vit
+from common.vit import SIZES, build_vit
 from common.weights import FormatError, Weights, fingerprint, own_config, read_file
 from sec3_benchmark.coco import DetectionViews, detect_all, evaluator, load_coco, targets_of
 from sec3_benchmark.draw_detections import draw_detections
+from sec3_benchmark.evaluate import check_classes, check_readable
 from sec3_benchmark.mask_rcnn import MaskRCNN
 from sec3_benchmark.scenes import load_scenes
 from sec3_benchmark.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
@@ -102,6 +103,8 @@ def build_detector(args, num_classes, weights=None):
     if weights is not None:
         print0(load_encoder(vit, weights))
     returned = args.global_blocks if args.pyramid == "topdown" else (-1,)
+    if args.pyramid == "topdown" and len(set(returned)) != 4:
+        raise UserError(f"--global-blocks {' '.join(map(str, returned))}: --pyramid topdown is made of four of them")
     backbone = ViTBackbone(vit, args.img_size, args.window, args.global_blocks, returned, not args.keep_activations)
     config = {**{name: getattr(args, name) for name in BUILT_FROM}, "detector_classes": num_classes}
     return MaskRCNN(backbone, PYRAMIDS[args.pyramid](vit.embed_dim, args.channels), 1 + num_classes, config,
@@ -171,7 +174,8 @@ def read_detector(source):
     config, state = own_config(content) or {}, content.get("model")
     if "detector_classes" not in config:
         raise FormatError(f"{source} is no detector: --eval-only takes the weights.pt of a run of detect.py")
-    return Weights(state, config, str(source), "detector", fingerprint(state), [], statistics=content.get("statistics"))
+    return Weights(state, config, str(source), "detector", fingerprint(state), [],
+                   **{name: content.get(name) for name in ("statistics", "classes")})
 
 
 def take_detector(args, weights):
@@ -190,25 +194,30 @@ def take_detector(args, weights):
 def take_backbone(args, weights):
     """What the weights say of their ViT; --img-size is the canvas, which has nothing to do with them."""
     config = weights and weights.config
+    if config and config["model"] not in (None, *SIZES):
+        raise UserError(f"--init {args.init} has relative positions ({config['model']}): detect.py takes a plain ViT, "
+                        f"pre-trained by --model vit_tiny")
     options.take_config(args, config, ("model", "patch_size", "in_chans", "num_heads"))
     options.take_config(args, config and {"position_size": config["img_size"]})
     take_statistics(args, weights)
 
 
 def evaluate_only(args, device):
-    """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<fingerprint>/."""
+    """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<weights>-<data>/."""
     weights = read_detector(args.init)
     take_detector(args, weights)
     num_classes = weights.config["detector_classes"]
     [val_set] = load_detection_sets(args, splits=("val",))
     if num_classes != len(val_set.classes):
         raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
+    check_classes(weights, val_set)
     model = build_detector(args, num_classes)
     model.load_state_dict(weights.state)
     model = model.to(device)
     result = evaluator(model, val_set, args, device)()
     print_ap(result)
-    draw(model, val_set, args, device, Path(args.output) / "detect" / f"eval-{weights.fingerprint[:10]}")
+    place = f"eval-{weights.fingerprint[:10]}-{val_set.fingerprint()[:6]}"
+    draw(model, val_set, args, device, Path(args.output) / "detect" / place)
     return result
 
 
@@ -217,9 +226,18 @@ def print_ap(result):
            f"(at IoU 0.5: {result['box_ap50']:.2f}, {result['mask_ap50']:.2f})")
 
 
+def check_recipe(args):
+    if args.warmup_iterations >= args.iterations:
+        raise UserError(f"--warmup-iterations {args.warmup_iterations} leaves nothing of --iterations "
+                        f"{args.iterations}: lower it too")
+    if not 0 < args.jitter[0] <= args.jitter[1]:
+        raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, above 0, then the largest")
+
+
 def main(args):
     """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
+    check_recipe(args)
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the detector to evaluate")
     if args.eval_only:
@@ -236,6 +254,8 @@ def main(args):
         if run.result:
             print_ap(run.result)
             return run.result
+        check_readable(val_set, run, args, device)
+        run.classes = train_set.classes
         seed_everything("weights", args.seed)
         model = build_detector(args, len(train_set.classes), weights).to(device)
         optimizer = adamw(detector_groups(model, args.weight_decay), betas=(0.9, 0.999))

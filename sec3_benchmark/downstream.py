@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import options, report
-from common.data import DataError
+from common.data import DataError, channel_statistics
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
+from common.weights import read_weights
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
 
 # What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
@@ -93,6 +94,41 @@ def with_models(rows, args):
     if models:
         args.rows = [*(args.rows or []), *models]
     return list(known.values())
+
+
+def settings_told(args, stage):
+    """The settings of the later stage that the command line gives."""
+    return {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
+
+
+def scratch_settings(loaded, told):
+    """A start from random weights beside those of files is the same network: their shape and normalisation, except
+    where the command line says otherwise (`told`). {} without files, or if these do not say.
+    """
+    networks = {}
+    for name, weights in loaded.items():
+        if weights.config:
+            usual = channel_statistics(weights.config["in_chans"])
+            says = {**{key: weights.config.get(key) for key in options.SHAPE},
+                    **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
+            networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
+    first = next(iter(networks.values()), {})
+    for name, network in networks.items():
+        if other := [key for key in {**first, **network} if first.get(key) != network.get(key)]:
+            raise UserError(f"--models: the start from random weights is one network for all, and "
+                            f"{next(iter(networks))} and {name} differ in "
+                            + ", ".join(f"{key} ({first.get(key)}, {network.get(key)})" for key in other)
+                            + ": run them apart")
+    return first
+
+
+def random_like(row, args):
+    """The row of random weights, where it is to be run: the same network as the files of --models, if there are any."""
+    (module, settings), files = row.stages[-1], options.named(args.models, "--models")
+    if not {row.key, "all"} & set(args.rows or ()) - files.keys():
+        return row
+    loaded = {name: read_weights(file) for name, file in files.items() if not args.dry_run or Path(file).exists()}
+    return replace(row, stages=((module, {**settings, **scratch_settings(loaded, settings_told(args, module))}),))
 
 
 def chosen_sets(args):

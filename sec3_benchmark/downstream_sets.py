@@ -143,7 +143,10 @@ def folder_sets(name, root, args):
 
 
 def check_path(name, root):
-    """Raises DataError if a set that is generated is given a --dataset-path, or another set none."""
+    """Raises DataError if a set that is generated is given a --dataset-path, or another set none, or is a path."""
+    if Path(name).name != name:
+        raise DataError(f"--dataset {name}: the name of a folder in --dataset-path, not a path; for that folder itself "
+                        f"give it as --dataset-path, and --dataset folder")
     if name in FRACTALS and root:
         raise DataError(f"{name} is generated and reads no --dataset-path {root}: leave one of them out, or choose "
                         f"another --preset")

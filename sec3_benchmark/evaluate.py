@@ -1,11 +1,25 @@
 """Accuracy of a classifier, each image counted once, in float32 (Tables 1-5)."""
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from common import distributed
 from common.augment import eval_transform
+from common.checkpoint import steps_saved
 from common.data import statistics
-from common.loader import default_workers, eval_loader, to_device
+from common.errors import UserError
+from common.loader import Views, default_workers, outlive_signals, to_device
+
+READ = set()  # fingerprints of sets whose images can all be read
+
+
+def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):
+    """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
+    keys = [(epoch, index) for index in range(rank, len(images), world)]
+    batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
+    return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
 @torch.inference_mode()
@@ -24,6 +38,35 @@ def accuracy(model, loader, device, mean, std):
                              torch.tensor(float(len(label)), device=device)]).double()
     top1, top5, loss, images = distributed.all_sum(sums).tolist()
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "val_loss": loss / images, "images": int(images)}
+
+
+def check_classes(weights, images):
+    """An error if a file that names its classes knows others, or in another order, than the images have."""
+    theirs, ours = weights.classes, [str(name) for name in images.classes]
+    if theirs and len(theirs) == len(ours) and theirs != ours:
+        first = next(pair for pair in zip(theirs, ours) if pair[0] != pair[1])
+        raise UserError(f"{weights.source} was trained on other classes than {images.name} has, or in another order: "
+                        f"{first[0]} there is {first[1]} here. Give the images in folders called as in training")
+
+
+def nothing(image):
+    """The transform of images that are only to be read."""
+    return {}
+
+
+def check_readable(images, run, args, device):
+    """Raises for the first image that cannot be read, before a training and not in its first evaluation. Every rank
+    reads its share; a run that goes on has done so, and so has this process for the sets in READ.
+    """
+    name = images.fingerprint()
+    if not isinstance(images.images, list) or name in READ or steps_saved(run.folder):
+        return
+    loader = eval_loader(images, nothing, 256, default_workers(args.workers, device), device, distributed.rank(),
+                         distributed.world_size())
+    for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
+                  disable=None if distributed.is_main() else True):
+        pass
+    READ.add(name)
 
 
 def evaluator(model, images, args, device):

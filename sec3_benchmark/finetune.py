@@ -24,7 +24,7 @@ from common.rpe import MODELS, build_model, unshared
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.erasing import erase, erasing_box
-from sec3_benchmark.evaluate import evaluator
+from sec3_benchmark.evaluate import check_classes, check_readable, evaluator
 from sec3_benchmark.randaugment import train_transform
 
 PRESETS = {
@@ -121,7 +121,7 @@ class Supervised(Method):
         return self.cross_entropy(self.forward(images), target), {}
 
 
-def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, build=build_model, fresh=()):
+def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0, build=build_model, fresh=()):
     """The ViT of the command line with what `--init` and `--keep-blocks` put into it. `fresh`: endings of the names of
     further parts, which --init need not hold.
     """
@@ -130,7 +130,7 @@ def build_classifier(args, num_classes, weights, head="drop", drop_path=0.0, bui
     vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                 num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path)
     if weights is not None:
-        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, head=head,
+        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, keep_head=keep_head,
                             explained=(*unshared(vit, weights), *fresh)))
     return vit
 
@@ -141,7 +141,8 @@ def evaluate_only(args, device, build):
     options.take_config(args, weights.config)
     take_statistics(args, weights)
     [val_set] = load_sets(args, splits=("val",))
-    vit = build(args, len(val_set.classes), weights, head="keep").to(device)
+    check_classes(weights, val_set)
+    vit = build(args, len(val_set.classes), weights, keep_head=True).to(device)
     result = evaluator(vit, val_set, args, device)()
     print0(f"{args.init}: top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f} on {result['images']} images")
     return result
@@ -177,6 +178,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
         if run.result:
             print0(in_words(run.result))
             return run.result
+        check_readable(val_set, run, args, device)
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build(args, num_classes, weights, drop_path=args.drop_path).to(device)

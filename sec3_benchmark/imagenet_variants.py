@@ -15,7 +15,8 @@ import torch
 from common import distributed
 from common.augment import eval_transform
 from common.data import STATISTICS, DataError, labelled_folder
-from common.loader import default_workers, eval_loader, to_device
+from common.loader import default_workers, to_device
+from sec3_benchmark.evaluate import eval_loader
 
 
 @torch.inference_mode()

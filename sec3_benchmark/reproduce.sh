@@ -6,7 +6,7 @@
 #   SEEDS="--seeds 0 1 2"                               what trains
 #   TRANSFER="--dataset-path ROOT --datasets NAME ..."  Table 4; outside the demo it is left out without
 #   DETECT="--dataset-path COCO --init FILE"            detect.py, which reads no other argument; likewise
-#   TABLE2="--preset paper --imagenet DIR"              Table 2, which does not train; TABLE3="--in21k DIR"
+#   TABLE2="--preset paper --imagenet DIR --checkpoints ROW=FILE"              Table 2, which does not train; TABLE3="--in21k DIR"
 #   LAUNCH="torchrun --nproc-per-node=8"                several GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -134,6 +134,8 @@ def checkpoints(args):
         if key not in ours:
             raise UserError(f"--checkpoints {key}={file}: name a row of {', '.join(ours)}; of the others only "
                             f"published accuracies are shown")
+    if (args.imagenet or args.imagenet_v2 or args.real_labels) and not given:
+        raise UserError("--imagenet, --real-labels and --imagenet-v2 are for --checkpoints ROW=FILE: give at least one")
     if given and not (args.imagenet or args.imagenet_v2):
         raise UserError("--checkpoints are evaluated on --imagenet or --imagenet-v2: give at least one of the two")
     if args.real_labels and not args.imagenet:

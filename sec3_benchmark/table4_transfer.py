@@ -97,7 +97,9 @@ def panel(axis, heading, gap, sizes, colours):
 def main(args):
     """Runs the chosen rows on the chosen sets; writes table4.json, .md and, from the json, .png; returns the rows."""
     distributed.start("cpu" if args.dry_run else args.device)
-    rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
+    names = downstream.chosen_sets(args)
+    rows = [downstream.random_like(row, args) if row.key == "random" else row
+            for row in downstream.with_models(ROWS, args)]
     results = tables.run_rows(rows, args, DEMO, "table4", downstream.endings(names))
     if args.dry_run:
         return []

@@ -23,7 +23,7 @@ from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.downstream import SETTINGS
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
-from sec3_benchmark.evaluate import evaluator
+from sec3_benchmark.evaluate import check_readable, evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
 
 PRESETS = {
@@ -86,7 +86,7 @@ def schedule(args, images):
     """The learning rate as a function of the step. Prints the arithmetic."""
     per_epoch = steps_per_epoch(images, args.batch_size)
     peak = args.base_lr * args.batch_size / 512 if args.lr is None else args.lr
-    why = f"{args.base_lr:g} x {args.batch_size} / 512" if args.lr is None else "--lr, so --base-lr is not read"
+    why = f"{args.base_lr:g} x {args.batch_size} / 512" if args.lr is None else "lr, whatever the batch"
     print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {why}")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, min_lr=args.min_lr)
@@ -95,6 +95,8 @@ def schedule(args, images):
 def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
+    if "base_lr" in args.explicit and "lr" not in args.explicit:
+        args.lr = None  # the preset's or the set's own peak gives way
     weights = read_weights(args.init) if args.init else None
     options.take_config(args, weights and weights.config, options.SHAPE)
     take_statistics(args, weights)
@@ -106,6 +108,7 @@ def main(args):
         if run.result:
             print0(f"{args.dataset}: {in_words(run.result)}")
             return run.result
+        check_readable(test_set, run, args, device)
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build_classifier(args, len(train_set.classes), weights).to(device)

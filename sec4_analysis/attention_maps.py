@@ -35,6 +35,8 @@ def build_parser():
 def parse(parser, argv=None):
     """The arguments. With a picture they have no preset and no data set."""
     args = study.parse(parser, argv)
+    if args.picture and args.image:
+        parser.error("--image chooses among the drawn images, and --picture is one: leave it out")
     if args.picture:
         args.preset, args.data = None, Path(args.picture).name
     return args
@@ -92,6 +94,11 @@ def describe(arrays):
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
+def visible(image):
+    """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
+    return image if image.shape[-1] == 3 else image.mean(axis=-1)
+
+
 def draw(arrays, path):
     """A row a model: the image, then a map for each layer and head, scaled to its largest weight; cyan: the query."""
     plt, models = report.pyplot(), {}
@@ -105,7 +112,7 @@ def draw(arrays, path):
     for row, (name, panels) in zip(axes, models.items()):
         for panel, (what, array) in zip(row, panels):
             picture = what == "image"
-            panel.imshow(report.visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
+            panel.imshow(visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
                          vmax=1 if picture else array.max())
             if "query" in arrays and not picture:
                 panel.plot(*arrays["query"][::-1], "s", color="cyan", fillstyle="none", markersize=5)

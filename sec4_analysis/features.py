@@ -13,6 +13,7 @@ For B images, P prefix tokens (class token, registers), L patches, and blocks co
 For timm's VisionTransformer, its Beit (relative positions), and the encoder of an MAE, which then sees every patch.
 """
 import torch
+from timm.layers import HybridEmbed
 from timm.models import beit, vision_transformer
 from torch import nn
 
@@ -29,6 +30,7 @@ ATTENTIONS = (vision_transformer.Attention, beit.Attention)
 def check_plain(model, name="the model"):
     """Only where the forward pass is known can its pieces be handed out."""
     if not isinstance(model, ENCODERS) or getattr(model, "attn_pool", None) is not None or \
+            isinstance(model.patch_embed, HybridEmbed) or \
             any(type(block) not in BLOCKS or type(block.attn) not in ATTENTIONS for block in model.blocks):
         raise UserError(f"{name} is no plain ViT of pre-norm blocks (it is a {type(model).__name__}), so its layers "
                         f"cannot be told apart: choose timm's VisionTransformer or Beit, or an MAE")

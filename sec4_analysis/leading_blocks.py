@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from common import options, report, tables
-from common.data import channel_statistics
 from common.distributed import is_main, print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.vit import SIZES
 from common.weights import read_weights
-from sec3_benchmark.downstream import MOCO_FINETUNING
+from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
 from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
@@ -55,31 +54,6 @@ def given_weights(args):
     """{name: Weights} of --models; a dry run may name files that are still to be made."""
     models = given_models(args) if args.models else {}
     return {name: read_weights(file) for name, file in models.items() if not args.dry_run or Path(file).exists()}
-
-
-def settings_told(args, stage):
-    """The settings of the later stage that the command line gives."""
-    return {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
-
-
-def scratch_settings(loaded, told):
-    """k = 0 is the same network as the files': their shape and normalisation, except where the command line says
-    otherwise. {} without files, or if these do not say.
-    """
-    networks = {}
-    for name, weights in loaded.items():
-        if weights.config:
-            usual = channel_statistics(weights.config["in_chans"])
-            says = {**{key: weights.config.get(key) for key in options.SHAPE},
-                    **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
-            networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
-    first = next(iter(networks.values()), {})
-    for name, network in networks.items():
-        if other := [key for key in {**first, **network} if first.get(key) != network.get(key)]:
-            raise UserError(f"--models: k = 0 is one network for all, and {next(iter(networks))} and {name} differ in "
-                            + ", ".join(f"{key} ({first.get(key)}, {network.get(key)})" for key in other)
-                            + ": draw them apart")
-    return first
 
 
 def whole_encoders(methods, loaded, told):

@@ -83,6 +83,8 @@ def given_models(args, words=()):
     models = options.named(args.models, "--models")
     if next(iter(models.values())) in words:
         raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
+    if taken := {"file", "allow_pickle"} & models.keys():  # savez's own arguments
+        raise UserError(f"--models {taken.pop()}=...: choose another name")
     for name, checkpoint in models.items():
         somewhere_else = checkpoint in words or checkpoint.startswith("timm:")
         if not (args.dry_run or somewhere_else or Path(checkpoint).exists()):
@@ -113,7 +115,7 @@ def heads_of(args, checkpoints):
     """{name: number of heads} of --num-heads-of."""
     heads = options.named(args.num_heads_of, "--num-heads-of")
     for name, number in heads.items():
-        if name not in checkpoints or not number.isdigit():
+        if name not in checkpoints or not number.isdigit() or not int(number):
             raise UserError(f"--num-heads-of {name}={number}: a number for one of {', '.join(checkpoints)}")
     return {name: int(number) for name, number in heads.items()}
 
@@ -163,6 +165,11 @@ def draw_images(labels, args):
     return chosen
 
 
+def channels_of(model):
+    proj = model.patch_embed["proj"] if isinstance(model, MAE) else model.patch_embed.proj
+    return proj.in_channels
+
+
 def preprocessing(model, args):
     """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
     crop is the paper's for all models, so that a token shows each of them the same part of the image.
@@ -170,7 +177,7 @@ def preprocessing(model, args):
     _, grid, patch = geometry(model)
     theirs = getattr(model, "statistics", None) or {}
     mean, std = (getattr(args, key) or theirs.get(key) for key in ("mean", "std"))
-    normalisation = channel_statistics(model.patch_embed.proj.in_channels, mean, std)
+    normalisation = channel_statistics(channels_of(model), mean, std)
     return [n * p for n, p in zip(grid, patch)], *(torch.tensor(values) * 255 for values in normalisation.values())
 
 
@@ -200,18 +207,18 @@ def analyse(args, checkpoints, measure, read=validation_images, **settings):
     device = start(args)
     if args.dry_run:
         return None
-    first = next(iter(checkpoints))
-    model = load(first, checkpoints, args, device)
-    args.img_size, args.in_chans = preprocessing(model, args)[0], model.patch_embed.proj.in_channels
+    models = {name: load(name, checkpoints, args, device) for name in checkpoints}
+    first, *others = models
+    args.img_size, args.in_chans = preprocessing(models[first], args)[0], channels_of(models[first])
+    for name in others:
+        if (channels := channels_of(models[name])) != args.in_chans:
+            raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
     images = read(args)
     if not distributed.is_main():
         return None
     chosen = draw_images(images.labels, args)
     values, about = {}, {}
-    for name, checkpoint in checkpoints.items():
-        model = load(name, checkpoints, args, device)
-        if (channels := model.patch_embed.proj.in_channels) != args.in_chans:
-            raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
+    for (name, model), checkpoint in zip(models.items(), checkpoints.values()):
         print0(f"{name}: {checkpoint}, {len(chosen)} images")
         with torch.inference_mode():
             values[name] = measure(model, batches(model, images, chosen, args, device))
@@ -229,12 +236,13 @@ def figure(args, item, numbers, describe, draw):
     `describe(arrays)` is them to read, in Markdown; `draw(arrays, path)` the picture.
     """
     if not args.from_numbers:
+        if not args.dry_run:  # a place that cannot be written is found before the work
+            (Path(args.output) / item).mkdir(parents=True, exist_ok=True)
         done = numbers()
         if done is None:
             return {}
         arrays, about = done
         folder = Path(args.output) / item
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
         where = f"preset {args.preset}" if args.preset else args.data
         report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {describe(arrays)}")

@@ -35,7 +35,7 @@ def build_parser():
     tables.add_rows(parser, ROWS, DEMO)
     downstream.add_models(parser)
     parser.add_argument("--imagenet", action=argparse.BooleanOptionalAction,
-                        help="fill the last column, Table 1's fine-tuning on --data, too; default: but in the demo")
+                        help="fill the last column, Table 1's fine-tuning on --data, too; default: with --data-path")
     options.add_execution(parser)
     return parser
 
@@ -75,7 +75,8 @@ def columns(args, names):
 def main(args):
     """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
     distributed.start("cpu" if args.dry_run else args.device)
-    args.imagenet = args.preset != "demo" if args.imagenet is None else args.imagenet
+    if args.imagenet is None:
+        args.imagenet = args.preset != "demo" and bool(args.data_path)
     rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
     to_run, settings = cells(args, names, rows)
     results = tables.run_rows(to_run, args, DEMO, "table5", settings)

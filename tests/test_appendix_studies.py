@@ -54,6 +54,9 @@ def test_a5_puts_both_protocols_beside_the_published_numbers(asked, tmp_path):
     assert rows["ViTDet (released code)"]["mask AP"] == "35.4 / 0.5"
     assert rows["Li et al. 2021, at the preset's size and rate"]["box AP"] == "- / 2.0"
     assert [row["status"] for row in kept] == ["run", "not chosen", "run"]
+    run(a5_detection_settings, tmp_path, "--rows", "li2021-form", "--img-size", "48")
+    assert asked[-1][1]["img_size"] == [48]
+    assert "(box_ap 39.9, mask_ap 35.4: not chosen)" in (tmp_path / "a5_detection" / "a5_detection.md").read_text()
 
 
 def test_a5_in_full_has_the_papers_size_and_rate():

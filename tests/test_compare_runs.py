@@ -89,6 +89,10 @@ def test_what_cannot_be_compared_says_why(tmp_path, monkeypatch):
         run("--runs", tmp_path / "nope", "--output", tmp_path)
     with pytest.raises(UserError, match=r"nope is no run's folder"):
         run("--runs", tmp_path / "nope", "--write", tmp_path / "r.jsonl")
+    for content in ("", '{"step": 1}\n'):
+        (tmp_path / "log.jsonl").write_text(content)
+        with pytest.raises(UserError, match="log.jsonl is no reference"):
+            run("--runs", source, "--references", tmp_path / "log.jsonl", "--output", tmp_path)
     (source / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         run("--runs", source, "--write", tmp_path / "r.jsonl")

@@ -31,7 +31,7 @@ def test_the_script_writes_reads_and_compares(tmp_path, model, to):
     assert result["difference"] < 1e-6
     if to == "plain":
         again = torch.load(tmp_path / "out", weights_only=True)
-        assert list(again) == ["model"] and list(again["model"]) == list(model().state_dict())
+        assert next(iter(again)) == "model" and list(again["model"]) == list(model().state_dict())
 
 
 def test_moco_s_names_come_back_as_its_encoder(tmp_path):
@@ -39,24 +39,27 @@ def test_moco_s_names_come_back_as_its_encoder(tmp_path):
     assert convert(checkpoint=str(source), to="mocov3", output=str(tmp_path / "out.pth.tar"))["difference"] < 1e-6
     written = torch.load(tmp_path / "out.pth.tar", weights_only=True)["state_dict"]
     assert all(name.startswith("module.base_encoder.") and ".head." not in name for name in written)
-    assert read_weights(tmp_path / "out.pth.tar").layout == "MoCo-v3"
+    assert read_weights(tmp_path / "out.pth.tar").config["num_classes"] == 0
     for model in (classifier(), autoencoder()):
         with pytest.raises(UserError, match="Choose --to plain"):
             convert(checkpoint=str(own_file(tmp_path / "b.pt", model)), to="mocov3", output=str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("to", ["plain", "mocov3"])
-def test_what_the_file_cannot_say_is_printed(tmp_path, capsys, to):
-    """Heads, mean and std, a size that is not square: told so, a reader computes what the original does."""
+def test_what_other_readers_do_not_see_is_printed_and_ours_read_it(tmp_path, capsys, to):
+    """Heads, mean and std, a size that is not square, in a folder that is not there yet."""
     vit = classifier(num_heads=6, img_size=(16, 64), global_pool="token")
     statistics = {"mean": [0.5, 0.4, 0.3], "std": [0.229, 0.224, 0.225]}
     torch.save({"model": vit.state_dict(), "config": vit.config, "statistics": statistics}, tmp_path / "a.pt")
-    convert(checkpoint=str(tmp_path / "a.pt"), to=to, output=str(tmp_path / "out.pth"))
+    convert(checkpoint=str(tmp_path / "a.pt"), to=to, output=str(tmp_path / "new" / "out.pth"))
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.endswith("what reads it: --num-heads 6 --img-size 16 64 --mean 0.5 0.4 0.3")
+    assert said == "tell other projects' readers: --num-heads 6 --img-size 16 64 --mean 0.5 0.4 0.3"
+    again, x = read_weights(tmp_path / "new" / "out.pth"), images(size=(16, 64))
+    assert again.statistics == statistics and "imagenet" not in capsys.readouterr().out
+    assert torch.equal(load_model(again).eval().forward_features(x), vit.forward_features(x))
     usual = own_file(tmp_path / "b.pt", classifier(num_heads=12, global_pool="token"))
     convert(checkpoint=str(usual), to=to, output=str(tmp_path / "out.pth"))
-    assert "what reads it" not in capsys.readouterr().out
+    assert "other projects" not in capsys.readouterr().out
 
 
 def test_other_models_are_refused_in_one_line(tmp_path, monkeypatch):
@@ -72,8 +75,14 @@ def test_the_script_refuses_another_function(tmp_path, monkeypatch):
     """As if what was written did not come back: the head count lost on the way."""
     source = own_file(tmp_path / "a.pt", classifier(num_heads=12))
     load = load_model
-    monkeypatch.setattr(convert_checkpoint, "load_model",
-                        lambda source, **given: load(source, num_heads=3 if "unchecked" in str(source) else None))
+
+    def forgetful(source, **given):
+        model = load(source, **given)
+        if "unchecked" in str(source):
+            for block in model.blocks:
+                block.attn.num_heads, block.attn.head_dim, block.attn.scale = 3, 32, 32**-0.5
+        return model
+    monkeypatch.setattr(convert_checkpoint, "load_model", forgetful)
     with pytest.raises(UserError, match="computes something else"):
         convert(checkpoint=str(source), to="plain", output=str(tmp_path / "out.pth"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]

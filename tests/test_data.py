@@ -18,6 +18,8 @@ from common.data import (
     ImageSet,
     UnreadableImage,
     channel_statistics,
+    image_files,
+    image_tree,
     load_images,
     load_sets,
     read_image,
@@ -411,9 +413,33 @@ def test_statistics_travel_with_weights():
     assert channel_statistics(3, args.mean, args.std) == grey
     with pytest.raises(DataError, match=r"other learnt from images with mean \[0.485.* leave --mean out"):
         take_statistics(args, SimpleNamespace(statistics=usual, source="other"))
-    narrow = arguments(in_chans=1)
-    take_statistics(narrow, SimpleNamespace(statistics=grey, source="file"))  # of other channels: nothing to take
-    assert narrow.mean is None
+    narrow, more = arguments(in_chans=1), arguments(in_chans=5)
+    for args in (narrow, more):
+        take_statistics(args, SimpleNamespace(statistics={"mean": [0.2, 0.3, 0.7], "std": [0.2] * 3}, source="file"))
+    assert narrow.mean == [0.4] and narrow.std == [0.2]  # as the input layer is summed
+    assert more.mean is None  # nothing to take
+    wide = arguments(in_chans=3)
+    take_statistics(wide, SimpleNamespace(statistics={"mean": [0.4], "std": [0.2]}, source="file"))
+    assert wide.mean == [0.4] * 3 and wide.std == [0.2] * 3
+
+
+def test_links_are_followed_but_not_back_up(tmp_path):
+    """Else each image would be found again below every turn of the loop."""
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("data/a/1.png", "elsewhere/2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / place)
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    names = [os.path.relpath(path, tmp_path / "data") for path in image_files(tmp_path / "data")]
+    assert names == ["a/1.png", "b/2.png"]
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path / "caf") + b"\xe9.png")
+    images = image_tree(tmp_path, 3)
+    assert len(images) == 1 and images.read(0).size == (4, 4) and len(images.fingerprint()) == 16
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ def folder(tmp_path):
                    one(4, 5, 7, LENGTHS, crowd=1), one(5, 6, 7, [[1, 1, 2, 2]])]
     categories = [{"id": 90, "name": "kite"}, {"id": 3, "name": "car"}, {"id": 7, "name": "bus"}]
     for split in ("train", "val"):
+        if split == "val":
+            annotations.pop()  # what has no outline cannot be measured
         (tmp_path / f"{split}2017").mkdir()
         for image in images:
             Image.fromarray(np.full((40, 50, 3), image["id"], np.uint8)).save(
@@ -88,6 +90,57 @@ def test_annotations_that_cannot_be_right_are_named(folder, old, new, message):
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=f"instances_train2017.json .*{message}"):
         load_coco(folder)
+
+
+def rewritten(folder, split, change):
+    """The annotation file of a split with change(annotations) done to it."""
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content["annotations"])
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [1, 1, 2, 1], [None] * 4])
+def test_perfect_answers_are_perfect_however_objects_are_numbered(folder, numbers):
+    """pycocotools takes number 0 for "no match", and of objects with one number it keeps the last."""
+    def renumber(annotations):
+        annotations[1] |= {"image_id": 2, "segmentation": [[10, 25, 30, 25, 30, 38, 10, 38]], "bbox": [10, 25, 20, 13]}
+        for one, number in zip(annotations, numbers):
+            one.pop("id")
+            one.pop("iscrowd") if not one["iscrowd"] else None
+            one |= {} if number is None else {"id": number}
+    val = load_coco(rewritten(folder, "val", renumber), splits=("val",))[0]
+    found = []
+    for one in val.coco.anns.values():
+        if not one["iscrowd"]:
+            exact = scenes.annotation(0, one["image_id"], object_mask(one, 40, 50), 0)
+            found.append({**exact, "category_id": one["category_id"], "bbox": one["bbox"], "score": 0.9})
+    result = average_precision(val.coco, val.ids, found)
+    assert len(found) == 2 and result["box_ap"] > 99.9 and result["mask_ap"] > 99.9
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda annotations: annotations[0].pop("area"), "object 1 on image 8 has no area"),
+    (lambda annotations: annotations[0].pop("bbox"), "object 1 on image 8 has no bbox"),
+    (lambda annotations: annotations[0].update(segmentation=[]), "object 1 on image 8 has no segmentation"),
+    (lambda annotations: annotations[0].update(segmentation=[[1, 1, 2, 2]]), "no segmentation .of three corners"),
+    (lambda annotations: [one.update(iscrowd=1) for one in annotations], "nothing to measure")])
+def test_what_cannot_be_measured_is_said_before_a_training(folder, change, message):
+    with pytest.raises(DataError, match=f"instances_val2017.json.*{message}"):
+        load_coco(rewritten(folder, "val", change))
+
+
+def test_a_flat_polygon_beside_a_good_one_is_passed_over(folder):
+    def flatten(annotations):
+        annotations[0]["segmentation"].append([1, 1, 2, 2])
+    [val] = load_coco(rewritten(folder, "val", flatten), splits=("val",))
+    assert val.coco.anns[1]["segmentation"] == RECTANGLE
+
+
+def test_other_channels_are_refused(folder):
+    with pytest.raises(DataError, match="--in-chans 4: objects are detected on images of 1 or 3"):
+        load_coco(folder, 4)
 
 
 def test_masks_of_polygons_and_run_lengths():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from common import options, tables
 from common.errors import UserError
+from common.rpe import build_model
 from sec3_benchmark import detect, scenes, table4_transfer
 from sec3_benchmark.mask_rcnn import MaskRCNN
 from sec5_distill import table5_distillation
@@ -120,6 +121,11 @@ def test_a_run_leaves_pictures_and_is_evaluated_from_its_file(few_scenes, tmp_pa
     [drawn] = (tmp_path / "detect").glob("eval-*/predictions.json")
     assert drawn.read_text() == (folder / "predictions.json").read_text() != "[]\n"
     assert detect.main(settings(tmp_path))["run"] == result["run"]  # reused
+    content = torch.load(result["checkpoint"], weights_only=True)
+    assert content["classes"] == ["disc", "square", "triangle", "cross"]
+    torch.save({**content, "classes": ["square", "disc", "triangle", "cross"]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other classes .*: square there is disc here"):
+        detect.main(settings(tmp_path, init=str(tmp_path / "other.pt"), eval_only=True))
 
 
 def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
@@ -176,8 +182,20 @@ def test_initial_weights_reach_the_backbone(few_scenes, tmp_path):
 def test_impossible_wishes_are_refused(tmp_path):
     with pytest.raises(UserError, match="--preset paper needs --dataset-path"):
         detect.main(settings(tmp_path, preset="paper"))
-    with pytest.raises(UserError, match="the model has blocks 0 to 11"):
-        detect.build_detector(settings(tmp_path, global_blocks=[12]), 4)
+    for blocks in ([12], [-1]):
+        with pytest.raises(UserError, match="the model has blocks 0 to 11"):
+            detect.build_detector(settings(tmp_path, global_blocks=blocks), 4)
+    for blocks in ([2, 5], [0, 3, 6, 9, 11], [2, 5, 8, 8]):
+        with pytest.raises(UserError, match="--pyramid topdown is made of four"):
+            detect.build_detector(settings(tmp_path, global_blocks=blocks, pyramid="topdown"), 4)
+    for wrong, message in ((dict(window=0), "--window 0"), (dict(jitter=[2.0, 0.1]), "--jitter 2.0 0.1"),
+                           (dict(warmup_iterations=5), "--warmup-iterations 5 leaves nothing of --iterations 5")):
+        with pytest.raises(UserError, match=message):
+            detect.main(settings(tmp_path, **wrong))
+    vit = build_model("vit_tiny_simmim", img_size=32, patch_size=16, num_classes=0)
+    torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "simmim.pt")
+    with pytest.raises(UserError, match="has relative positions .vit_tiny_simmim.: detect.py takes a plain ViT"):
+        detect.main(settings(tmp_path, init=str(tmp_path / "simmim.pt")))
 
 
 # Tables 4 and 5

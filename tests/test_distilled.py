@@ -91,10 +91,10 @@ def test_an_mae_enters_and_a_distilled_model_can_be_evaluated(tmp_path):
     vit = build_distilled(settings(), 3, weights)
     assert torch.equal(vit.blocks[2].attn.qkv.weight, mae.blocks[2].attn.qkv.weight)
     torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "distilled.pt")
-    again = build_distilled(settings(), 3, read_weights(tmp_path / "distilled.pt"), head="keep")
+    again = build_distilled(settings(), 3, read_weights(tmp_path / "distilled.pt"), keep_head=True)
     assert torch.equal(again.head_dist.weight, vit.head_dist.weight)
     with pytest.raises(UserError, match="dist_norm"):
-        build_distilled(settings(), 3, plain_classifier(tmp_path), head="keep")
+        build_distilled(settings(), 3, plain_classifier(tmp_path), keep_head=True)
     with pytest.raises(UserError, match="leave --global-pool out"):
         build_distilled(settings(global_pool="token"), 3, None)
 
@@ -129,6 +129,10 @@ def test_a_run(tmp_path, monkeypatch):
     assert "head_dist.weight" in torch.load(first["checkpoint"], weights_only=True)["model"]
     with pytest.raises(UserError, match="knows 5 classes, the data 2"):
         run("other")
+    teacher = build_vit("vit_demo", num_classes=2, img_size=8, patch_size=2, num_heads=2)
+    export_timm(teacher, tmp_path / "larger", (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(UserError, match="larger cannot read images of 3 x 4 x 4"):
+        run("larger")
     with pytest.raises(UserError, match="give timm:NAME or a timm folder"):
         run("out/" + first["checkpoint"].split("/out/")[1])
 

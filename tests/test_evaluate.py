@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from common import options
-from common.data import ImageSet
-from common.loader import eval_loader
+from common.data import ImageSet, UnreadableImage
+from common.errors import UserError
 from common.options import resolve
 from common.weights import read_weights
 from sec3_benchmark import evaluate, finetune, pretrain_mae
-from sec3_benchmark.evaluate import accuracy, evaluator
+from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator
 
 CPU = torch.device("cpu")
 PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
@@ -171,6 +171,22 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     assert weights.state["head.weight"].shape == (2, 96)
     height, width = img_size * 2 if len(img_size) == 1 else img_size
     assert weights.state["pos_embed"].shape == (1, 1 + height * width // patch**2, 96)
+
+
+def test_other_classes_are_not_evaluated_as_if_they_were_the_same(tmp_path, folder):
+    """One class called otherwise comes elsewhere in the order, and the accuracy would be another's."""
+    trained = options.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[32], patch_size=8))
+    (folder / "val" / "bright").rename(folder / "val" / "light")
+    with pytest.raises(UserError, match="other classes .*: bright there is dark here"):
+        options.stage(FINETUNE, explicit=settings(tmp_path, folder, init=trained["checkpoint"], eval_only=True))
+
+
+def test_an_unreadable_validation_image_is_found_before_the_training(tmp_path, folder, monkeypatch):
+    """Else it would be after the epochs up to the first evaluation, and a mended folder is another set."""
+    (folder / "val" / "dark" / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr(finetune, "train", lambda *args, **more: pytest.fail("it was trained"))
+    with pytest.raises(UnreadableImage, match="val/dark/3.png could not be read"):
+        options.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[32], patch_size=8, on_bad_image="skip"))
 
 
 def test_bright_and_dark_can_be_learned(tmp_path, folder):

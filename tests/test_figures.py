@@ -169,6 +169,8 @@ def test_the_authors_final_norm_changes_the_last_row_of_an_mae_alone(place, tmp_
     (("--num-images", "31"), "--num-images 31 needs 31 images, the validation set has 30"),
     (("--num-images", "3"), "at least 4 images at once, not 3: choose a larger --batch-size"),
     (("--num-heads-of", "A=3"), "has num_heads = 12, not 3"),
+    (("--num-heads-of", "A=0"), "--num-heads-of A=0: a number for one of A, B"),
+    (("--models", "file=x.pt"), "--models file=...: choose another name"),
     (("--num-heads-of", "A=three"), "--num-heads-of A=three: a number for one of A, B"),
     (("--num-heads-of", "C=3"), "--num-heads-of C=3: a number for one of A, B"),
 ])
@@ -321,7 +323,7 @@ def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
     assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
     told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
     assert told == {key: value for key, value in {**network, **other}.items() if key not in ("img_size", "model")}
-    with pytest.raises(ValueError, match="k = 0 is one network for all"):
+    with pytest.raises(ValueError, match="the start from random weights is one network for all"):
         scratch(f"A={tmp_path / 'small.pt'}", f"B={place / 'vit.pt'}")
 
 

@@ -19,7 +19,7 @@ from common.formats import load_encoder, load_model
 from common.mae import MAE
 from common.rpe import build_model
 from common.vit import build_vit, leading_blocks
-from common.weights import SAFE_GLOBALS, FormatError, fingerprint, read_weights
+from common.weights import SAFE_GLOBALS, FormatError, Weights, fingerprint, read_weights
 from tests.helpers import assert_close, fill_by_name
 
 SMALL = {"model": "vit_demo", "img_size": 32, "patch_size": 8}  # 96 wide, 12 blocks: 152 tensors as a classifier
@@ -267,14 +267,14 @@ def test_one_channel_reads_a_grey_image_as_rgb(tmp_path):
     source, grey = classifier(), images(channels=1)
     weights = read_weights(own_file(tmp_path / "a.pt", source))
     vit = classifier(in_chans=1)
-    report = load_encoder(vit, weights, head="keep")
+    report = load_encoder(vit, weights, keep_head=True)
     assert_close(vit(grey), source(grey.expand(-1, 3, -1, -1)), 1e-5)
     assert "input channels summed from 3 to 1" in str(report)
     wide = classifier(in_chans=6)  # the same image twice: scaled by half, it gives the same tokens
-    assert "repeated and scaled from 3 to 6" in str(load_encoder(wide, weights, head="keep"))
+    assert "repeated and scaled from 3 to 6" in str(load_encoder(wide, weights, keep_head=True))
     assert_close(wide(images().repeat(1, 2, 1, 1)), source(images()), 1e-5)
     grey_source, back = classifier(in_chans=1), classifier()
-    report = load_encoder(back, read_weights(own_file(tmp_path / "g.pt", grey_source)), head="keep")
+    report = load_encoder(back, read_weights(own_file(tmp_path / "g.pt", grey_source)), keep_head=True)
     assert_close(back(grey.expand(-1, 3, -1, -1)), grey_source(grey), 1e-5)  # and the other way round
     assert "input channel shared out to 3" in str(report)
     with pytest.raises(FormatError, match=r"proj.weight \[96, 4, 8, 8\] for \[96, 3, 8, 8\]"):
@@ -370,23 +370,55 @@ def test_the_published_classifier_with_relative_positions_is_rebuilt(tmp_path):
         load_model(saved(tmp_path / "b.pth", without))
 
 
-def test_the_head_is_dropped_kept_or_kept_where_it_fits(tmp_path):
+def test_the_head_is_dropped_or_kept(tmp_path):
     source = classifier()
     weights = read_weights(own_file(tmp_path / "a.pt", source))
-    for head, kept in (("drop", False), ("keep", True), ("auto", True)):
+    for keep in (False, True):
         vit = build_vit(**SMALL, num_classes=5).eval()
-        assert load_encoder(vit, weights, head=head).matched == 150 + 2 * kept  # fc_norm comes along either way
-        assert torch.equal(vit(images()), source(images())) == kept
+        assert load_encoder(vit, weights, keep_head=keep).matched == 150 + 2 * keep  # fc_norm comes along either way
+        assert torch.equal(vit(images()), source(images())) == keep
     other = build_vit(**SMALL, num_classes=6)
-    assert load_encoder(other, weights, head="auto").matched == 150
+    assert load_encoder(other, weights).matched == 150
     with pytest.raises(FormatError, match="classifies 5 classes after fc_norm.weight, the model 6"):
-        load_encoder(other, weights, head="keep")
+        load_encoder(other, weights, keep_head=True)
     token = read_weights(own_file(tmp_path / "b.pt", classifier(global_pool="token")))  # its head reads norm
-    assert load_encoder(classifier(), token, head="auto").matched == 148
+    assert load_encoder(classifier(), token).matched == 148
     with pytest.raises(FormatError, match="after norm.weight, .* --global-pool token"):
-        load_encoder(classifier(), token, head="keep")
+        load_encoder(classifier(), token, keep_head=True)
     with pytest.raises(FormatError, match="keep_blocks=3"):
-        load_encoder(classifier(), weights, keep_blocks=3, head="keep")
+        load_encoder(classifier(), weights, keep_blocks=3, keep_head=True)
+
+
+def test_a_second_head_stays_behind_or_is_asked_for(tmp_path):
+    """Of a distilled classifier: a start drops both heads, whatever the classes; an evaluation wants both."""
+    source = classifier()
+    second = {"dist_norm.weight": torch.ones(96), "dist_norm.bias": torch.zeros(96),
+              "head_dist.weight": torch.ones(5, 96), "head_dist.bias": torch.zeros(5)}
+    torch.save({"model": {**source.state_dict(), **second}, "config": source.config}, tmp_path / "a.pt")
+    weights, target = read_weights(tmp_path / "a.pt"), classifier()
+    assert set(second) <= set(load_encoder(target, weights).left_out)
+    with pytest.raises(FormatError, match="second head: appendix/finetune_distilled.py"):
+        load_encoder(target, weights, keep_head=True)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_r_s16_p8_224"])
+def test_what_is_no_plain_vit_is_said_to_be_none(name):
+    """A network without patches, and one whose patches a ResNet embeds."""
+    state = timm.create_model(name).state_dict()
+    weights = Weights(state, None, f"timm:{name}", "timm", "", [])
+    with pytest.raises(FormatError, match=f"timm:{name} is no plain ViT"):
+        load_encoder(build_vit("vit_tiny"), weights)
+
+
+def test_positions_of_a_foreign_file_that_is_not_square(tmp_path):
+    """24 patches are no square: they are those of the model, if it has as many; else the size must be given."""
+    source = classifier(img_size=(16, 96), patch_size=8)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    weights, same = read_weights(tmp_path / "a.pth"), classifier(img_size=(16, 96), patch_size=8)
+    assert not any("resized" in note for note in load_encoder(same, weights).notes)
+    assert torch.equal(same.pos_embed, source.pos_embed)
+    with pytest.raises(FormatError, match="positions for 24 patches .* --img-size"):
+        load_encoder(classifier(img_size=(16, 80), patch_size=8), weights)
 
 
 def test_a_distilled_deit_is_refused(tmp_path):

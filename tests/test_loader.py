@@ -15,12 +15,12 @@ from common.loader import (
     StepSampler,
     Views,
     epoch_order,
-    eval_loader,
     seed_everything,
     to_device,
     train_loader,
 )
 from common.watch import BadImages
+from sec3_benchmark.evaluate import eval_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 CPU = torch.device("cpu")

@@ -475,7 +475,7 @@ def test_the_base_encoder_is_read_and_the_rest_is_left_out(tmp_path, write):
     assert len(projector) == len(moco.base_encoder.head.state_dict())
 
     classifier = build_vit("vit_demo", img_size=8, patch_size=4, num_heads=2, num_classes=12)
-    said = str(load_encoder(classifier, read, head="auto"))
+    said = str(load_encoder(classifier, read))
     assert torch.equal(classifier.blocks[1].mlp.fc1.weight, moco.base_encoder.blocks[1].mlp.fc1.weight)
     assert "fresh fc_norm (2), head (2)" in said and "momentum_encoder" in said
     if write is own_file:

@@ -272,6 +272,28 @@ def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
         settings_hash(by_hand, {})
 
 
+def test_equal_sides_are_one_number():
+    """--img-size 64, 64 64 and what a file says, [64, 64], are the same run; 64 32 is another."""
+    assert settings_hash({"img_size": [64, 64], "position_size": [32, 32]}, {}) == \
+        settings_hash({"img_size": [64], "position_size": [32]}, {})
+    assert settings_hash({"img_size": [64, 32]}, {}) != settings_hash({"img_size": [64, 64]}, {})
+    assert settings_hash({"mean": [0.5, 0.5]}, {}) != settings_hash({"mean": [0.5]}, {})
+
+
+@pytest.mark.parametrize("given", [{"data_path": ""}, {"init": ""}])
+def test_an_empty_value_is_not_taken_for_none(given):
+    """A shell variable that is not set would train from scratch, or the demo."""
+    with pytest.raises(UserError, match="is empty: is a shell variable in it not set"):
+        resolve(finetune.build_parser(), finetune.PRESETS, explicit=given)
+
+
+@pytest.mark.parametrize(("name", "value"), [("clip_grad", -1.0), ("mixup", -0.2), ("beta2", 1.0), ("base_lr", -1e-3)])
+def test_numbers_that_no_recipe_can_have(name, value):
+    module = pretrain_mae if name == "beta2" else finetune
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: "):
+        resolve(module.build_parser(), module.PRESETS, explicit={name: value})
+
+
 # A run's folder
 
 class Tiny(torch.nn.Linear):
@@ -312,6 +334,29 @@ def test_a_finished_run_is_reused_wherever_it_was_moved(tmp_path, capsys):
     assert copy.read_bytes() == Path(again.result["checkpoint"]).read_bytes()
     assert json.loads((again.folder / "result.json").read_text())["environment"]["torch"] == torch.__version__
     assert "finished: reused" in capsys.readouterr().out
+
+
+def test_many_may_reuse_a_finished_run_at_once(tmp_path):
+    """Nothing is locked or written for it, so a folder that cannot be written will do."""
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.finish({"top1": 1.0}, Tiny(2, 2))
+    (run.folder / "lock").unlink()
+    before = sorted(path.stat().st_mtime_ns for path in run.folder.iterdir())
+    with open_run("script", "name", run_settings(tmp_path), {}) as one:
+        with open_run("script", "name", run_settings(tmp_path), {}) as another:
+            assert one.result["top1"] == another.result["top1"] == 1.0
+    assert sorted(path.stat().st_mtime_ns for path in run.folder.iterdir()) == before
+
+
+def test_weights_that_were_deleted_cannot_be_copied(tmp_path):
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.finish({"top1": 1.0}, Tiny(2, 2))
+    (run.folder / "weights.pt").unlink()
+    with open_run("script", "name", run_settings(tmp_path), {}) as again:
+        assert again.result["top1"] == 1.0
+    with pytest.raises(OSError, match="weights.pt is gone, so --save-to has nothing to copy: --fresh makes it again"):
+        with open_run("script", "name", run_settings(tmp_path, save_to=str(tmp_path / "copy.pt")), {}):
+            pass
 
 
 def test_fresh_leaves_no_trace(tmp_path):
@@ -389,6 +434,11 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
         run.cut_log(size)
         run.log({"step": 3})
         assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 3]
+        size = run.log_size()
+        os.truncate(run.log_path, size - 3)  # a power failure: the checkpoint is on the disk, half a row is not
+        run.cut_log(size)
+        run.log({"step": 4})
+        assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 4]
 
 
 # What a user sees

@@ -1,5 +1,6 @@
 """appendix/predict.py: the classes of a classifier of ours by name, and the accuracy that its own evaluation had."""
 import csv
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,23 @@ def test_the_names_travel_to_timm(place, tmp_path):
         "checkpoint": place.colour["checkpoint"], "to": "timm", "output": str(tmp_path / "out")}))
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert list(model.pretrained_cfg["label_names"]) == ["cat", "dog"]
+    found = run(place, tmp_path, tmp_path / "out", place.folder / "data" / "val")
+    assert 100 * found["accuracy"] == pytest.approx(place.colour["top1"])
+
+
+def test_links_strays_and_odd_names(place, tmp_path, capsys):
+    """A class behind a link counts, what lies in no class's folder is read and said, a name need not be UTF-8."""
+    data, val = tmp_path / "data", place.folder / "data" / "val"
+    data.mkdir()
+    (data / "cat").symlink_to(val / "cat")
+    (data / "dog").symlink_to(val / "dog")
+    stray = data / os.fsdecode(b"caf\xe9")
+    stray.mkdir()
+    (stray / os.fsdecode(b"caf\xe9.png")).symlink_to(val / "cat" / "0.png")
+    found = run(place, tmp_path, place.colour["checkpoint"], data)
+    assert 100 * found["accuracy"] == pytest.approx(place.colour["top1"]) and len(found["classes"]) == 19
+    assert "of 18 images are right (1 lie in no folder of a class)" in capsys.readouterr().out
+    assert b"caf\xe9.png" in open(found["file"], "rb").read()
 
 
 def test_without_names_and_without_a_classifier(place, tmp_path, capsys):
@@ -83,6 +101,7 @@ def test_without_names_and_without_a_classifier(place, tmp_path, capsys):
     del content["classes"]  # as in files of before
     save_torch(tmp_path / "old.pt", content)
     found = run(place, tmp_path, tmp_path / "old.pt", place.folder / "data" / "val")
+    assert found["accuracy"] is None
     assert set(found["classes"]) <= {"0", "1"} and "does not name its classes" in capsys.readouterr().out
     model = MAE("vit_demo", img_size=16, patch_size=8)
     save_torch(tmp_path / "mae.pt", {"model": model.state_dict(), "config": model.config})

@@ -54,14 +54,32 @@ def test_the_script_writes_numbers_and_picture(saved, tmp_path):
 
 
 def test_the_checkpoint_alone_says_size_and_channels(saved, tmp_path):
-    """One channel, not square: the generated images come so too, and there is no option to say otherwise."""
+    """One channel, not square: the generated images come so too, and nothing says otherwise."""
     folder = reconstruct.main(saved(MAE("vit_demo", img_size=(16, 32), patch_size=8, in_chans=1)))["folder"]
     with np.load(f"{folder}/reconstruction.npz") as arrays:
         assert arrays["input"].shape == (2, 16, 32, 1)
-    for name, value in (("img_size", [64]), ("in_chans", 3)):
-        with pytest.raises(ValueError, match=f"no setting {name}"):
-            options.resolve(reconstruct.build_parser(), reconstruct.PRESETS,
-                            explicit={"checkpoint": "x", name: value})
+    with pytest.raises(ValueError, match="no setting in_chans"):
+        options.resolve(reconstruct.build_parser(), reconstruct.PRESETS, explicit={"checkpoint": "x", "in_chans": 3})
+
+
+def test_what_a_foreign_file_cannot_say(tmp_path, capsys):
+    """Raw pixels, another share of patches, a size that is not square: given, the picture is that of our own file."""
+    mae = MAE("vit_demo", img_size=(16, 32), patch_size=8, norm_pix=False, mask_ratio=0.5)
+    checkpoint.save_torch(tmp_path / "ours.pt", {"model": mae.state_dict(), "config": mae.config})
+    checkpoint.save_torch(tmp_path / "foreign.pth", {"model": mae.state_dict()})
+    drawn = []
+    for name, told in (("ours.pt", {}), ("foreign.pth", dict(raw_pixels=True, mask_ratio=0.5, img_size=[16, 32]))):
+        explicit = {"checkpoint": str(tmp_path / name), "output": str(tmp_path), "num_images": 2, **told}
+        folder = reconstruct.main(options.resolve(reconstruct.build_parser(), reconstruct.PRESETS,
+                                                  explicit=explicit))["folder"]
+        with np.load(f"{folder}/reconstruction.npz") as arrays:
+            drawn.append(dict(arrays))
+    assert all(np.array_equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    usual = MAE("vit_demo", img_size=32, patch_size=8)
+    checkpoint.save_torch(tmp_path / "usual.pt", {"model": usual.state_dict(), "config": usual.config})
+    with pytest.raises(ValueError, match="norm_pix = True, not False"):
+        reconstruct.main(options.resolve(reconstruct.build_parser(), reconstruct.PRESETS, explicit={
+            "checkpoint": str(tmp_path / "usual.pt"), "output": str(tmp_path), "raw_pixels": True}))
 
 
 def test_a_classifier_cannot_reconstruct(saved):

@@ -22,6 +22,19 @@ from tests.helpers import brute_force_bias, noisy, parameter_count, table_row
 SMALL = dict(img_size=(12, 8), patch_size=4, num_classes=3, num_heads=4)  # 3 x 2 patches
 
 
+def test_tables_of_another_grid_are_refused(tmp_path):
+    """3 x 2 and 2 x 3 patches have tables of one shape that mean different offsets; none is resized."""
+    source = build_model("vit_demo_rpe", **SMALL)
+    torch.save({"model": source.state_dict(), "config": source.config}, tmp_path / "a.pt")
+    weights = read_weights(tmp_path / "a.pt")
+    assert "resized" not in str(load_encoder(build_model("vit_demo_rpe", **SMALL), weights))
+    for size in ((8, 12), (16, 16)):
+        with pytest.raises(FormatError, match="relative positions for images of 12 x 8 px, which cannot be resized"):
+            load_encoder(build_model("vit_demo_rpe", **{**SMALL, "img_size": size}), weights)
+    with pytest.raises(FormatError, match="pass --model vit_demo_rpe"):  # of its own width
+        load_encoder(build_model("vit_demo", **SMALL), weights)
+
+
 # The model
 
 def test_parameter_counts():

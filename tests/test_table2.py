@@ -15,12 +15,11 @@ from common import options, report
 from common.augment import eval_transform
 from common.data import ImageSet, labelled_folder
 from common.errors import UserError
-from common.loader import eval_loader
 from common.vit import build_vit
 from sec3_benchmark import imagenet_variants as variants
 from sec3_benchmark import light_networks
 from sec3_benchmark import table2_sota_networks as table2
-from sec3_benchmark.evaluate import accuracy
+from sec3_benchmark.evaluate import accuracy, eval_loader
 from sec3_benchmark.label_points import label_points
 from tests.helpers import parameter_count
 
@@ -283,7 +282,8 @@ def test_the_table_from_command_line_to_picture(imagenet, tmp_path, monkeypatch,
     (("--checkpoints", "mae-300"), "--checkpoints mae-300: write NAME=VALUE, each name once"),
     (("--checkpoints", "mae-300=x", "mae-300=y"), "--checkpoints mae-300=x mae-300=y: write NAME=VALUE"),
     (("--checkpoints", "mae-300=x"), "give at least one of the two"),
-    (("--real-labels", "real.json"), "give --imagenet too"),
+    (("--real-labels", "real.json", "--checkpoints", "mae-300=x", "--imagenet-v2", "v2"), "give --imagenet too"),
+    (("--imagenet", "x"), "are for --checkpoints ROW=FILE: give at least one"),
     (("--repeats", "0"), "--repeats 0, --warmup 1: at least 1, at least 0")])
 def test_mistakes_on_the_command_line_are_named(words, message, tmp_path):
     with pytest.raises(UserError, match=message):

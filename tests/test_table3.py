@@ -246,6 +246,10 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
     with pytest.raises(UserError, match="--rows mae-lt has 3 images, fewer than one batch of 4: .*batch_size=N"):
         dry_run(folder, capsys, "mae-full", "mae-lt")
     assert {line.get("--subset") for line in dry_run(folder, capsys, "all")} == {"10%", None}  # the others are left out
+    args = arguments(folder)
+    args.rows, args.preset = None, "demo"  # its own rows are asked for too
+    with pytest.raises(UserError, match="--rows mae-10 has too few"):
+        table3.without(table3.ROWS[1], args, "has too few")
     assert not (folder / "out").exists()
 
 

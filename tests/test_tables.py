@@ -73,6 +73,11 @@ def test_a_stage_that_rows_share_runs_once_for_each_seed(ran):
     assert [args.init for name, args in ran if name == "after"] == ["before-0.pt", "before-3.pt"] * 2
 
 
+def test_a_stage_may_have_a_seed_of_its_own(ran):
+    run("--rows", "one", "--seeds", "1", "2", "--set", "before.seed=7")
+    assert [(name, args.seed) for name, args in ran] == [("before", 7), ("after", 1), ("after", 2)]
+
+
 def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
     run("--rows", "two", "--img-size", "48", "--set", "after.rate=0.25", "--set", "before.epochs=9")  # both count
     (_, before), (_, after) = ran
@@ -90,6 +95,8 @@ def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monke
     names = [row["name"] for row in accuracy_table("table8", ROWS[:2], DEMO, args)]
     assert names == ["from nothing", "one [--epochs 9]"]
     assert "one: --epochs 9 by the command line" in capsys.readouterr().out
+    args.rows, args.per_stage = ["two"], {"after": {"rate": None}}  # --set after.rate=null
+    assert accuracy_table("table8", ROWS[2:3], DEMO, args)[0]["name"] == "two [--rate off]"
 
 
 def test_data_that_were_not_given_are_missed_before_the_first_stage(ran):
@@ -112,10 +119,17 @@ def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
-    (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2")])
+    (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2"),
+    (["--seeds", "0", "1", "0"], SystemExit, "2")])
 def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message):
     with pytest.raises(error, match=message):
         run(*argv)
+    assert ran == []
+
+
+def test_one_seed_is_not_counted_as_several(ran):
+    with pytest.raises(UserError, match="--set STAGE.seed of the last stage would count one run for each of --seeds"):
+        run("--rows", "one", "--seeds", "0", "1", "--set", "after.seed=3")
     assert ran == []
 
 

@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
         fit(run, args)
     assert str(run / "step-00000005.pt") in str(error.value) and "Free some space" in str(error.value)
     assert steps_saved(run) == [4, 3] and not list(run.glob(".*"))
-    assert checkpoint.damage(run / "step-00000004.pt") is None
+    assert checkpoint.read_whole(run / "step-00000004.pt")
     assert_same(state(fit(run, args)), state(fit(tmp_path / "whole", args)))
 
 
@@ -393,6 +393,29 @@ def test_a_signal_just_before_an_evaluation_is_obeyed(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         fit(tmp_path, settings(), evaluate=lambda toy: pytest.fail("evaluated"))
     assert stopped.value.code == 75 and steps_saved(tmp_path) == [TOTAL]
+
+
+def test_a_signal_while_the_last_evaluation_is_noted_is_obeyed(tmp_path, monkeypatch):
+    """A table must not go on to its next stage; the same command evaluates again and ends."""
+    save = checkpoint.save_torch
+
+    def save_and_signal(path, content):
+        save(path, content)
+        if path.name == "best.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(checkpoint, "save_torch", save_and_signal)
+        fit(tmp_path, settings(), evaluate=lambda toy: {"top1": 1.0})
+    assert stopped.value.code == 75
+    assert fit(tmp_path, settings(), evaluate=lambda toy: {"top1": 1.0}).result["last"]["top1"] == 1.0
+
+
+@pytest.mark.parametrize(("fresh", "how"), [(False, "Repeat the command to continue."),
+                                            (True, "Repeat the command without --fresh.")])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, fresh, how):
+    """With --fresh again it would lose what was just saved."""
+    fit_until(3, tmp_path, settings(fresh=fresh))
+    assert how in capsys.readouterr().out
 
 
 def test_ranks_with_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):

@@ -247,6 +247,13 @@ def test_any_folder_is_a_set_by_its_name_or_as_the_path_itself(tmp_path):
     assert Path(load_downstream(asked("other", tmp_path))[1].images[0]).parts[-3] == "val"
 
 
+@pytest.mark.parametrize("name", ["/root/mine", "../mine", "mine/"])
+def test_a_set_s_name_is_no_path(tmp_path, name):
+    """It names the run's folder too, which would then lie among the user's data."""
+    with pytest.raises(DataError, match="the name of a folder in --dataset-path, not a path"):
+        downstream_sets.check_path(name, str(tmp_path))
+
+
 def test_mistakes_with_folders(tmp_path):
     make_folder(tmp_path / "mine", ("train",))
     with pytest.raises(DataError, match="--dataset mine: .*mine does not hold train/ and test/.*flowers, pets"):
@@ -517,11 +524,31 @@ def test_given_weights_are_transferred_and_nothing_is_pretrained(table, tmp_path
     assert [key for key, row in rows.items() if row["seeds"]] == ["random", "mae", "late"]
     assert rows["mae"]["published"] == PUBLISHED["mae"] and rows["late"]["published"] == {}
     assert "weights given: mae.pt" in rows["mae"]["note"]
+    settings = [json.loads((Path(rows[key]["run"]["mine"][0]) / "settings.json").read_text())
+                for key in ("random", "mae")]
+    assert all(settings[0][name] == settings[1][name] for name in options.SHAPE)
     for row in (rows["random"], rows["mae"], rows["late"]):
         assert row["train_images"] == {"mine": 16, "more": 24} and list(row["measured"]) == ["mine", "more"]
     for words in (["mae"], ["mae="], ["=file"], ["mae=a", "mae=b"]):
         with pytest.raises(UserError, match="--models .*: write NAME=VALUE, each name once"):
             table("--models", *words, "--datasets", "mine")
+
+
+def test_the_random_row_is_the_network_of_the_given_files(tmp_path):
+    """Else it would be the preset's, beside weights of another model, size and normalisation."""
+    model = MAE("vit_small", img_size=(32, 16), patch_size=8)
+    other = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    torch.save({"model": model.state_dict(), "config": model.config, "statistics": other}, tmp_path / "mae.pt")
+
+    def random_row(*words):
+        args = tables.parse(table4_transfer.build_parser(), ["--preset", "small", "--models", f"mae={tmp_path}/mae.pt",
+                                                             *words])
+        row = next(row for row in downstream.with_models(table4_transfer.ROWS, args) if row.key == "random")
+        return downstream.random_like(row, args).stages[0][1]
+    shape = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12, **other}
+    assert random_row("--rows", "random") == {"init": tables.PREVIOUS, **shape}
+    assert random_row() == {"init": tables.PREVIOUS}  # not to be run
+    assert "img_size" not in random_row("--rows", "all", "--img-size", "64")
 
 
 def test_a_dry_run_prints_commands_that_mean_the_same(table, capsys):
