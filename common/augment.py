@@ -3,9 +3,6 @@
 In:   a PIL image, RGB or L, already upright; or, for other numbers of channels, a uint8 tensor (C, H, W).
 Out:  a contiguous uint8 tensor (C, H, W). Bytes travel to the device and are normalised there.
 
-    pretrain_transform    crop, flip                     MAE and D-MAE (A.2); with "bicubic", the transfer recipe (A.4)
-    eval_transform        resize, centre crop            every evaluation
-
 What one recipe alone has is in its section: sec3_benchmark/randaugment.py, moco.py, appendix/dino.py.
 
 A PIL image stays one until the last step, so its pixels are those of the authors' pipeline (timm 0.4.12 on PIL).
@@ -30,7 +27,7 @@ INTERPOLATIONS = ("bilinear", "bicubic", "random")  # random: one of the other t
 
 
 def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5):
-    """Crop and flip. The defaults are MAE-Lite's; MAE's own are scale (0.2, 1) and bicubic."""
+    """Crop and flip, of MAE and D-MAE (A.2); with "bicubic" of transfer (A.4). MAE's own scale is (0.2, 1), bicubic."""
     return Compose([RandomResizedCrop(size, scale, interpolation=interpolation), RandomHorizontalFlip(flip), to_uint8])
 
 

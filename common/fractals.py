@@ -14,6 +14,7 @@ An image depends on (seed, cls, index) and its size alone, not on its batch nor 
 """
 import functools
 import math
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from common.checkpoint import write_atomically
 from common.distributed import once_per_node
-from common.vit import pair
 
 VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
 MAPS = (2, 8)  # maps in a system; arrays have room for 8, the unused maps are zero and have probability zero
@@ -179,11 +179,17 @@ def draw(seed, classes, indices, height, width):
     return paint(*splat(pixel, tone, height * width), noise, u, height, width)
 
 
-def render_batch(seed, classes, indices, size):
-    """classes, indices (B,) -> images (B, H, W, 3) uint8, each the same in any batch; size an int or (H, W)."""
-    height, width = pair(size)
+def parse_size(size):
+    """An int or (H, W) -> H, W."""
+    height, width = (operator.index(n) for n in np.broadcast_to(size, 2))
     if min(height, width) < 8:
         raise ValueError(f"size {size}: a fractal needs at least 8 pixels a side")
+    return height, width
+
+
+def render_batch(seed, classes, indices, size):
+    """classes, indices (B,) -> images (B, H, W, 3) uint8, each the same in any batch; size an int or (H, W)."""
+    height, width = parse_size(size)
     images = np.empty((len(classes), height, width, 3), np.uint8)
     step = max(1, CHUNK // (height * width))
     for i in range(0, len(images), step):
@@ -204,7 +210,7 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
     first, parity = SPLITS[split]
     labels = np.tile(np.arange(num_classes, dtype=np.int64), per_class)
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity
-    _, height, width, _ = shape = (len(labels), *pair(size), 3)
+    _, height, width, _ = shape = (len(labels), *parse_size(size), 3)
     path = Path(root, f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{height}x{width}.npy")
     with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
         if mine and not is_whole(path, shape):

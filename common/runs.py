@@ -14,12 +14,10 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
-import numpy
-import timm
 import torch
-import torchvision
 
 from common import distributed
 from common.checkpoint import save_json, save_torch, write_atomically
@@ -57,8 +55,8 @@ def environment():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # no path of this machine
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "timm": timm.__version__, "numpy": numpy.__version__, "gpu": gpu,
+    versions = {name: metadata.version(name) for name in ("torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **versions, "gpu": gpu,
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", str(script), *sys.argv[1:]])}
 
@@ -172,9 +170,7 @@ def finished(folder):
 
 
 def _prepare(folder, fresh, settings):
-    """Makes and locks the folder; returns the lock (closed at the end), or None and the result of a finished run, which
-    many may read at once.
-    """
+    """Makes and locks the folder; the lock, to be closed, and the result of a finished run, which needs no lock."""
     if not fresh and (result := finished(folder)):
         return None, result
     folder.mkdir(parents=True, exist_ok=True)

@@ -350,7 +350,7 @@ def test_what_is_not_explained_is_refused_with_counts_and_the_model_stays_as_it_
 @pytest.mark.parametrize(("settings", "remedy"), [
     ({"model": "vit_tiny"}, "a.pt is 192 wide and the model 96: pass --model vit_tiny"),
     ({"patch_size": 16}, "a.pt has patches of 16 px and the model of 8: pass --patch-size 16"),
-    ({"model": "vit_demo_rpe"}, "a.pt has relative positions and the model has none: pass --model vit_tiny_rpe")])
+    ({"model": "vit_demo_rpe"}, "a.pt has relative positions and the model has none: pass --model vit_demo_rpe")])
 def test_another_size_or_kind_says_which_argument_to_change(tmp_path, settings, remedy):
     source = own_file(tmp_path / "a.pt", build_model(**{**SMALL, "num_classes": 5, "num_heads": 12, **settings}))
     with pytest.raises(FormatError, match=remedy):

@@ -281,7 +281,7 @@ def test_only_a_file_of_weights_can_be_handed_on(mae_file, tmp_path, monkeypatch
 
 def test_mistakes(mae_file, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--init is missing"):
-        features.build_encoder(knn_settings("", tmp_path), CPU)
+        features.build_encoder(options.resolve(knn_probe.build_parser(), knn_probe.PRESETS), CPU)
     with pytest.raises(UserError, match="--layer 13: from 1 to 12"):
         features.build_encoder(knn_settings(mae_file[1], tmp_path, layer=13), CPU)
     monkeypatch.setattr(knn_probe, "load_sets", lambda args: (toy_images(), toy_images()))
