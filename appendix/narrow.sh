@@ -8,14 +8,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 script=$1; shift
 pretrain="pretrain_mae pretrain_mocov3 pretrain_dmae pretrain_dino pretrain_simmim"
-own="pretrain_mae pretrain_mocov3"  # of Figures 2 and 4, which given weights take the place of
-[[ " $* " == *" --models "* ]] && own=""
+own="pretrain_mae pretrain_mocov3"  # of Figures 2 and 4
+words=" $* "
+if [[ $words == *" --models "* ]]; then  # given weights take the place of pre-trainings
+    own=""; pretrain=""
+fi
 case $script in
     */table1*)  stages="$pretrain finetune" ;;
     */table3*)  stages="pretrain_mae pretrain_mocov3 finetune" ;;
     */fig2*)    stages="$own finetune" ;;
     */fig4*)    stages="$own transfer" ;;
-    */table5*)  stages="$pretrain finetune transfer" ;;
+    */table5*)  stages="$pretrain transfer"; [[ $words == *" --no-imagenet "* ]] || stages+=" finetune" ;;
     */fig7*)    stages="pretrain_mae pretrain_dmae finetune" ;;
     */a2_*)     stages="pretrain_mae finetune" ;;
     */b5_*)     stages="pretrain_mae pretrain_mocov3 pretrain_dino pretrain_simmim finetune" ;;
