@@ -34,6 +34,9 @@ declare -A recipe=(
     [pretrain_simmim]="model=vit_demo_simmim $mae"
     [finetune]="model=vit_demo epochs=15 warmup_epochs=1 batch_size=64 base_lr=4e-3 eval_every=0"
     [transfer]="model=vit_demo epochs=20 warmup_epochs=2 batch_size=64 eval_every=0")
+# What is pre-trained says itself what it is, SimMIM's ViT too. (Its row of a table with trainings from scratch is run apart,
+# by --rows simmim --set finetune.model=vit_demo_simmim.)
+[[ $script == */b5_* ]] && recipe[finetune]=${recipe[finetune]#model=vit_demo }
 settings=()
 for stage in $stages; do
     for setting in img_size=48 ${recipe[$stage]}; do settings+=("$stage.$setting"); done

@@ -84,7 +84,9 @@ def test_the_narrow_scale_sets_what_its_stages_know(item):
     for stage, given in settings.items():
         [path] = ROOT.glob(f"*/{stage}.py")
         resolved = vars(stage_settings(f"{path.parent.name}.{stage}", given, {"preset": "small"}))
-        assert resolved["img_size"] == [48] and resolved["model"].startswith("vit_demo")
+        assert resolved["img_size"] == [48]
+        from_file = (item, stage) == ("b5_", "finetune")  # SimMIM's is not the others' model
+        assert resolved["model"].startswith("vit_demo") or from_file and "model" not in given
     stages = importlib.import_module(f"{script.parent.name}.{script.stem}")
     rows = [row for row in getattr(stages, "ROWS", ()) if "small" in row.presets]
     assert {module.split(".")[1] for row in rows for module, _ in row.stages} - set(settings) <= {
