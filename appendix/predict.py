@@ -32,6 +32,7 @@ def build_parser():
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
     parser.add_argument("--data-path", required=True, help="a folder, read with all that is below it, or one image")
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
+    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
     parser.add_argument("--mean", type=float, nargs="+", help="of the images; default: as the file says")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
     parser.add_argument("--batch-size", type=int, default=128, help="images at once")
@@ -59,6 +60,11 @@ def predict(model, files, args, device):
     return torch.cat([part.indices for part in parts]).tolist(), torch.cat([part.values for part in parts]).tolist()
 
 
+def shown(name):
+    """Printable, also where it is no UTF-8."""
+    return str(name).encode(errors="replace").decode()
+
+
 def print_accuracy(truth, said):
     """Of all images whose class is known and of each class, worst first; returns the first, 0..1."""
     right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
@@ -67,7 +73,7 @@ def print_accuracy(truth, said):
            + (f" ({len(truth) - count} lie in no folder of a class)" if count < len(truth) else "")
            + "; of each class, worst first:")
     for name, hits in sorted(right.items(), key=lambda item: sum(item[1]) / len(item[1])):
-        print0(f"  {name}: {sum(hits)} of {len(hits)}")
+        print0(f"  {shown(name)}: {sum(hits)} of {len(hits)}")
     return total / count
 
 
@@ -80,7 +86,7 @@ def class_folders(files, root, classes):
 def main(args):
     """Returns {"classes": the most likely one's name for each image, "accuracy" (None where unknown), "file"}."""
     device, weights = distributed.start(args.device), read_weights(args.init)
-    model = eval_mode(load_model(weights, num_heads=args.num_heads), device)
+    model = eval_mode(load_model(weights, num_heads=args.num_heads, img_size=args.img_size), device)
     check_plain(model, args.init)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"{args.init} holds no classifier: fine-tune from it first (finetune.py or transfer.py)")
@@ -98,7 +104,7 @@ def main(args):
     csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
     for file, name, value in list(zip(files, said, probabilities))[:10]:
-        print0(f"{str(file).encode(errors='replace').decode()}: {name} ({value:.1%})")
+        print0(f"{shown(file)}: {shown(name)} ({value:.1%})")
     accuracy = print_accuracy(truth, said) if known else None
     print0(f"all {len(files)} in {path}" + ("" if weights.classes else "; the file does not name its classes"))
     return {"classes": said, "accuracy": accuracy, "file": str(path)}

@@ -20,7 +20,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
-from common.mae import MAE, take
+from common.mae import take
 from common.report import pyplot
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
@@ -104,10 +104,10 @@ def main(args):
     """Writes reconstruction.npz and reconstruction.png; returns their folder."""
     device = distributed.start(args.device)
     weights = read_weights(args.checkpoint)
+    if "decoder_embed.weight" not in weights.state:
+        raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = load_model(weights, num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size,
                        mask_ratio=args.mask_ratio, norm_pix=False if args.raw_pixels else None)
-    if not isinstance(model, MAE):
-        raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = eval_mode(model, device)
     args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
     take_statistics(args, weights)

@@ -23,7 +23,6 @@ from torchvision.transforms.v2 import functional as F
 from common.vit import pair
 
 CROP_PCT = 0.875  # of each side, in every evaluation of the paper
-INTERPOLATIONS = ("bilinear", "bicubic", "random")  # random: one of the other two per image, with equal chance
 
 
 def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5):
@@ -31,34 +30,28 @@ def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5
     return Compose([RandomResizedCrop(size, scale, interpolation=interpolation), RandomHorizontalFlip(flip), to_uint8])
 
 
-def eval_transform(size, crop_pct=CROP_PCT):
-    """Bicubic resize until the image just covers floor(size / crop_pct), then the central `size`: 256, then 224."""
-    size = pair(size)
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct is the share of each side that the crop keeps, in (0, 1], not {crop_pct}")
-    resized = tuple(math.floor(side / crop_pct) for side in size)
+def eval_transform(size):
+    """Bicubic resize until the image just covers floor(size / CROP_PCT), then the central `size`: 256, then 224."""
+    size, resized = pair(size), tuple(math.floor(side / CROP_PCT) for side in pair(size))
     return Compose([partial(resize_to_cover, size=resized), CenterCrop(size), to_uint8])
 
 
 class RandomResizedCrop:
     """A random part of the image, resized to `size` (H, W): area U(scale) of the image, aspect w/h log-uniform in
-    `ratio`, at most 10 tries, then the central crop.
+    `ratio`, at most 10 tries, then the central crop. Interpolation "random" draws bilinear or bicubic for each image.
 
     torchvision's draw is timm 0.4.12's rule, from torch's generator rather than Python's. It adds one condition: a
     crop that rounds to zero pixels is drawn again, where timm fails. The crop is resized as timm does it, by PIL.
     """
 
     def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic"):
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation is one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
             raise ValueError(f"scale and ratio are (min, max), the scale within (0, 1], not {scale} and {ratio}")
-        self.size, self.scale, self.ratio = pair(size), tuple(scale), tuple(ratio)
-        self.interpolation = interpolation
+        self.size, self.scale, self.ratio, self.interpolation = pair(size), tuple(scale), tuple(ratio), interpolation
 
     def __call__(self, image):
         box = TorchvisionCrop.get_params(image, self.scale, self.ratio)  # top, left, height, width
-        interpolation = random.choice(INTERPOLATIONS[:2]) if self.interpolation == "random" else self.interpolation
+        interpolation = random.choice(("bilinear", "bicubic")) if self.interpolation == "random" else self.interpolation
         return F.resized_crop(image, *box, list(self.size), InterpolationMode(interpolation), antialias=True)
 
 

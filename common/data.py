@@ -53,8 +53,9 @@ class ImageSet:
         return len(self.images)
 
     def where(self, index):
-        """The file of an image, or its place in the array."""
-        return self.images[index] if isinstance(self.images, list) else f"{self.name}[{index}]"
+        """The file of an image, printable also where its name is no UTF-8, or its place in the array."""
+        known = isinstance(self.images, list)
+        return os.fsencode(self.images[index]).decode(errors="backslashreplace") if known else f"{self.name}[{index}]"
 
     def read(self, index):
         """An upright PIL image for 1 or 3 channels, else a uint8 tensor (C, H, W). Raises UnreadableImage."""
@@ -134,11 +135,14 @@ def labelled_folder(root, in_chans, name):
 
 
 def image_files(root):
-    """All images below a folder, also where links lead (but not back up), sorted by name."""
-    found = []
+    """All images below a folder, also where links lead, but not round in circles, sorted by name."""
+    found, above = [], {}  # folder -> where it and those above it really are
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not Path(folder).resolve().is_relative_to(Path(folder, name).resolve())]
-        found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
+        above[folder] = [*above.get(os.path.dirname(folder), ()), os.path.realpath(folder)]
+        if above[folder][-1] in above[folder][:-1]:
+            below.clear()
+        else:
+            found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
     return sorted(found)
 
 

@@ -95,11 +95,11 @@ class StepSampler:
 
 def outlive_signals(worker):
     """A stop signal to the whole job is the main process's business: it finishes its step with these workers, which
-    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay a minute more.
+    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay half a minute more.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def default_workers(workers, device):

@@ -6,8 +6,10 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 import argparse
 import difflib
 import importlib
+import multiprocessing
 import re
 import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -175,9 +177,10 @@ def check_ranges(settings):
         value, flag = settings.get(name), "--" + name.replace("_", "-")
         if value is not None and (value < low or high is not None and value > high):
             raise UserError(f"{flag} {value}: " + (f"at least {low}" if high is None else f"from {low} to {high}"))
-    epochs, warmup = settings.get("epochs"), settings.get("warmup_epochs")
-    if epochs and warmup and warmup >= epochs:
-        raise UserError(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}: lower it too")
+    for unit in ("epochs", "iterations"):
+        total, warmup = settings.get(unit), settings.get(f"warmup_{unit}")
+        if total and warmup and warmup >= total:
+            raise UserError(f"--warmup-{unit} {warmup} leaves nothing of --{unit} {total}: lower it too")
 
 
 def parse(parser, presets=None, recipes=None, argv=None):
@@ -204,6 +207,9 @@ def start(main, parser, *presets_and_recipes, parse=parse):
             raise
         distributed.abandon(traceback.format_exc())
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for loading in multiprocessing.active_children():  # they outlive the SIGTERM by which Python would end them
+            loading.kill()
         distributed.stop()
 
 

@@ -63,7 +63,6 @@ def write_text(folder, item, content, text):
     """Prints a text and writes it as <item>.md, with `content` and the environment beside it as <item>.json."""
     if not is_main():
         return
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / f"{item}.json", {**content, "environment": environment()})
     write_atomically(folder / f"{item}.md", lambda file: file.write(f"{text}\n".encode()))
@@ -79,8 +78,7 @@ def write_table(folder, item, args, columns, rows, notes=()):
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
     absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"
                        for row in rows if not row["measured"])
-    notes = [f"Not measured here (published: why): {absent}" if absent else "", *notes]
-    notes = [note for note in notes if note]
+    notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes]))
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
                               "notes": notes}, text)

@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -36,10 +35,9 @@ ADDED_LATER = {}
 
 def identity(settings):
     """The settings that change a run's result. None and False say "not used" and stay out, so that a new argument whose
-    default is off leaves the identity of old runs as it was. Equal sides are one number.
+    default is off leaves the identity of old runs as it was.
     """
-    sides = ("img_size", "position_size")
-    return {name: list(dict.fromkeys(value)) if name in sides else value for name, value in settings.items()
+    return {name: value for name, value in settings.items()
             if name not in EXECUTION + BY_CONTENT and value is not None and value is not False
             and (name not in ADDED_LATER or value != ADDED_LATER[name])}
 
@@ -55,8 +53,9 @@ def environment():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # no path of this machine
-    versions = {name: metadata.version(name) for name in ("torchvision", "timm", "numpy")}
-    return {"python": platform.python_version(), "torch": torch.__version__, **versions, "gpu": gpu,
+    versions = {name: getattr(sys.modules.get(name), "__version__", None)
+                for name in ("torch", "torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), **versions, "gpu": gpu,
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", str(script), *sys.argv[1:]])}
 
@@ -188,6 +187,7 @@ def _prepare(folder, fresh, settings):
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     if fresh:
+        (folder / "result.json").unlink(missing_ok=True)  # first: without it nobody takes the run for finished
         for path in folder.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -82,8 +82,6 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
         except json.JSONDecodeError:
             pass  # a plain word
         args.per_stage.setdefault(stage, {})[key.replace("-", "_")] = value
-    if len(seeds := given.get("seeds", [])) > len(set(seeds)):
-        parser.error(f"--seeds {' '.join(map(str, seeds))}: each once, or their spread means nothing")
     return args
 
 
@@ -109,7 +107,7 @@ def run_rows(rows, args, demo, script, columns=None):
     endings = columns or {"": (None, {})}
     stages = {module.split(".")[-1] for row in rows for module, _ in [*row.stages, *endings.values()] if module}
     unknown = sorted(set(args.per_stage) - stages)
-    if unknown:
+    if unknown and stages:  # else no row can run, and the table says why
         raise UserError(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
     results, done = {}, {}
@@ -149,8 +147,9 @@ def check_row(row, args):
     for module, settings in row.stages:
         explicit = explicit_settings(module, args, args.seeds[0], row.forced)
         init = getattr(options.stage_settings(module, explicit, settings), "init", None)
-        if len(args.seeds) > 1 and "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()):
-            raise UserError("--set STAGE.seed of the last stage would count one run for each of --seeds")
+        alike = "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()) and len(args.seeds) > 1
+        if alike or len(args.seeds) > len(set(args.seeds)):
+            raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last stage's")
         if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
             raise UserError(f"{row.name}: no weights at {init}")
 
@@ -158,10 +157,10 @@ def check_row(row, args):
 def remedy(row, source, args, seed):
     """Where to give a folder of weights that the hub did not: for a teacher to the table, else to the row's script."""
     for module, settings in row.stages:
-        explicit = explicit_settings(module, args, seed, row.forced)
-        if getattr(options.stage_settings(module, explicit, settings), "teacher", None) == source:
+        given = {**settings, **explicit_settings(module, args, seed, row.forced)}
+        if getattr(options.stage_settings(module, given), "teacher", None) == source:
             return f"here as --set {module.split('.')[-1]}.teacher=FOLDER"
-    return f"in place of its name: `{options.command_line(module, {**settings, **explicit})}`"
+    return f"in place of its name: `{options.command_line(module, given)}`"
 
 
 def overruled(row, args):
@@ -171,7 +170,8 @@ def overruled(row, args):
         explicit = explicit_settings(module, args, args.seeds[0])
         changed = {name: explicit[name] for name, value in settings.items()
                    if explicit.get(name, value) != value and name not in row.forced.get(module, {})}
-        words += options.words({name: "off" if value in (None, False) else value for name, value in changed.items()})
+        words += options.words({name: "off" if value is None or value is False else value
+                                for name, value in changed.items()})
     return " ".join(words)
 
 

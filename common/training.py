@@ -198,8 +198,6 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
                 note_evaluation(snapshot, stop, evaluate, per_epoch)
-        if distributed.all_max(stop.received)[0]:  # while the last evaluation was noted
-            raise SystemExit(STOPPED)
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")
@@ -234,14 +232,15 @@ def evaluation_due(done, total, per_epoch, every):
 def note_evaluation(snapshot, stop, evaluate, per_epoch):
     """Evaluates and logs; the best weights so far, by the first number, are kept beside the last."""
     run, progress = snapshot.run, snapshot.progress
-    with stop.obeyed_at_once():
-        result = evaluate()
     epoch = progress["step"] / per_epoch
-    run.log({"step": progress["step"], "epoch": epoch, "eval": result})
-    print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    progress["evaluate"], progress["last"] = False, {"epoch": epoch, **result}
-    measure = next(iter(result))  # top1, or box_ap
-    if result[measure] > progress["best"].get(measure, -1.0):
-        progress["best"] = dict(progress["last"])
-        if distributed.is_main():
+    with stop.obeyed_at_once():  # it is all done again then
+        result = evaluate()
+        run.log({"step": progress["step"], "epoch": epoch, "eval": result})
+        print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+        measure = next(iter(result))  # top1, or box_ap
+        better = result[measure] > progress["best"].get(measure, -1.0)
+        if better and distributed.is_main():
             checkpoint.save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))
+    progress["evaluate"], progress["last"] = False, {"epoch": epoch, **result}
+    if better:
+        progress["best"] = dict(progress["last"])

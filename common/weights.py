@@ -164,7 +164,8 @@ def read_timm(source):
         raise (HubError(problem, source) if hub else FormatError(problem)) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
     statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
-    classes = model.pretrained_cfg.get("label_names")
+    names = model.pretrained_cfg.get("label_names") or ()  # a list, or numbers to names
+    classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)] or None
     return Weights(state, model.config, source, "timm", fingerprint(state), [], model, statistics, classes)
 
 

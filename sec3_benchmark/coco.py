@@ -102,11 +102,13 @@ def regular(content):
 
 def check_ground_truth(coco, path):
     """Average precision needs box, area and outline of every object, and an object at all: known before a training."""
-    for one in coco.anns.values():
-        if lacking := [key for key in ("bbox", "area", "segmentation") if not one.get(key)]:
+    shown = [one for image in coco.imgs for one in coco.imgToAnns[image]]
+    for one in shown:
+        lacking = [key for key in ("bbox", "area") if one.get(key) is None] + ["segmentation"] * (not has_outline(one))
+        if lacking:
             raise DataError(f"{path}: object {one['id']} on image {one['image_id']} has no {' and no '.join(lacking)} "
                             f"(of three corners or more), so it cannot be measured: add it, or remove the object")
-    if not any(not one["iscrowd"] for one in coco.anns.values()):
+    if all(one["iscrowd"] for one in shown):
         raise DataError(f"{path} has no object that is no crowd: there is nothing to measure")
 
 
@@ -115,7 +117,7 @@ def read_annotations(path):
     try:
         coco = in_memory(regular(json.loads(path.read_text())))
         strange = {one["category_id"] for one in coco.anns.values()} - coco.cats.keys()
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not whole, or no COCO annotations ({type(error).__name__}: {error}): fetch it "
                         f"again") from None
     if strange:

@@ -226,18 +226,11 @@ def print_ap(result):
            f"(at IoU 0.5: {result['box_ap50']:.2f}, {result['mask_ap50']:.2f})")
 
 
-def check_recipe(args):
-    if args.warmup_iterations >= args.iterations:
-        raise UserError(f"--warmup-iterations {args.warmup_iterations} leaves nothing of --iterations "
-                        f"{args.iterations}: lower it too")
-    if not 0 < args.jitter[0] <= args.jitter[1]:
-        raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, above 0, then the largest")
-
-
 def main(args):
     """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
-    check_recipe(args)
+    if not 0 < args.jitter[0] <= args.jitter[1]:
+        raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, above 0, then the largest")
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the detector to evaluate")
     if args.eval_only:

@@ -3,6 +3,7 @@
 The sets themselves, and what --dataset-path must hold: sec3_benchmark/downstream_sets.py.
 """
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from common import options, report
 from common.data import DataError, channel_statistics
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
-from common.weights import read_weights
+from common.weights import HubError, read_weights
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
 
 # What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
@@ -127,7 +128,11 @@ def random_like(row, args):
     (module, settings), files = row.stages[-1], options.named(args.models, "--models")
     if not {row.key, "all"} & set(args.rows or ()) - files.keys():
         return row
-    loaded = {name: read_weights(file) for name, file in files.items() if not args.dry_run or Path(file).exists()}
+    loaded = {}
+    for name, file in files.items():
+        with suppress(HubError):  # its own row will say so
+            if not args.dry_run or Path(file).exists():
+                loaded[name] = read_weights(file)
     return replace(row, stages=((module, {**settings, **scratch_settings(loaded, settings_told(args, module))}),))
 
 

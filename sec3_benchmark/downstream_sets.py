@@ -144,7 +144,7 @@ def folder_sets(name, root, args):
 
 def check_path(name, root):
     """Raises DataError if a set that is generated is given a --dataset-path, or another set none, or is a path."""
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise DataError(f"--dataset {name}: the name of a folder in --dataset-path, not a path; for that folder itself "
                         f"give it as --dataset-path, and --dataset folder")
     if name in FRACTALS and root:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from common import distributed
 from common.augment import eval_transform
 from common.checkpoint import steps_saved
-from common.data import statistics
+from common.data import UnreadableImage, statistics
 from common.errors import UserError
 from common.loader import Views, default_workers, outlive_signals, to_device
 
@@ -55,17 +55,22 @@ def nothing(image):
 
 
 def check_readable(images, run, args, device):
-    """Raises for the first image that cannot be read, before a training and not in its first evaluation. Every rank
-    reads its share; a run that goes on has done so, and so has this process for the sets in READ.
+    """Raises, on every rank, for an image that cannot be read: before a training and not in its first evaluation. Every
+    rank reads its share; a run that goes on has done so, and so has this process for the sets in READ.
     """
-    name = images.fingerprint()
-    if not isinstance(images.images, list) or name in READ or steps_saved(run.folder):
+    if not isinstance(images.images, list) or steps_saved(run.folder) or (name := images.fingerprint()) in READ:
         return
     loader = eval_loader(images, nothing, 256, default_workers(args.workers, device), device, distributed.rank(),
                          distributed.world_size())
-    for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
-                  disable=None if distributed.is_main() else True):
-        pass
+    problem = None
+    try:
+        for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
+                      disable=None if distributed.is_main() else True):
+            pass
+    except UnreadableImage as error:
+        problem = str(error)
+    if problems := list(filter(None, distributed.gather(problem))):
+        raise UnreadableImage(problems[0])
     READ.add(name)
 
 

@@ -207,7 +207,7 @@ def analyse(args, checkpoints, measure, read=validation_images, **settings):
     device = start(args)
     if args.dry_run:
         return None
-    models = {name: load(name, checkpoints, args, device) for name in checkpoints}
+    models = {name: load(name, checkpoints, args, "cpu") for name in checkpoints}
     first, *others = models
     args.img_size, args.in_chans = preprocessing(models[first], args)[0], channels_of(models[first])
     for name in others:
@@ -218,7 +218,8 @@ def analyse(args, checkpoints, measure, read=validation_images, **settings):
         return None
     chosen = draw_images(images.labels, args)
     values, about = {}, {}
-    for (name, model), checkpoint in zip(models.items(), checkpoints.values()):
+    for name, checkpoint in checkpoints.items():
+        model = eval_mode(models.pop(name), device)
         print0(f"{name}: {checkpoint}, {len(chosen)} images")
         with torch.inference_mode():
             values[name] = measure(model, batches(model, images, chosen, args, device))

@@ -424,15 +424,16 @@ def test_statistics_travel_with_weights():
 
 
 def test_links_are_followed_but_not_back_up(tmp_path):
-    """Else each image would be found again below every turn of the loop."""
+    """Nor round in circles: else each image would be found again below every turn."""
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for place in ("data/a/1.png", "elsewhere/2.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / place)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "a")
     names = [os.path.relpath(path, tmp_path / "data") for path in image_files(tmp_path / "data")]
-    assert names == ["a/1.png", "b/2.png"]
+    assert names == ["a/1.png", "b/2.png", "b/back/1.png"]
 
 
 def test_names_need_not_be_utf8(tmp_path):
@@ -440,6 +441,7 @@ def test_names_need_not_be_utf8(tmp_path):
     os.rename(tmp_path / "a.png", os.fsencode(tmp_path / "caf") + b"\xe9.png")
     images = image_tree(tmp_path, 3)
     assert len(images) == 1 and images.read(0).size == (4, 4) and len(images.fingerprint()) == 16
+    assert images.where(0).endswith("caf\\xe9.png") and images.where(0).encode()
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path, monkeypatch):

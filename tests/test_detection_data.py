@@ -84,6 +84,7 @@ def test_a_folder_that_is_not_coco_and_an_image_of_another_size_are_named(folder
     ('"categories"', '"kinds"', "lists 0 categories, and some objects are of others .first: 3"),
     ('"category_id": 90', '"category_id": 91', "lists 3 categories, and some objects are of others .first: 91"),
     ('"category_id": 90', '"kind": 90', "no COCO annotations .KeyError: 'category_id'"),
+    ('"annotations": [', '"annotations": ["x", ', "no COCO annotations .AttributeError"),
     ("{", "", "no COCO annotations .JSONDecodeError")])
 def test_annotations_that_cannot_be_right_are_named(folder, old, new, message):
     path = folder / "annotations" / "instances_train2017.json"
@@ -136,6 +137,14 @@ def test_a_flat_polygon_beside_a_good_one_is_passed_over(folder):
         annotations[0]["segmentation"].append([1, 1, 2, 2])
     [val] = load_coco(rewritten(folder, "val", flatten), splits=("val",))
     assert val.coco.anns[1]["segmentation"] == RECTANGLE
+
+
+def test_what_pycocotools_can_measure_is_not_refused(folder):
+    """An area of 0, and objects of images that the file does not list."""
+    def change(annotations):
+        annotations[0]["area"] = 0.0
+        annotations.append({"id": 77, "image_id": 999, "category_id": 3})
+    assert len(load_coco(rewritten(folder, "val", change), splits=("val",))) == 1
 
 
 def test_other_channels_are_refused(folder):

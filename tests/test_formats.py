@@ -410,6 +410,17 @@ def test_what_is_no_plain_vit_is_said_to_be_none(name):
         load_encoder(build_vit("vit_tiny"), weights)
 
 
+@pytest.mark.parametrize(("names", "read"), [
+    (["cat", "dog"], ["cat", "dog"]), (("cat", "dog"), ["cat", "dog"]), ({"0": "cat", "1": "dog"}, ["cat", "dog"]),
+    ([7, 9], ["7", "9"]), (None, None)])
+def test_class_names_of_a_timm_folder(tmp_path, monkeypatch, names, read):
+    """timm knows a list, a tuple or numbers to names."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2, img_size=32)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+    monkeypatch.setattr(timm, "create_model", lambda *args, **settings: model)
+    assert read_weights("timm:vit_tiny_patch16_224").classes == read
+
+
 def test_positions_of_a_foreign_file_that_is_not_square(tmp_path):
     """24 patches are no square: they are those of the model, if it has as many; else the size must be given."""
     source = classifier(img_size=(16, 96), patch_size=8)

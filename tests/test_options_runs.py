@@ -272,14 +272,6 @@ def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
         settings_hash(by_hand, {})
 
 
-def test_equal_sides_are_one_number():
-    """--img-size 64, 64 64 and what a file says, [64, 64], are the same run; 64 32 is another."""
-    assert settings_hash({"img_size": [64, 64], "position_size": [32, 32]}, {}) == \
-        settings_hash({"img_size": [64], "position_size": [32]}, {})
-    assert settings_hash({"img_size": [64, 32]}, {}) != settings_hash({"img_size": [64, 64]}, {})
-    assert settings_hash({"mean": [0.5, 0.5]}, {}) != settings_hash({"mean": [0.5]}, {})
-
-
 @pytest.mark.parametrize("given", [{"data_path": ""}, {"init": ""}])
 def test_an_empty_value_is_not_taken_for_none(given):
     """A shell variable that is not set would train from scratch, or the demo."""

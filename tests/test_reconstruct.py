@@ -83,8 +83,10 @@ def test_what_a_foreign_file_cannot_say(tmp_path, capsys):
 
 
 def test_a_classifier_cannot_reconstruct(saved):
+    args = saved(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=2))
+    args.raw_pixels = True
     with pytest.raises(ValueError, match="no MAE decoder"):
-        reconstruct.main(saved(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=2)))
+        reconstruct.main(args)
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint", "--init"])

@@ -120,7 +120,7 @@ def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
     (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2"),
-    (["--seeds", "0", "1", "0"], SystemExit, "2")])
+    (["--seeds", "0", "1", "0"], UserError, "--seeds 0 1 0: two are equal")])
 def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message):
     with pytest.raises(error, match=message):
         run(*argv)
@@ -128,7 +128,7 @@ def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message)
 
 
 def test_one_seed_is_not_counted_as_several(ran):
-    with pytest.raises(UserError, match="--set STAGE.seed of the last stage would count one run for each of --seeds"):
+    with pytest.raises(UserError, match="--seeds 0 1: .*--set has the last stage.s"):
         run("--rows", "one", "--seeds", "0", "1", "--set", "after.seed=3")
     assert ran == []
 

@@ -247,7 +247,7 @@ def test_any_folder_is_a_set_by_its_name_or_as_the_path_itself(tmp_path):
     assert Path(load_downstream(asked("other", tmp_path))[1].images[0]).parts[-3] == "val"
 
 
-@pytest.mark.parametrize("name", ["/root/mine", "../mine", "mine/"])
+@pytest.mark.parametrize("name", ["/root/mine", "../mine", "mine/", ".."])
 def test_a_set_s_name_is_no_path(tmp_path, name):
     """It names the run's folder too, which would then lie among the user's data."""
     with pytest.raises(DataError, match="the name of a folder in --dataset-path, not a path"):
