@@ -392,7 +392,7 @@ def test_to_uint8_refuses_what_it_would_garble(image, words):
 def test_settings_out_of_range_are_errors():
     for settings in ({"scale": (0.5, 0.1)}, {"scale": (0, 1)}, {"scale": (0.1, 2)}, {"interpolation": "no such"}):
         with pytest.raises(ValueError):
-            randaugment.train_transform(16, **settings)(picture(20, 20))
+            augment.RandomResizedCrop(16, **settings)(picture(20, 20))
 
 
 def test_defaults_are_the_published_recipes():
