@@ -264,6 +264,12 @@ def test_an_argument_added_later_enters_only_where_it_differs(monkeypatch):
     assert settings_hash({**old, "new": False}, {}) == expected
 
 
+def test_sizes_enter_as_they_were_stored():
+    """One number from the command line, two from the file of weights: runs of both kinds lie in people's folders."""
+    assert settings_hash({"img_size": [48]}, {}) == "a99777dd7b"
+    assert settings_hash({"img_size": [48, 48]}, {}) == "4592d375a7"
+
+
 def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
     """Tables share finished runs with scripts started by hand: 1 is 1.0, 64 is [64], (2, 3) is [2, 3]."""
     by_hand = settings_of(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
