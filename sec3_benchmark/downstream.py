@@ -90,7 +90,7 @@ def with_models(rows, args):
             raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
         row = known.get(name, Row(name, name, {}, (TRANSFER,)))
         module, settings = row.stages[-1]
-        known[name] = replace(row, note=f"weights given: {Path(file).name}",
+        known[name] = replace(row, note=f"weights given: {'/'.join(Path(file).parts[-2:])}",
                               stages=((module, {**settings, "init": file}),))
     if models:
         args.rows = [*(args.rows or []), *models]
