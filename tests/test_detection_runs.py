@@ -215,7 +215,7 @@ def test_the_coco_columns(tmp_path, monkeypatch):
     """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
     monkeypatch.setattr(options, "stage", fake_stage)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
-             "--device", "cpu", "--set", "detect.iterations=7"]
+             "--device", "cpu", "--set", "detect.iterations=7", "detect.warmup_iterations=2"]
     calls.clear()
     rows = {row["key"]: row for row in table4_transfer.main(tables.parse(table4_transfer.build_parser(), words))}
     assert rows["mae"]["measured"] == {"fractals-small": [50.0], "coco-box": [12.5], "coco-mask": [10.5]}
