@@ -9,8 +9,6 @@ numbers (MAE-Tiny: box AP 39.9, mask AP 35.4), has ViTDet's. The settings of Li 
 re-implementation (MIMDet) for ViT-B, not of the paper's own table, which no source shows; not taken over: its tables of
 relative positions, which are shared and without weight decay (here decomposed, decayed), and 25 and 50 epochs.
 """
-from pathlib import Path
-
 from common import options, report, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import duration
@@ -65,7 +63,7 @@ def main(args):
         rows.append({"name": row.name, "published": published, "measured": measured, "seeds": len(final),
                      "seconds": [result["seconds"] for result in final], "run": [result["run"] for result in final],
                      "status": "run" if final else "not chosen"})
-    report.write_table(Path(args.output) / "a5_detection", "a5_detection", args, COLUMNS, rows,
+    report.write_table("a5_detection", args, COLUMNS, rows,
                        notes=["Each cell: published (MAE-Tiny, COCO val2017) / measured.", NOTES.get(args.preset)])
     return rows
 

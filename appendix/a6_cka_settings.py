@@ -108,9 +108,8 @@ def describe(arrays):
 
 def draw(arrays, path):
     """A panel a model: its diagonal for every variant."""
-    plt, models = report.pyplot(), by_model(arrays)
-    figure, axes = plt.subplots(1, len(models), figsize=(3.2 * len(models) + 2, 2.8), layout="constrained",
-                                sharey=True, squeeze=False)
+    models = by_model(arrays)
+    figure, axes = report.subplots(1, len(models), figsize=(3.2 * len(models) + 2, 2.8), sharey=True, squeeze=False)
     styles = ("-", "--", ":", "-.")
     for panel, (model, variants) in zip(axes[0], models.items()):
         for number, (name, array) in enumerate(variants.items()):
@@ -120,7 +119,6 @@ def draw(arrays, path):
     axes[0, 0].set_ylabel("CKA with the first model")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):

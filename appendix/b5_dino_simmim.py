@@ -12,8 +12,6 @@ SimMIM-Tiny are in no source that we read: pretrain_dino.py and pretrain_simmim.
 differ in what an epoch costs: "crops" is what the encoder sees of an image in an epoch. Pre-trainings and fine-tunings
 are those of Table 1. Writes b5.json and b5.md.
 """
-from pathlib import Path
-
 from common import options, report, tables
 from common.tables import PREVIOUS, Row
 from sec3_benchmark.accuracy_table import duration, named, summary
@@ -63,7 +61,7 @@ def main(args):
     rows = [{**summary(named(row, args), results.get(row.key, [])),
              "knn": [stages[1]["top1"] for stages in results.get(row.key, [])],
              "linear": [stages[2]["top1"] for stages in results.get(row.key, [])]} for row in ROWS]
-    report.write_table(Path(args.output) / "b5", "b5", args, COLUMNS, rows, notes=[
+    report.write_table("b5", args, COLUMNS, rows, notes=[
         "Probes read the class token after the last norm; of SimMIM, whose loss leaves it idle, the mean of the "
         "patches. MoCo-v3 is fine-tuned with layer decay 0.75, as the authors did.", tables.NOTES[args.preset]])
     return rows

@@ -19,8 +19,6 @@ from common import distributed, options, report
 from common.runs import identity
 from sec4_analysis import cka
 
-PRESETS = {}
-
 
 def build_parser():
     parser = options.make_parser(__doc__)
@@ -128,4 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

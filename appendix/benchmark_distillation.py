@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from appendix import benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, synchronize
+from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
 from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -23,7 +23,6 @@ from common.runs import identity
 from common.vit import choose_attention
 from sec5_distill.distillation import DMAE, Teacher, visible_patches
 
-PRESETS = {}
 VERSIONS = ("D-MAE", "MAE", "straightforward", "all")
 
 
@@ -64,17 +63,7 @@ def make_step(version, precision, args, device):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05) \
         if version == "straightforward" else adamw(parameter_groups(model, 0.05), (0.9, 0.95))
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    noise = torch.rand(args.batch_size, (args.img_size // args.patch_size) ** 2, device=device)
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            value = loss(images, noise)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-    return step
+    return training_step(loss, optimizer, args, device, dtype)
 
 
 def measure(precision, args, device):
@@ -108,4 +97,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

@@ -18,19 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from appendix import benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize
+from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
 from common import distributed, options, report
 from common.augment import pretrain_transform
 from common.data import labelled_folder
 from common.distributed import print0
 from common.fractals import render_batch
-from common.loader import StepSampler, Views, to_device, train_loader
+from common.loader import Views, data_loader, step_batches, to_device
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
 from common.runs import identity
 from common.vit import choose_attention
-
-PRESETS = {}
 
 
 def build_parser():
@@ -51,27 +49,18 @@ def build_parser():
 def make_step(version, precision, args, device, compiled=False):
     """A function that does one whole training step of a version on fixed data: forward, backward, AdamW."""
     torch.manual_seed(0)
+    dtype = DTYPES[precision]
     if version == "ours":
         model = MAE(img_size=args.img_size, patch_size=args.patch_size).to(device)
-        choose_attention(model, device, DTYPES[precision])
+        choose_attention(model, device, dtype)
         optimizer = adamw(parameter_groups(model, 0.05), (0.9, 0.95))
     else:
         reference = from_tests("straightforward_mae").StraightforwardMAE
         model = reference(img_size=args.img_size, patch_size=args.patch_size).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
     forward = torch.compile(model) if compiled else model
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    noise = torch.rand(args.batch_size, (args.img_size // args.patch_size) ** 2, device=device)
-    dtype = DTYPES[precision]
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = forward(images, noise)
-        (loss if version == "ours" else loss[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-    return step
+    loss = forward if version == "ours" else lambda *batch: forward(*batch)[0]
+    return training_step(loss, optimizer, args, device, dtype)
 
 
 def matmul_rate(precision, device):
@@ -145,9 +134,9 @@ def measure_loader(args, device):
         views = Views(images, pretrain_transform(args.img_size, interpolation="bicubic"), seed=0)
 
         def ours():
-            sampler = StepSampler(count, batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
-                                  total_steps=count // args.batch_size)
-            for batch in train_loader(views, sampler, args.workers, device):
+            keys = step_batches(count, batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
+                                total_steps=count // args.batch_size)
+            for batch in data_loader(views, keys, args.workers, device):
                 to_device(batch, device, mean * 255, std * 255)
 
         def torchvisions():
@@ -196,4 +185,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

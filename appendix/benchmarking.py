@@ -50,6 +50,21 @@ def in_turns(functions, turns):
     return {name: [turn[name] for turn in times] for name in functions}
 
 
+def training_step(loss, optimizer, args, device, dtype):
+    """A function that does one whole step on fixed data: `loss(images, noise)`, its gradients, the update."""
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    noise = torch.rand(args.batch_size, (args.img_size // args.patch_size) ** 2, device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            value = loss(images, noise)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+    return step
+
+
 def peak_memory(script, version, words, device, function):
     """GiB at the peak of `function()`, which `script --memory-of VERSION...` runs too and ends by printing its peak."""
     if device.type == "cuda":

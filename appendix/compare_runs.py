@@ -20,7 +20,6 @@ from common.distributed import print0
 from common.errors import UserError
 from common.runs import identity
 
-PRESETS = {}
 ROWS = 30  # of a reference
 ABOUT = ("script", "fingerprints")  # what settings.json holds besides settings
 
@@ -99,10 +98,9 @@ def compare(rows, reference):
 
 def draw(curves, path):
     """One panel a run: curves {name: (rows, reference)}."""
-    plt = report.pyplot()
     columns = min(3, len(curves))
-    figure, axes = plt.subplots(math.ceil(len(curves) / columns), columns, squeeze=False, layout="constrained",
-                                figsize=(3.2 * columns, 2.4 * math.ceil(len(curves) / columns)))
+    figure, axes = report.subplots(math.ceil(len(curves) / columns), columns, squeeze=False,
+                                   figsize=(3.2 * columns, 2.4 * math.ceil(len(curves) / columns)))
     for axis in axes.flat[len(curves):]:
         axis.axis("off")
     for axis, (name, logs) in zip(axes.flat, curves.items()):
@@ -113,7 +111,6 @@ def draw(curves, path):
         axis.set(xlabel="step", ylabel="training loss")
     axes.flat[0].legend()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def matching(args):
@@ -162,4 +159,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

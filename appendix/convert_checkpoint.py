@@ -28,7 +28,6 @@ from common.mae import DECODERS, MAE
 from common.vit import SIZES, eval_mode
 from common.weights import STEM, TABLE, shape_config, vit_config
 
-PRESETS = {}
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
 TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output
 
@@ -171,4 +170,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

@@ -22,8 +22,6 @@ from common.data import ImageSet, UnreadableImage, image_files, image_tree
 from common.distributed import print0
 from common.errors import UserError
 
-PRESETS = {}
-
 
 def build_parser():
     parser = options.make_parser(__doc__)
@@ -112,4 +110,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

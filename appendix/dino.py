@@ -5,7 +5,6 @@ the teacher's output of each other crop. The teacher is an average of past stude
 its output from collapsing.
 """
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -158,11 +157,6 @@ def update_center(center, teacher_sum, rows, momentum=0.9):
 
 
 # Schedules and gradients
-
-def cosine(step, total_steps, start, end):
-    """Half a cosine from `start` to `end` over all steps."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
-
 
 def teacher_temperature(epoch, start, end, warmup_epochs):
     """Of a 0-based epoch: linear from `start`, reaching `end` in the last epoch of the warm-up."""

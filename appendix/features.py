@@ -15,11 +15,12 @@ from common.checkpoint import save_torch
 from common.data import statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_encoder, read_weights
-from common.loader import default_workers, to_device
-from common.rpe import MODELS, build_model, unshared
+from common.loader import to_device
+from common.rpe import MODELS, build_model
 from common.vit import eval_mode
+from common.weights import read_weights
 from sec3_benchmark.evaluate import eval_loader
+from sec3_benchmark.initial_weights import load_encoder, take_config
 
 POOLING = ("token", "avg")
 
@@ -58,14 +59,14 @@ def build_encoder(args, device):
     weights = read_weights(args.init)
     pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
     said = {"pooling": "avg"} if pool == "avg" else {}  # other projects' files too; of MAE and the rest, the default
-    options.take_config(args, {**(weights.config or {}), **said})
+    take_config(args, {**(weights.config or {}), **said})
     take_statistics(args, weights)
     if pool == "avg" and args.pooling == "token" and not args.layer:
         raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: leave --pooling token out, or "
                         f"take a block's output (--layer)")
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                       num_heads=args.num_heads, num_classes=0, global_pool=pool)
-    print0(load_encoder(vit, weights, explained=unshared(vit, weights)))
+    print0(load_encoder(vit, weights))
     if not 0 <= args.layer <= len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
     return eval_mode(vit, device), weights.fingerprint
@@ -85,8 +86,8 @@ def extract(vit, images, transform, args, device, view=0):
     """Features (N, D) of all images, float32, on the CPU of every rank; each rank computes its share."""
     mean, std = (values.to(device) for values in statistics(args))
     rank, world = distributed.rank(), distributed.world_size()
-    loader = eval_loader(images, transform, min(args.micro_batch, 256), default_workers(args.workers, device), device,
-                         rank, world, epoch=view)
+    loader = eval_loader(images, transform, min(args.micro_batch, 256), args.workers, device, rank, world,
+                         epoch=view)
     own = [features(vit, to_device(batch, device, mean, std)["image"], args.layer, args.pooling).float().cpu()
            for batch in loader]
     everything = torch.zeros(len(images), vit.embed_dim)

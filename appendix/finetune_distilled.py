@@ -57,9 +57,8 @@ def build_distilled(args, num_classes, weights, keep_head=False, drop_path=0.0):
     if args.global_pool != "avg":
         raise UserError("--global-pool token: the class token serves the teacher's head, so the other head reads the "
                         "mean of the patches; leave --global-pool out")
-    fresh = () if keep_head else ("dist_norm.weight", "dist_norm.bias", "head_dist.weight", "head_dist.bias")
     return finetune.build_classifier(args, num_classes, weights, keep_head, drop_path,
-                                     partial(build_vit, architecture=DistilledViT), fresh)
+                                     partial(build_vit, architecture=DistilledViT))
 
 
 class Distilled(finetune.Supervised):

@@ -14,10 +14,11 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from timm.optim import Lars
 from torch import nn
 
 from appendix.features import add_arguments, add_execution, build_encoder, cached_features
-from appendix.probes import LARS, check_save_to, write_result
+from appendix.probes import check_save_to, write_result
 from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import load_sets
@@ -56,12 +57,18 @@ def build_probe(dim, num_classes):
     return probe
 
 
+def make_optimizer(parameters, recipe):
+    """LARS scales the step of a matrix to 0.001 of its length, a bias takes plain steps; or AdamW."""
+    groups = [{"params": [p], "lr_scale": 1.0, "always_adapt": p.ndim > 1} for p in parameters]
+    return Lars(groups, lr=0.0, momentum=0.9, eps=0.0) if recipe == "official" else \
+        torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+
+
 def fit_probe(probe, view_of, labels, args):
     """Trains on features: `view_of(epoch)` are those of an epoch, (N, D); labels (N,). Every rank does the same on its
     own device.
     """
-    make = LARS if args.recipe == "official" else partial(torch.optim.AdamW, weight_decay=0.0)
-    optimizer = make([{"params": list(probe.parameters()), "lr_scale": 1.0}], lr=0.0)
+    optimizer = make_optimizer(probe.parameters(), args.recipe)
     N, steps = len(labels), len(labels) // args.batch_size
     if not steps:
         raise UserError(f"{N} training images, fewer than one batch of {args.batch_size}: lower --batch-size")

@@ -22,9 +22,7 @@ from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.vit import eval_mode
 from sec4_analysis.features import check_plain
-from sec4_analysis.study import batches
-
-PRESETS = {}
+from sec4_analysis.images import batches
 
 
 def build_parser():
@@ -111,4 +109,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

@@ -11,7 +11,7 @@ Student and teacher end up in weights.pt, and --init takes the teacher from it.
 """
 import torch
 
-from appendix.dino import DINO, MultiCrop, clip_each, cosine, dino_loss, teacher_temperature, update_center
+from appendix.dino import DINO, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
 from common import distributed, options
 from common.data import load_images
 from common.errors import UserError
@@ -19,6 +19,7 @@ from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, steps_per_epoch, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
+from sec3_benchmark.moco import half_cosine
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], local_size=18, model="vit_demo", patch_size=6, epochs=2,
@@ -82,7 +83,7 @@ class DINOMethod(Method):
 
     def before_step(self, step):
         """The decay of the regularised group alone follows the schedule: vectors and biases are never decayed."""
-        decay = cosine(step, self.total_steps, self.args.weight_decay, self.args.weight_decay_end)
+        decay = half_cosine(step, self.total_steps, self.args.weight_decay, self.args.weight_decay_end)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["regularised"] else 0.0
 
@@ -101,7 +102,7 @@ class DINOMethod(Method):
 
     def after_step(self, step):
         """The teacher's average, after the update; the centre, once, from all micro-batches and ranks."""
-        self.model.update_teacher(cosine(step, self.total_steps, self.args.momentum, 1.0))
+        self.model.update_teacher(half_cosine(step, self.total_steps, self.args.momentum, 1.0))
         rows = self.rows * distributed.world_size()
         self.center = update_center(self.center, distributed.all_sum(self.teacher_sum), rows)
         self.teacher_sum, self.rows = 0.0, 0

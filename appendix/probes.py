@@ -1,34 +1,11 @@
-"""What the probes share besides the features: LARS, and the file of a result."""
+"""What the probes share besides the features: the file of a result."""
 from pathlib import Path
-
-import torch
 
 from common import distributed
 from common.checkpoint import save_json
 from common.distributed import print0
 from common.errors import UserError
 from common.runs import deliver, environment, settings_hash
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum 0.9 whose step of each matrix is scaled to 0.001 of its length (You et al. 2017); biases take
-    plain steps.
-    """
-
-    def __init__(self, params, lr, momentum=0.9, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                update = p.grad
-                if p.ndim > 1:
-                    ratio = group["trust"] * p.norm() / update.norm()
-                    update = update * torch.where((p.norm() > 0) & (update.norm() > 0), ratio, 1.0)
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.mul_(group["momentum"]).add_(update)
-                p.sub_(group["lr"] * velocity)
 
 
 def check_save_to(args):

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.formats import load_model, read_weights
 from common.loader import seed_everything
 from common.mae import take
-from common.report import pyplot
+from common.report import subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
 
@@ -85,10 +85,8 @@ def reconstruct(model, images, noise):
 
 def draw(arrays, path, title):
     """One row an image, one column a version: arrays {title: (B, H, W, C) in 0..1}."""
-    plt = pyplot()
     rows = len(next(iter(arrays.values())))
-    figure, axes = plt.subplots(rows, len(arrays), figsize=(1.5 * len(arrays), 1.5 * rows + 0.5), squeeze=False,
-                                layout="constrained")
+    figure, axes = subplots(rows, len(arrays), figsize=(1.5 * len(arrays), 1.5 * rows + 0.5), squeeze=False)
     for column, (name, images) in enumerate(arrays.items()):
         axes[0, column].set_title(name, fontsize=8)
         for row in range(rows):
@@ -96,7 +94,6 @@ def draw(arrays, path, title):
             axes[row, column].axis("off")
     figure.suptitle(title, fontsize=8)
     figure.savefig(path)
-    plt.close(figure)
 
 
 @torch.inference_mode()

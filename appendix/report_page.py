@@ -24,7 +24,6 @@ from common.distributed import print0
 from common.errors import UserError
 from common.tables import NOTES
 
-PRESETS = {}
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
 MADE, KEPT = "Made here: outputs/", "Kept with the repository: each section's results/"
 TITLES = {  # of the items, in the paper's order
@@ -206,4 +205,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

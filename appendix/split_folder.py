@@ -18,8 +18,6 @@ from common.data import labelled_folder
 from common.distributed import print0
 from common.errors import UserError
 
-PRESETS = {}
-
 
 def build_parser():
     parser = options.make_parser(__doc__)
@@ -94,4 +92,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    options.start(main, build_parser())

@@ -66,31 +66,20 @@ class Views(Dataset):
         raise DataError(f"no readable image was found in place of {self.images.where(index)} in 100 draws")
 
 
-class StepSampler:
-    """The keys of each micro-batch of this rank from `start_step` on, over all epochs, so that workers never restart.
-
-    A step takes the next `batch_size` of the epoch's order; rank r has the r-th part, cut into `accumulation` pieces.
+def step_batches(length, *, batch_size, accumulation, seed, start_step, total_steps, rank=0, world=1):
+    """Yields the keys of each micro-batch of this rank from `start_step` on, over all epochs, so that workers never
+    restart. A step takes the next `batch_size` of the epoch's order; rank r has the r-th part, cut into `accumulation`
+    pieces.
     """
-
-    def __init__(self, length, *, batch_size, accumulation, seed, start_step, total_steps, rank=0, world=1):
-        self.length, self.batch_size, self.accumulation, self.seed = length, batch_size, accumulation, seed
-        self.start_step, self.total_steps, self.rank, self.world = start_step, total_steps, rank, world
-        self.steps_per_epoch = length // batch_size  # the remainder is dropped, as in the authors' loader
-        self.micro_batch = batch_size // world // accumulation
-
-    def __len__(self):
-        return (self.total_steps - self.start_step) * self.accumulation
-
-    def __iter__(self):
-        epoch, order = None, None
-        for step in range(self.start_step, self.total_steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self.length, self.seed, epoch)
-            first = step % self.steps_per_epoch * self.batch_size + self.rank * self.batch_size // self.world
-            for micro in range(self.accumulation):
-                begin = first + micro * self.micro_batch
-                yield [(epoch, int(index)) for index in order[begin:begin + self.micro_batch]]
+    steps_per_epoch = length // batch_size  # the remainder is dropped, as in the authors' loader
+    micro_batch, epoch = batch_size // world // accumulation, None
+    for step in range(start_step, total_steps):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            order = epoch_order(length, seed, epoch)
+        first = step % steps_per_epoch * batch_size + rank * batch_size // world
+        for begin in range(first, first + accumulation * micro_batch, micro_batch):
+            yield [(epoch, int(index)) for index in order[begin:begin + micro_batch]]
 
 
 def outlive_signals(worker):
@@ -113,11 +102,11 @@ def default_workers(workers, device):
     return min(32, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
 
 
-def train_loader(views, sampler, workers, device):
-    """Micro-batches of `views` in the sampler's order; images stay uint8. A transform may bring its own `collate`."""
-    return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-                      collate_fn=getattr(views.transform, "collate", None),
-                      prefetch_factor=2 if workers else None, worker_init_fn=outlive_signals)
+def data_loader(views, batches, workers, device):
+    """Reads `batches`, lists of keys, in their order; images stay uint8. A transform may bring its own `collate`."""
+    return DataLoader(views, batch_sampler=batches, num_workers=default_workers(workers, device),
+                      pin_memory=device.type == "cuda", collate_fn=getattr(views.transform, "collate", None),
+                      worker_init_fn=outlive_signals)
 
 
 def to_device(batch, device, mean, std):

@@ -33,11 +33,14 @@ def epoch_in_words(images, batch_size):
     return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint}"
 
 
-def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0):
-    """The schedule of a recipe as a function of the step: peak = base lr * batch / 256. Prints the arithmetic."""
-    peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
-    print0(f"{epoch_in_words(images, args.batch_size)}; "
-           f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 256")
+def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
+    """The schedule of a recipe as a function of the step: peak = base lr * batch / `per`, where it is not given. Prints
+    the arithmetic.
+    """
+    per_epoch = steps_per_epoch(images, args.batch_size)
+    why = f"{args.base_lr:g} x {args.batch_size} / {per}" if peak is None else "lr, whatever the batch"
+    peak = args.base_lr * args.batch_size / per if peak is None else peak
+    print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {why}")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, warmup_lr=warmup_lr, min_lr=min_lr)
 

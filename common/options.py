@@ -5,22 +5,18 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 """
 import argparse
 import difflib
-import importlib
 import multiprocessing
 import re
-import shlex
 import signal
 import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 import common
 from common import data, distributed
 from common.distributed import print0
 from common.errors import UserError
-from common.vit import SIZES, pair
+from common.vit import SIZES
 
 
 class Settings(argparse.Namespace):
@@ -49,11 +45,11 @@ def make_parser(description):
     return Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-def add_data(parser, img_size=224):
+def add_data(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
     group.add_argument("--data-path", metavar="DIR", help="where the data set lies")
-    add_images(group, img_size)
+    add_images(group)
 
 
 def add_images(group, img_size=224):
@@ -93,15 +89,15 @@ def add_execution(parser):
     group.add_argument("--log-every", type=int, default=10, help="steps between two rows of log.jsonl")
     group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop",
                        help="skip: replace, count, list it, in training; above 1 %% stop all the same")
-
-
-EXECUTION = ("output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "compile", "deterministic",
-             "allow_inexact", "save_minutes", "log_every", "on_bad_image")
+    return parser
 
 
 def defaults(parser):
     """Every argument's name and default, those of required ones too (None)."""
     return {action.dest: action.default for action in parser._actions if action.dest != "help"}
+
+
+EXECUTION = tuple(defaults(add_execution(argparse.ArgumentParser())))  # names of these settings
 
 
 def flags_of(parser):
@@ -139,26 +135,6 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     settings = Settings(**settings)
     settings.explicit = frozenset(given)
     return settings
-
-
-SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
-
-
-def alike(name, ours, theirs):
-    """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
-    return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
-
-
-def take_config(args, config, names=None):
-    """Copies what a checkpoint says of its model (of `names` alone, if given) into `args`, and prints it. What the
-    command line or a table row gave is kept; with config None nothing happens.
-    """
-    explicit = getattr(args, "explicit", ())
-    taken = {name: value for name, value in (config or {}).items() if value is not None and name not in explicit
-             and name in (names or vars(args)) and not alike(name, vars(args).get(name, value), value)}
-    if taken:
-        print0("as the weights say:", *words(taken))
-    vars(args).update(taken)
 
 
 # The smallest and the largest value of settings that several scripts share
@@ -222,28 +198,6 @@ def announce(parser, args):
         print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
 
-def stage_settings(name, explicit=None, row=None):
-    """The settings that a stage would run with."""
-    module = importlib.import_module(name)
-    parser = module.build_parser()
-    parser.prog = name
-    try:
-        return resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
-    except UserError as error:
-        raise UserError(f"stage {name}: {error}") from None
-
-
-def stage(name, explicit=None, row=None):
-    """Runs another script's `main` with keyword settings, in this process, and returns its result. `name` is a module
-    such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
-    """
-    args, module = stage_settings(name, explicit, row), importlib.import_module(name)
-    torch.compiler.reset()
-    print0(f"\n== {name}")
-    announce(module.build_parser(), args)
-    return module.main(args)
-
-
 def named(texts, flag):
     """["NAME=VALUE", ...] -> {NAME: VALUE}."""
     pairs = [text.partition("=")[::2] for text in texts]
@@ -265,11 +219,6 @@ def words(settings, flags=None):
         elif value is not None and value is not False:
             line += [flag, str(value)]
     return line
-
-
-def command_line(name, settings):
-    """The shell command of a stage: settings as a dict of names and values."""
-    return shlex.join(["python", f"{name.replace('.', '/')}.py", *words(settings)])
 
 
 def check_clone():

@@ -11,15 +11,15 @@ from common.runs import environment
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def pyplot():
-    """matplotlib without a display, with type that stays legible in print."""
+def subplots(rows=1, columns=1, *, figsize, **settings):
+    """A figure, with type that stays legible in print, and its axes. pyplot does not know it: nothing to close."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.prop_cycle": plt.cycler(color=COLOURS), "savefig.bbox": "tight",
-                         "legend.frameon": False})
-    return plt
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({
+        "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "savefig.bbox": "tight", "legend.frameon": False})
+    figure = Figure(figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **settings)
 
 
 def draw_curve(log_path, path):
@@ -28,8 +28,7 @@ def draw_curve(log_path, path):
     steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
     if not steps:
         return
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6), layout="constrained")
+    figure, axes = subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6))
     for axis, key, name in zip(axes, ("loss", "lr"), ("training loss", "learning rate")):
         axis.plot([r["epoch"] for r in steps], [r[key] for r in steps], linewidth=1,
                   marker="." if len(steps) < 10 else None)  # a line of one point is not seen
@@ -39,7 +38,6 @@ def draw_curve(log_path, path):
         axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
         axes[2].set(xlabel="epoch", ylabel={"top1": "top-1", "box_ap": "box AP"}.get(measure, measure) + " on val (%)")
     figure.savefig(path)
-    plt.close(figure)
 
 
 def spread(values):
@@ -69,8 +67,8 @@ def write_text(folder, item, content, text):
     print0(f"\n{text}\n\nwritten to {folder / item}.json and .md")
 
 
-def write_table(folder, item, args, columns, rows, notes=()):
-    """A table as <item>.json and <item>.md in `folder`, printed too.
+def write_table(item, args, columns, rows, notes=()):
+    """A table as <item>.json and <item>.md in <output>/<item>/, printed too; returns the path of the json.
 
     `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of
     a row. Rows without a measurement are named below the table.
@@ -80,5 +78,7 @@ def write_table(folder, item, args, columns, rows, notes=()):
                        for row in rows if not row["measured"])
     notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes]))
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
+    folder = Path(args.output) / item
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
                               "notes": notes}, text)
+    return folder / f"{item}.json"

@@ -17,8 +17,6 @@ from common.vit import SIZES, build_vit, check_heads, pair, patch_grid, size_of
 
 VARIANTS = {"_rpe": True, "_simmim": False}  # ending of a model's name -> whether it has absolute positions too
 MODELS = (*SIZES, *(size + variant for size in SIZES for variant in VARIANTS))
-# What a plain ViT's weights lack here, or have and this model has not: it starts anew, or is dropped (trap 8).
-NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "gamma_2", "qkv.bias")
 
 
 def build_model(model="vit_tiny", **settings):
@@ -60,8 +58,3 @@ def init_relative_vit(vit, cut=2.0):
         if isinstance(vit.head, nn.Linear):
             vit.head.weight *= vit.head_init_scale
     return vit
-
-
-def unshared(vit, weights):
-    """Endings of names that `load_encoder` may leave unmatched: none, unless plain weights enter a relative model."""
-    return NOT_SHARED if isinstance(vit, Beit) and "blocks.0.attn.qkv.bias" in weights.state else ()

@@ -3,9 +3,13 @@
 A row's settings name only what makes it that row; preset, device and the rest come from the table's command line.
 `--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
 """
+import importlib
 import json
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from common import distributed, options
 from common.data import load_images, load_sets
@@ -135,6 +139,33 @@ def run_rows(rows, args, demo, script, columns=None):
     return results if columns else {key: found[""] for key, found in results.items()}
 
 
+def stage_settings(name, explicit=None, row=None):
+    """The settings that a stage would run with."""
+    module = importlib.import_module(name)
+    parser = module.build_parser()
+    parser.prog = name
+    try:
+        return options.resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
+    except UserError as error:
+        raise UserError(f"stage {name}: {error}") from None
+
+
+def stage(name, explicit=None, row=None):
+    """Runs another script's `main` with keyword settings, in this process, and returns its result. `name` is a module
+    such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
+    """
+    args, module = stage_settings(name, explicit, row), importlib.import_module(name)
+    torch.compiler.reset()
+    print0(f"\n== {name}")
+    options.announce(module.build_parser(), args)
+    return module.main(args)
+
+
+def command_line(name, settings):
+    """The shell command of a stage: settings as a dict of names and values."""
+    return shlex.join(["python", f"{name.replace('.', '/')}.py", *options.words(settings)])
+
+
 def cell(row, column, stage, added):
     """The row in one column of a table: its last stage, or `stage` in its place, with the settings `added`."""
     module, settings = row.stages[-1]
@@ -144,12 +175,12 @@ def cell(row, column, stage, added):
 
 def check_row(row, args):
     """An error for settings that a stage does not have or cannot use, and for initial weights that are not there."""
+    alike = "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()) and len(args.seeds) > 1
+    if alike or len(args.seeds) > len(set(args.seeds)):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last stage's")
     for module, settings in row.stages:
         explicit = explicit_settings(module, args, args.seeds[0], row.forced)
-        init = getattr(options.stage_settings(module, explicit, settings), "init", None)
-        alike = "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()) and len(args.seeds) > 1
-        if alike or len(args.seeds) > len(set(args.seeds)):
-            raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last stage's")
+        init = getattr(stage_settings(module, explicit, settings), "init", None)
         if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
             raise UserError(f"{row.name}: no weights at {init}")
 
@@ -158,9 +189,9 @@ def remedy(row, source, args, seed):
     """Where to give a folder of weights that the hub did not: for a teacher to the table, else to the row's script."""
     for module, settings in row.stages:
         given = {**settings, **explicit_settings(module, args, seed, row.forced)}
-        if getattr(options.stage_settings(module, given), "teacher", None) == source:
+        if getattr(stage_settings(module, given), "teacher", None) == source:
             return f"here as --set {module.split('.')[-1]}.teacher=FOLDER"
-    return f"in place of its name: `{options.command_line(module, given)}`"
+    return f"in place of its name: `{command_line(module, given)}`"
 
 
 def overruled(row, args):
@@ -183,7 +214,7 @@ def require_weights(args):
 
 def explicit_settings(module, args, seed, forced=None):
     """What was given on the table's command line for a stage, as far as it knows it, --set, and what a row forces."""
-    known = vars(options.stage_settings(module))
+    known = vars(stage_settings(module))
     own = ("img_size",) if module.endswith(".detect") else ()  # there the canvas: by --set detect.img_size alone
     given = {name: value for name, value in args.given.items() if name in known and name not in own}
     return {**given, "seed": seed, **args.per_stage.get(module.split(".")[-1], {}), **(forced or {}).get(module, {})}
@@ -199,7 +230,7 @@ def run_row(row, seed, args, script, done):
         key = json.dumps([module, settings, explicit], sort_keys=True, default=str)
         if key not in done:
             done[key] = dry_run(row, number, module, settings, explicit, args, script) if args.dry_run else \
-                options.stage(module, explicit=explicit, row=settings)
+                stage(module, explicit=explicit, row=settings)
         elif args.dry_run:
             print0(f"# {module.split('.')[-1]}.py: as above")
         finished.append(done[key])
@@ -210,5 +241,5 @@ def dry_run(row, number, module, settings, explicit, args, script):
     """Prints a stage's command; its weights go where the next command looks for them."""
     weights = Path(args.output) / script / "weights" / f"{row.key}-seed{explicit['seed']}-{number}.pt"
     last = number == len(row.stages) - 1
-    print0(options.command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
+    print0(command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
     return {"checkpoint": str(weights)}

@@ -5,13 +5,13 @@ from contextlib import closing, nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint, distributed, report
+from common import distributed, report
+from common.checkpoint import Snapshot, save_torch
 from common.data import statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.loader import StepSampler, Views, default_workers, seed_everything, to_device, train_loader
+from common.loader import Views, data_loader, seed_everything, step_batches, to_device
 from common.optim import set_learning_rate, steps_per_epoch
-from common.snapshot import Snapshot
 from common.vit import choose_attention
 from common.watch import STOPPED, BadImages, Guard, Meter, StopSignals, explain_memory
 
@@ -119,10 +119,10 @@ class Engine:
     def read(self, images, transform, start, total, bad_images):
         """Every micro-batch of this rank from step `start` on, on the device; the meter gets the time spent waiting."""
         args, world = self.args, distributed.world_size()
-        sampler = StepSampler(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
-                              start_step=start, total_steps=total, rank=distributed.rank(), world=world)
+        keys = step_batches(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
+                            start_step=start, total_steps=total, rank=distributed.rank(), world=world)
         views = Views(images, transform, args.seed, args.on_bad_image)
-        loader = iter(train_loader(views, sampler, default_workers(args.workers, self.device), self.device))
+        loader = iter(data_loader(views, keys, args.workers, self.device))
         mean, std = (values.to(self.device) for values in statistics(args))
         while True:
             with self.meter.waiting():
@@ -240,7 +240,7 @@ def note_evaluation(snapshot, stop, evaluate, per_epoch):
         measure = next(iter(result))  # top1, or box_ap
         better = result[measure] > progress["best"].get(measure, -1.0)
         if better and distributed.is_main():
-            checkpoint.save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))
+            save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))
     progress["evaluate"], progress["last"] = False, {"epoch": epoch, **result}
     if better:
         progress["best"] = dict(progress["last"])

@@ -92,17 +92,6 @@ def choose_attention(model, device, dtype=None):
     return model
 
 
-def leading_blocks(state, k):
-    """The pre-trained entries that `--keep-blocks k` keeps (Figures 2 and 4): none for k = 0; for k >= 1 the patch
-    embedding, class token, positions and blocks 1..k. What follows (later blocks, norms, head) starts anew.
-    """
-    def kept(name):
-        if name.startswith("blocks."):
-            return int(name.split(".")[1]) < k
-        return k > 0 and name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed"))
-    return {name: value for name, value in state.items() if kept(name)}
-
-
 def final_norm(vit):
     """The norm behind the last block: `norm`, or `fc_norm` in a classifier that averages its patch tokens first."""
     return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm

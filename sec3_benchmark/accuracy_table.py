@@ -1,20 +1,18 @@
 """A table of rows with one accuracy each: Tables 1 and 3, and the appendix's studies."""
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 from common import report, tables
 
 
-def accuracy_table(item, rows, demo, args, notes=()):
+def accuracy_table(item, rows, demo, args):
     """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
     results = tables.run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
     summaries = [summary(named(row, args), results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
-    report.write_table(Path(args.output) / item, item, args, COLUMNS, summaries,
-                       notes=[about, *notes, tables.NOTES[args.preset]])
+    report.write_table(item, args, COLUMNS, summaries, notes=[about, tables.NOTES[args.preset]])
     return summaries
 
 

@@ -1,4 +1,4 @@
-"""COCO's data for detect.py (Appendix A.5): images with their objects, large-scale jitter, average precision.
+"""COCO's data for detect.py (Appendix A.5): images with their objects, large-scale jitter.
 
 A data set is a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/; the split is taken from
 the annotation files. Categories, whatever their numbers, become labels 1, 2, ... in order. Objects come as polygons or
@@ -15,22 +15,16 @@ import numpy as np
 import torch
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import default_collate
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from common import distributed
 from common.augment import to_uint8
-from common.data import DataError, ImageSet, UnreadableImage, statistics
-from common.loader import default_workers, to_device
+from common.data import DataError, ImageSet, UnreadableImage
 from common.vit import pair
-from sec3_benchmark.evaluate import eval_loader
-from sec3_benchmark.mask_rcnn import paste
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
-MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # where COCOeval.stats keeps them
 
 
 # Images and objects
@@ -213,77 +207,3 @@ def targets_of(batch):
     """The targets of each image of a training batch, as MaskRCNN takes them."""
     count = batch["count"].tolist()
     return [dict(zip(RAGGED, one)) for one in zip(*(batch[name].split(count) for name in RAGGED))]
-
-
-# Average precision
-
-@torch.inference_mode()
-def detect_all(model, images, args, device, rank=0, world=1):
-    """COCO detections on every `world`-th image, boxes and masks back on the original image."""
-    model.eval()
-    mean, std = (values.to(device) for values in statistics(args))
-    views = DetectionViews(args.img_size, None)
-    batch_size = min(args.micro_batch, 8)  # at 640 px an image takes some 0.4 GB
-    loader = eval_loader(images, views, batch_size, default_workers(args.workers, device), device, rank, world)
-    categories, found = sorted(images.coco.cats), []
-    for batch in loader:
-        batch = to_device(batch, device, mean, std)
-        sizes = [tuple(size) for size in batch["size"].tolist()]
-        for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
-                                                    batch["original"].tolist()):
-            found += as_coco(detection, images.ids[index], size, original, categories)
-    return found
-
-
-def evaluator(model, images, args, device):
-    """Box and mask AP on `images` as a function of nothing, for the training loop; every rank takes its share."""
-    rank, world = distributed.rank(), distributed.world_size()
-
-    def evaluate():
-        found = [detect_all(model, images, args, device, rank, world)]
-        if world > 1:
-            parts = [None] * world if rank == 0 else None
-            torch.distributed.gather_object(found[0], parts)
-            found = parts or []
-        result = average_precision(images.coco, images.ids, sum(found, [])) if rank == 0 else None
-        return distributed.broadcast_object(result)
-
-    return evaluate
-
-
-def as_coco(detection, image_id, size, original, categories):
-    """One image's detections as COCO entries; `size` is what the model saw of the image of size `original`."""
-    (height, width), (seen_height, seen_width) = original, size
-    zoom = torch.tensor([width / seen_width, height / seen_height] * 2, device=detection["boxes"].device)
-    boxes = detection["boxes"] * zoom
-    masks = paste(detection["masks"], boxes, height, width).cpu().numpy()
-    entries, scores, labels = [], detection["scores"].tolist(), detection["labels"].tolist()
-    for box, score, label, mask in zip(boxes.tolist(), scores, labels, masks):
-        lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
-        entries.append({"image_id": image_id, "category_id": categories[label - 1], "score": score,
-                        "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                        "segmentation": {**lengths, "counts": lengths["counts"].decode()}})
-    return entries
-
-
-def average_precision(coco, ids, found):
-    """{"box_ap", "mask_ap", "box_ap50", ...} in percent, of COCO detections on the images `ids`. A measure with no
-    object to find (no small ones, say) is left out.
-    """
-    result = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        # without their boxes masks are ranked small, medium, large by their own area, as in detectron2
-        entries = [{k: v for k, v in one.items() if kind == "bbox" or k != "bbox"} for one in found]
-        stats = [0.0] * 6
-        if entries:
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation = COCOeval(coco, coco.loadRes(entries), kind)
-                evaluation.params.imgIds = list(ids)
-                evaluation.evaluate()
-                evaluation.accumulate()
-                evaluation.summarize()
-            stats = evaluation.stats
-        for measure, place in MEASURES.items():
-            if stats[place] >= 0:  # COCOeval says -1 for "no such object"
-                result[f"{name}_{measure.lower()}"] = 100 * float(stats[place])
-    return result

@@ -9,28 +9,27 @@ Mask R-CNN on ViTDet's pyramid, 184,375 iterations at batch 64 and 640 px. Publi
 / 35.4, from random weights 32.7 / 28.9. COCO is a folder with annotations/, train2017/ and val2017/, or one that holds
 it as coco/. --init reads any ViT that finetune.py reads. The run's folder gets predictions.png.
 """
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from common import distributed, options
-from common.checkpoint import save_json
-from common.data import DataError, take_statistics
+from common.data import take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
 from common.optim import adamw, learning_rate, steps_per_epoch
 from common.runs import open_run
 from common.training import Method, train, wrap
 from common.vit import SIZES, build_vit
-from common.weights import FormatError, Weights, fingerprint, own_config, read_file
-from sec3_benchmark.coco import DetectionViews, detect_all, evaluator, load_coco, targets_of
-from sec3_benchmark.draw_detections import draw_detections
+from common.weights import FormatError, Weights, fingerprint, own_config, read_file, read_weights
+from sec3_benchmark.average_precision import evaluator
+from sec3_benchmark.coco import DetectionViews, targets_of
+from sec3_benchmark.draw_detections import draw
 from sec3_benchmark.evaluate import check_classes, check_readable
+from sec3_benchmark.initial_weights import alike, load_encoder, take_config
 from sec3_benchmark.mask_rcnn import MaskRCNN
-from sec3_benchmark.scenes import load_scenes
+from sec3_benchmark.scenes import load_detection_sets
 from sec3_benchmark.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 
 PRESETS = {
@@ -84,16 +83,6 @@ def build_parser():
     group.add_argument("--seed", type=int, default=0)
     options.add_execution(parser)
     return parser
-
-
-def load_detection_sets(args, splits=("train", "val")):
-    """Training and validation set, or one of them alone: the demo's scenes, or COCO in --dataset-path."""
-    if not args.dataset_path:
-        if args.preset != "demo":
-            raise DataError(f"--preset {args.preset} needs --dataset-path, a COCO folder; without data: --preset demo")
-        return load_scenes(args, splits)
-    inside = Path(args.dataset_path) / "coco"
-    return load_coco(inside if inside.is_dir() else args.dataset_path, args.in_chans, splits)
 
 
 def build_detector(args, num_classes, weights=None):
@@ -156,18 +145,6 @@ class Detection(Method):
         return sum(losses.values()), losses
 
 
-def draw(model, images, args, device, folder):
-    """predictions.json, the detections on the first validation images, and predictions.png, drawn from it."""
-    if not args.draw or not distributed.is_main():
-        return
-    few = replace(images, images=images.images[:args.draw], ids=images.ids[:args.draw])
-    numbers, picture = Path(folder) / "predictions.json", Path(folder) / "predictions.png"
-    numbers.parent.mkdir(parents=True, exist_ok=True)
-    save_json(numbers, detect_all(model, few, args, device))
-    draw_detections(few, numbers, picture)
-    print0(f"drawn: {picture}")
-
-
 def read_detector(source):
     """The Weights of a run of this script, heads and all; `config` holds BUILT_FROM and "detector_classes"."""
     content = read_file(Path(source))
@@ -184,10 +161,10 @@ def take_detector(args, weights):
     """
     fixed = set(getattr(args, "explicit", ())) - {"proposals"}
     for name, theirs in weights.config.items():
-        if name in fixed and not options.alike(name, getattr(args, name), theirs):
+        if name in fixed and not alike(name, getattr(args, name), theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {getattr(args, name)}: leave "
                             f"--{name.replace('_', '-')} out")
-    options.take_config(args, weights.config)
+    take_config(args, weights.config)
     take_statistics(args, weights)
 
 
@@ -197,8 +174,8 @@ def take_backbone(args, weights):
     if config and config["model"] not in (None, *SIZES):
         raise UserError(f"--init {args.init} has relative positions ({config['model']}): detect.py takes a plain ViT, "
                         f"pre-trained by --model vit_tiny")
-    options.take_config(args, config, ("model", "patch_size", "in_chans", "num_heads"))
-    options.take_config(args, config and {"position_size": config["img_size"]})
+    take_config(args, config, ("model", "patch_size", "in_chans", "num_heads"))
+    take_config(args, config and {"position_size": config["img_size"]})
     take_statistics(args, weights)
 
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.weights import HubError, read_weights
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
+from sec3_benchmark.initial_weights import SHAPE
 
 # What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
 # published source (scripts/transfer.sh, equal for every initialisation); all the others are ours and not tuned.
@@ -110,7 +111,7 @@ def scratch_settings(loaded, told):
     for name, weights in loaded.items():
         if weights.config:
             usual = channel_statistics(weights.config["in_chans"])
-            says = {**{key: weights.config.get(key) for key in options.SHAPE},
+            says = {**{key: weights.config.get(key) for key in SHAPE},
                     **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
             networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
     first = next(iter(networks.values()), {})
@@ -192,12 +193,13 @@ def beside(published, measured):
     return f"{'-' if published is None else published} / {report.spread(measured) if measured else 'not run'}"
 
 
+def column(name):
+    """A column of such a table for report.write_table; a row's "published" and "measured" are dicts by column."""
+    return lambda row: beside(row["published"].get(name), row["measured"].get(name))
+
+
 def columns(names):
-    """The columns of such a table for report.write_table, COCO's always among them; a row's "published" and "measured"
-    are dicts by column.
-    """
-    def column(name):
-        return lambda row: beside(row["published"].get(name), row["measured"].get(name))
+    """All of them, COCO's always among them."""
     names = [*(name for name in names if name != COCO), *COCO_AP]
     return {"initialisation": lambda row: row["name"], **{title(name): column(name) for name in names},
             "seeds": lambda row: row["seeds"] or ""}

@@ -1,23 +1,37 @@
 """Pictures of detections: below each image's own objects those that were found."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from common import report
+from common import distributed, report
+from common.checkpoint import save_json
+from common.distributed import print0
+from sec3_benchmark.average_precision import detect_all
 from sec3_benchmark.coco import object_mask
 
 SHOWN = 0.4  # lowest score of a detection that is drawn
 PER_ROW = 4
 
 
+def draw(model, images, args, device, folder):
+    """predictions.json, the detections on the first validation images, and predictions.png, drawn from it."""
+    if not args.draw or not distributed.is_main():
+        return
+    few = replace(images, images=images.images[:args.draw], ids=images.ids[:args.draw])
+    numbers, picture = Path(folder) / "predictions.json", Path(folder) / "predictions.png"
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    save_json(numbers, detect_all(model, few, args, device))
+    draw_detections(few, numbers, picture)
+    print0(f"drawn: {picture}")
+
+
 def draw_detections(images, found, path):
     """All images of a (small) CocoSet: annotations above, the detections of the file `found` below."""
     found, count = json.loads(Path(found).read_text()), len(images)
-    plt = report.pyplot()
     columns, blocks = min(PER_ROW, count), -(-count // PER_ROW)
-    figure, axes = plt.subplots(2 * blocks, columns, figsize=(2.4 * columns, 4.8 * blocks), layout="constrained",
-                                squeeze=False)
+    figure, axes = report.subplots(2 * blocks, columns, figsize=(2.4 * columns, 4.8 * blocks), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i in range(count):
@@ -30,7 +44,6 @@ def draw_detections(images, found, path):
             overlay(axis, image, entries, images.coco)
             axis.set_title(title, fontsize=7)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def overlay(axis, image, entries, coco):

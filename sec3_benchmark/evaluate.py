@@ -1,7 +1,6 @@
 """Accuracy of a classifier, each image counted once, in float32 (Tables 1-5)."""
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import distributed
@@ -9,7 +8,7 @@ from common.augment import eval_transform
 from common.checkpoint import steps_saved
 from common.data import UnreadableImage, statistics
 from common.errors import UserError
-from common.loader import Views, default_workers, outlive_signals, to_device
+from common.loader import Views, data_loader, to_device
 
 READ = set()  # fingerprints of sets whose images can all be read
 
@@ -18,8 +17,7 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1,
     """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
     keys = [(epoch, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
-    return DataLoader(Views(images, transform, seed=0), batch_sampler=batches, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
+    return data_loader(Views(images, transform, seed=0), batches, workers, device)
 
 
 @torch.inference_mode()
@@ -60,8 +58,7 @@ def check_readable(images, run, args, device):
     """
     if not isinstance(images.images, list) or steps_saved(run.folder) or (name := images.fingerprint()) in READ:
         return
-    loader = eval_loader(images, nothing, 256, default_workers(args.workers, device), device, distributed.rank(),
-                         distributed.world_size())
+    loader = eval_loader(images, nothing, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None
     try:
         for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
@@ -81,8 +78,7 @@ def evaluator(model, images, args, device):
     mean, std = (values.to(device) for values in statistics(args))
 
     def evaluate():
-        loader = eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256),
-                             default_workers(args.workers, device), device,
+        loader = eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256), args.workers, device,
                              distributed.rank(), distributed.world_size())
         return accuracy(model, loader, device, mean, std)
 

@@ -17,14 +17,15 @@ from common import distributed, options
 from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_encoder, read_weights
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, warmup_cosine
-from common.rpe import MODELS, build_model, unshared
+from common.rpe import MODELS, build_model
 from common.runs import open_run
 from common.training import Method, train
+from common.weights import read_weights
 from sec3_benchmark.erasing import erase, erasing_box
 from sec3_benchmark.evaluate import check_classes, check_readable, evaluator
+from sec3_benchmark.initial_weights import SHAPE, load_encoder, take_config
 from sec3_benchmark.randaugment import train_transform
 
 PRESETS = {
@@ -121,24 +122,21 @@ class Supervised(Method):
         return self.cross_entropy(self.forward(images), target), {}
 
 
-def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0, build=build_model, fresh=()):
-    """The ViT of the command line with what `--init` and `--keep-blocks` put into it. `fresh`: endings of the names of
-    further parts, which --init need not hold.
-    """
+def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0, build=build_model):
+    """The ViT of the command line with what `--init` and `--keep-blocks` put into it."""
     if args.keep_blocks is not None and weights is None:
         raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                 num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path)
     if weights is not None:
-        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, keep_head=keep_head,
-                            explained=(*unshared(vit, weights), *fresh)))
+        print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, keep_head=keep_head))
     return vit
 
 
 def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
-    options.take_config(args, weights.config)
+    take_config(args, weights.config)
     take_statistics(args, weights)
     [val_set] = load_sets(args, splits=("val",))
     check_classes(weights, val_set)
@@ -166,7 +164,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
     if args.eval_only:
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
-    options.take_config(args, weights and weights.config, options.SHAPE)
+    take_config(args, weights and weights.config, SHAPE)
     take_statistics(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)

@@ -15,7 +15,7 @@ import torch
 from common import distributed
 from common.augment import eval_transform
 from common.data import STATISTICS, DataError, labelled_folder
-from common.loader import default_workers, to_device
+from common.loader import to_device
 from sec3_benchmark.evaluate import eval_loader
 
 
@@ -28,8 +28,8 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     statistics = getattr(model, "statistics", None)
     mean, std = (255 * torch.tensor(values, device=device) for values in (statistics.values() if statistics else
                                                                           STATISTICS[3]))
-    loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size,
-                         default_workers(workers, device), device, distributed.rank(), distributed.world_size())
+    loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size, workers, device,
+                         distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
     for batch in loader:
         batch = to_device(batch, device, mean, std)

@@ -7,6 +7,7 @@ pixel 639 only to within 2. Every remaining difference is listed in the section'
 """
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
@@ -15,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 
-from sec3_benchmark.vitdet import LEVELS, ChannelNorm
+from sec3_benchmark.vitdet import LEVELS
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 ANCHOR = 8  # their side in strides: 32 px at stride 4 to 512 px at stride 64, for patches of 16 px
@@ -148,10 +149,10 @@ class MaskRCNN(nn.Module):
             dict(training=proposals, testing=proposals), nms_thresh=0.7)
         patch_size = backbone.patch_embed.patch_size[0]
         self.roi_heads = ROIHeads(
-            AlignedPool(7, patch_size), FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], ChannelNorm),
+            AlignedPool(7, patch_size), FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], LayerNorm2d),
             FastRCNNPredictor(hidden, num_classes), 0.5, 0.5, rois, 0.25, (10.0, 10.0, 5.0, 5.0),
             score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, mask_roi_pool=AlignedPool(14, patch_size),
-            mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, ChannelNorm),
+            mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes))
         init_heads(self.roi_heads)
 

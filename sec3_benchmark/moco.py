@@ -187,6 +187,6 @@ def gather(x):
     return torch.cat(parts)
 
 
-def momentum_at(step, total_steps, start):
-    """Half a cosine from `start` to 1 over all steps."""
-    return 1 - 0.5 * (1 + math.cos(math.pi * step / total_steps)) * (1 - start)
+def half_cosine(step, total_steps, start, end=1.0):
+    """From `start` to `end` over all steps: the momentum's schedule."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))

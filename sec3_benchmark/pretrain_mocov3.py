@@ -19,7 +19,7 @@ from common.runs import open_run
 from common.training import Method, train
 from common.vit import choose_attention
 from sec3_benchmark import subsets
-from sec3_benchmark.moco import MoCo, class_tokens, momentum_at, symmetric_loss, view_transform
+from sec3_benchmark.moco import MoCo, class_tokens, half_cosine, symmetric_loss, view_transform
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=2, batch_size=128,
@@ -76,7 +76,7 @@ class MoCoMethod(Method):
     def __init__(self, model, args, total_steps):
         super().__init__(model)
         self.temperature = args.temperature
-        self.momentum = partial(momentum_at, total_steps=total_steps, start=args.momentum)
+        self.momentum = partial(half_cosine, total_steps=total_steps, start=args.momentum)
 
     def prepare(self, device, dtype, compiled):
         """No DistributedDataParallel: it averages in the backward pass, and here there are several in a step."""

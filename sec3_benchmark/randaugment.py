@@ -13,16 +13,16 @@ FILL = (124, 116, 104)  # round(255 * ImageNet mean): what geometric operations 
 RANDAUGMENT = "rand-m10-mstd0.5-inc1"  # the improved recipe; the default recipe has m9
 
 
-def train_transform(size, scale=(0.08, 1.0), interpolation="bicubic", randaugment=RANDAUGMENT, flip=0.5):
+def train_transform(size, scale=(0.08, 1.0), randaugment=RANDAUGMENT):
     """Crop, flip, RandAugment (None: without), in timm's order. There is no colour jitter, since timm drops it
     wherever RandAugment is on: the jitter of 0.3 in the published recipe never had an effect."""
-    steps = [RandomResizedCrop(size, scale, interpolation=interpolation), RandomHorizontalFlip(flip)]
+    steps = [RandomResizedCrop(size, scale), RandomHorizontalFlip()]
     if randaugment is not None:
-        steps = [require_rgb, *steps, rand_augment(randaugment, size, interpolation)]
+        steps = [require_rgb, *steps, rand_augment(randaugment, size)]
     return Compose([*steps, to_uint8])
 
 
-def rand_augment(config, size, interpolation="bicubic"):
+def rand_augment(config, size):
     """timm's RandAugment for PIL RGB images, such as "rand-m10-mstd0.5-inc1": 2 of 15 operations, drawn with
     replacement, each executed with probability 0.5 at a magnitude N(m, mstd) clipped to [0, 10].
 
@@ -36,9 +36,8 @@ def rand_augment(config, size, interpolation="bicubic"):
         raise UserError(f"RandAugment is written like {RANDAUGMENT!r} (m, n, mstd, inc, each with its number), "
                         f"not {config!r}; to go without it: --randaugment none")
     # translate_const, in pixels, is set as timm's factory does; the Translate operations here are the relative ones.
-    settings = {"translate_const": int(min(pair(size)) * 0.45), "img_mean": FILL}
-    if interpolation != "random":  # without the entry timm picks bilinear or bicubic, for each operation anew
-        settings["interpolation"] = Image.Resampling[interpolation.upper()]
+    settings = {"translate_const": int(min(pair(size)) * 0.45), "img_mean": FILL,
+                "interpolation": Image.Resampling.BICUBIC}
     transform = auto_augment.rand_augment_transform(config, settings)
     for op in transform.ops:
         if op.aug_fn is auto_augment.posterize:

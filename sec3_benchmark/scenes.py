@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as run_lengths
 
+from common.data import DataError
 from common.fractals import fractal_set
 from common.vit import pair
-from sec3_benchmark.coco import CocoSet, in_memory
+from sec3_benchmark.coco import CocoSet, in_memory, load_coco
 
 SHAPES = {  # u, v: coordinates around the centre, turned, in radii -> inside?
     "disc": lambda u, v: u**2 + v**2 <= 1,
@@ -78,3 +79,13 @@ def load_scenes(args, splits=("train", "val")):
         textures, _ = fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
         sets.append(scene_set(split, textures, size, SPLITS[split], args.in_chans))
     return sets
+
+
+def load_detection_sets(args, splits=("train", "val")):
+    """Training and validation set, or one of them alone: the demo's scenes, or COCO in --dataset-path."""
+    if not args.dataset_path:
+        if args.preset != "demo":
+            raise DataError(f"--preset {args.preset} needs --dataset-path, a COCO folder; without data: --preset demo")
+        return load_scenes(args, splits)
+    inside = Path(args.dataset_path) / "coco"
+    return load_coco(inside if inside.is_dir() else args.dataset_path, args.in_chans, splits)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import LogLocator
 
 from common import distributed, options, report
 from common.distributed import print0
@@ -196,8 +197,7 @@ def draw(table, path):
     """Published top-1 against measured throughput, from table2.json."""
     rows = [row for row in json.loads(Path(table).read_text())["rows"]
             if "images_per_second" in row["measured"] and row["published"]["top1"] is not None]
-    plt = report.pyplot()
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = report.subplots(figsize=(7, 5))
     groups = {"other networks": ("o", lambda row: not row["ours"] and DISTILLED not in row["marks"]),
               f"{DISTILLED} trained with distillation": ("s", lambda row: DISTILLED in row["marks"]),
               "ViT-Tiny, 12 heads": ("D", lambda row: row["ours"])}
@@ -208,14 +208,13 @@ def draw(table, path):
         axes.scatter([point[0] for point in mine], [point[1] for point in mine], marker=marker, s=22, label=label)
         points += mine
     axes.set(xscale="log", xlabel="images a second, measured here", ylabel="top-1 on ImageNet-1k (%), published")
-    axes.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
     axes.margins(0.12)
     figure.legend(loc="outside upper center", ncols=len(groups))
     label_points(axes, points)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):

@@ -99,7 +99,7 @@ def plan(row, args, full):
             return without(row, args, f"cannot be drawn: {error}")
         if subset not in DATA.values():
             check_share(row, subset, len(part) / len(full))
-    resolved = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
+    resolved = tables.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
     if len(part) < resolved.batch_size:
         return without(row, args, f"has {len(part)} images, fewer than one batch of {resolved.batch_size}: --set "
                                   f"{module.split('.')[-1]}.batch_size=N changes it, for all rows of its method")
@@ -127,7 +127,7 @@ def planned(args):
     rows = [runnable(row, args, lists) for row in ROWS]
     chosen = tables.chosen(rows, args, DEMO)
     module, settings = chosen[0].stages[0]
-    base = options.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
+    base = tables.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
     [full] = load_sets(base, splits=("train",))
     return [plan(row, args, full) if row in chosen else row for row in rows]
 
@@ -149,8 +149,7 @@ def draw(table, path):
     """Top-1 by pre-training data, a line per method and a point per seed, from table3.json."""
     rows = [row for row in json.loads(Path(table).read_text())["rows"] if row["measured"]]
     parts = [part for part in DATA if any(row["part"] == part for row in rows)]
-    plt = report.pyplot()
-    figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
+    figure, axes = report.subplots(figsize=(4, 3))
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = {parts.index(row["part"]): row["measured"] for row in rows if row["method"] == method}
         axes.plot(list(mine), [sum(values) / len(values) for values in mine.values()], ("-", "--")[number],
@@ -162,7 +161,6 @@ def draw(table, path):
              ylabel="top-1 after fine-tuning on all (%)", xlim=(-0.4, len(parts) - 0.6))
     axes.legend()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):
@@ -175,11 +173,10 @@ def main(args):
     rows = [summary(named(row, args), results.get(row.key, [])) for row in planned_rows]
     for row in rows:
         row["status"] = row.get("problem", row["status"])
-    folder = Path(args.output) / "table3"
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."
-    report.write_table(folder, "table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
+    table = report.write_table("table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
     if distributed.is_main():
-        draw(folder / "table3.json", folder / "table3.png")
+        draw(table, table.with_suffix(".png"))
     return rows
 
 

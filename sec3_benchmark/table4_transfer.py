@@ -66,12 +66,10 @@ def draw(table, path):
     colours = dict(zip([row["name"] for row in rows], cycle(report.COLOURS)))
     official = {name: about["images"][0] for name, about in SETS.items()}
     ours = {name: size for row in rows for name, size in row["train_images"].items()}
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
+    figure, axes = report.subplots(1, 2, figsize=(7.2, 3.4))
     panel(axes[0], "published", gaps(rows, published), official, colours)
     panel(axes[1], f"measured, {table['preset']}", gaps(rows, measured), ours, colours)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def panel(axis, heading, gap, sizes, colours):
@@ -109,11 +107,10 @@ def main(args):
     about = "Each cell: published / measured, top-1 (COCO: AP) in % at the last epoch. Training images: " + ", ".join(
         f"{downstream.title(name)} {size:,}" for name, size in sizes.items()) + "."
     given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
-    folder = Path(args.output) / "table4"
-    report.write_table(folder, "table4", args, downstream.columns(names), rows,
-                       notes=[about, *given, NOTES[args.preset]])
+    table = report.write_table("table4", args, downstream.columns(names), rows,
+                               notes=[about, *given, NOTES[args.preset]])
     if is_main():
-        draw(folder / "table4.json", folder / "table4.png")
+        draw(table, table.with_suffix(".png"))
     return rows
 
 

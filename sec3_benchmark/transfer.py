@@ -15,16 +15,17 @@ from common import distributed, options
 from common.augment import pretrain_transform
 from common.data import take_statistics
 from common.distributed import print0
-from common.formats import read_weights
 from common.loader import seed_everything
-from common.optim import epoch_in_words, learning_rate, parameter_groups, steps_per_epoch
+from common.optim import parameter_groups, warmup_cosine
 from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
+from common.weights import read_weights
 from sec3_benchmark.downstream import SETTINGS
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from sec3_benchmark.evaluate import check_readable, evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
+from sec3_benchmark.initial_weights import SHAPE, take_config
 
 PRESETS = {
     "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
@@ -64,6 +65,11 @@ def build_parser():
     return parser
 
 
+def schedule(args, images):
+    """The learning rate as a function of the step; its base is per 512 images."""
+    return warmup_cosine(args, images, args.min_lr, per=512, peak=args.lr)
+
+
 class CrossEntropy(Method):
     """Plain labels: this recipe has neither mixup nor smoothing."""
 
@@ -82,23 +88,13 @@ def sgd(groups, momentum):
     return optimizer
 
 
-def schedule(args, images):
-    """The learning rate as a function of the step. Prints the arithmetic."""
-    per_epoch = steps_per_epoch(images, args.batch_size)
-    peak = args.base_lr * args.batch_size / 512 if args.lr is None else args.lr
-    why = f"{args.base_lr:g} x {args.batch_size} / 512" if args.lr is None else "lr, whatever the batch"
-    print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {why}")
-    return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
-                                      warmup_steps=args.warmup_epochs * per_epoch, min_lr=args.min_lr)
-
-
 def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start(args.device)
     if "base_lr" in args.explicit and "lr" not in args.explicit:
         args.lr = None  # the preset's or the set's own peak gives way
     weights = read_weights(args.init) if args.init else None
-    options.take_config(args, weights and weights.config, options.SHAPE)
+    take_config(args, weights and weights.config, SHAPE)
     take_statistics(args, weights)
     train_set, test_set = load_downstream(args)
     fingerprints = {"train": train_set.fingerprint(), "test": test_set.fingerprint(),

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
@@ -131,28 +132,18 @@ class ViTBackbone(nn.Module):
         return maps
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of maps (B, C, H, W)."""
-
-    def __init__(self, channels):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, maps):
-        return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
-
-
 class SimplePyramid(nn.Module):
     """ViTDet's: the last map (B, D, h, w) at four times, twice, once and half its size, with `channels` each."""
 
     def __init__(self, dim, channels=256):
         super().__init__()
         half, quarter = dim // 2, dim // 4
-        up = [nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), ChannelNorm(half), nn.GELU(),
+        up = [nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half), nn.GELU(),
                             nn.ConvTranspose2d(half, quarter, 2, 2)),
               nn.ConvTranspose2d(dim, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)]
         self.levels = nn.ModuleDict({
-            level: nn.Sequential(resize, nn.Conv2d(width, channels, 1, bias=False), ChannelNorm(channels),
-                                 nn.Conv2d(channels, channels, 3, padding=1, bias=False), ChannelNorm(channels))
+            level: nn.Sequential(resize, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+                                 nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels))
             for level, resize, width in zip(LEVELS, up, (quarter, half, dim, dim))})
 
     def forward(self, maps):

@@ -37,8 +37,7 @@ def patch_distances(grid, patch_size):
     """Between the centres of all pairs of patches: grid (rows, columns), patch_size (height, width) -> (L, L)."""
     rows, columns = (torch.arange(n, dtype=torch.float64) * size for n, size in zip(grid, patch_size))
     centres = torch.cartesian_prod(rows, columns)  # (L, 2)
-    # subtracted, not by torch.cdist, whose matrix product loses digits
-    return (centres.unsqueeze(0) - centres.unsqueeze(1)).square().sum(dim=-1).sqrt().float()
+    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist").float()  # mm would lose digits
 
 
 def attention_weights(logits, prefix=1, keep_prefix=False):

@@ -19,6 +19,7 @@ from common.errors import UserError
 from sec4_analysis import attention, study
 from sec4_analysis.features import geometry, intermediates
 from sec4_analysis.fig5_attention import ROWS
+from sec4_analysis.images import validation_images
 
 
 def build_parser():
@@ -77,7 +78,7 @@ def attention_maps(model, images, args):
 def numbers(args):
     """{"MODEL/image", "MODEL/block B head H", "query": array} and what to know about them; None: see study.analyse."""
     done = study.analyse(args, study.sources(args, ROWS, "attention_maps"), partial(attention_maps, args=args),
-                         picture if args.picture else study.validation_images, image=args.image, query=args.query)
+                         picture if args.picture else validation_images, image=args.image, query=args.query)
     if done is None:
         return None
     arrays, (models, about) = {}, done
@@ -101,14 +102,13 @@ def visible(image):
 
 def draw(arrays, path):
     """A row a model: the image, then a map for each layer and head, scaled to its largest weight; cyan: the query."""
-    plt, models = report.pyplot(), {}
+    models = {}
     for key, array in arrays.items():
         if key != "query":
             name, what = key.rsplit("/", 1)
             models.setdefault(name, []).append((what, array))
     columns = max(len(panels) for panels in models.values())
-    figure, axes = plt.subplots(len(models), columns, figsize=(1.5 * columns, 1.75 * len(models)), squeeze=False,
-                                layout="constrained")
+    figure, axes = report.subplots(len(models), columns, figsize=(1.5 * columns, 1.75 * len(models)), squeeze=False)
     for row, (name, panels) in zip(axes, models.items()):
         for panel, (what, array) in zip(row, panels):
             picture = what == "image"
@@ -120,7 +120,6 @@ def draw(arrays, path):
         for panel in row:
             panel.axis("off")
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):

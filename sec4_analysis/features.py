@@ -48,9 +48,8 @@ def final_norm(model, authors=False):
 
     authors: what their CKA script used for an MAE. They load it into such a classifier, whose fc_norm is untrained.
     """
-    if isinstance(model, MAE):
-        untrained = nn.LayerNorm(model.norm.normalized_shape, eps=1e-6).to(model.norm.weight.device)
-        return untrained if authors else model.norm
+    if authors and isinstance(model, MAE):
+        return nn.LayerNorm(model.norm.normalized_shape, eps=1e-6).to(model.norm.weight.device)
     return vit.final_norm(model)
 
 

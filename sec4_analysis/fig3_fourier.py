@@ -14,6 +14,9 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from common import options, report
 from sec4_analysis import fourier, study
@@ -59,9 +62,8 @@ def table(arrays):
 
 def draw(arrays, path):
     """The last frequency over depth; then for each model all frequencies, from the first point to the last."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7), layout="constrained",
-                                sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
+    figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7),
+                                   sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
     for (name, array), (style, colour) in zip(arrays.items(), study.line_styles()):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     last = next(iter(arrays.values()))[1, 0, -1]
@@ -69,14 +71,13 @@ def draw(arrays, path):
     axes[0].legend(fontsize=8)
     for panel, (name, array) in zip(axes[1:], arrays.items()):
         for point, (values, frequencies) in enumerate(zip(*array)):
-            panel.plot(frequencies, values, color=plt.get_cmap("viridis")(0.9 * point / (array.shape[1] - 1)),
+            panel.plot(frequencies, values, color=colormaps["viridis"](0.9 * point / (array.shape[1] - 1)),
                        linewidth=1)
         panel.set(title=name, xlabel="frequency (π)")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1 / 0.9), "viridis")
+    scale = ScalarMappable(Normalize(0, 1 / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
     bar.set_ticklabels(["first", "last"])
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):

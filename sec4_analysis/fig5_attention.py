@@ -64,9 +64,8 @@ def table(arrays):
 
 def draw(arrays, path):
     """A column a model: box plots over heads for each layer, distance above, entropy below; dashed: uniform."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4), layout="constrained",
-                                sharex="col", sharey="row", squeeze=False)
+    figure, axes = report.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4),
+                                   sharex="col", sharey="row", squeeze=False)
     for column, (name, array) in enumerate(arrays.items()):
         for row, label in enumerate(("distance (px)", "entropy (nats)")):
             panel, layers = axes[row, column], array.shape[1]
@@ -81,7 +80,6 @@ def draw(arrays, path):
         axes[0, column].set_title(name)
         axes[1, column].set_xlabel("block")
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):

@@ -111,9 +111,8 @@ def table(points):
 
 def draw(points, path):
     """Top-1 over k, a panel for each data set, a curve for each method; bars: standard deviation over seeds."""
-    plt, panels = report.pyplot(), list(dict.fromkeys(point["panel"] for point in points))
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels) + 0.6, 2.7), layout="constrained",
-                                squeeze=False)
+    panels = list(dict.fromkeys(point["panel"] for point in points))
+    figure, axes = report.subplots(1, len(panels), figsize=(2.7 * len(panels) + 0.6, 2.7), squeeze=False)
     methods = dict.fromkeys(point["method"] for point in points)
     for panel, title in zip(axes[0], panels):
         for method, (style, colour) in zip(methods, line_styles()):
@@ -125,7 +124,6 @@ def draw(points, path):
     axes[0, 0].set_ylabel("top-1 (%)")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def figure(args, item, stage, panels):

@@ -50,9 +50,9 @@ def describe(arrays):
 
 def draw_similarities(arrays, path):
     """A heat map for each model (x: layers of the first), then the diagonals."""
-    plt, (reference, *others) = report.pyplot(), arrays
-    figure, axes = plt.subplots(1, len(arrays) + 1, figsize=(2.4 * len(arrays) + 3.2, 2.6), layout="constrained",
-                                gridspec_kw={"width_ratios": [1] * len(arrays) + [1.25]})
+    reference, *others = arrays
+    figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.4 * len(arrays) + 3.2, 2.6),
+                                   gridspec_kw={"width_ratios": [1] * len(arrays) + [1.25]})
     for panel, (name, array) in zip(axes, arrays.items()):
         image = panel.imshow(array, origin="lower", cmap="magma", vmin=0, vmax=1)
         panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
@@ -65,4 +65,3 @@ def draw_similarities(arrays, path):
     if others:
         axes[-1].legend(fontsize=8)
     figure.savefig(path)
-    plt.close(figure)

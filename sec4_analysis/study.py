@@ -4,29 +4,26 @@ A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOIN
 trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
 """
-import math
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.models.beit import Beit
-from torch.utils.data import DataLoader
 
 from common import distributed, options, report, tables
-from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import channel_statistics, load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model
-from common.loader import Views, default_workers, outlive_signals, seed_everything, to_device
+from common.loader import seed_everything
 from common.mae import MAE
 from common.rpe import init_relative_vit
 from common.tables import PREVIOUS, Row
 from common.vit import eval_mode, init_vit
 from common.weights import fingerprint
-from sec4_analysis.features import check_plain, geometry
+from sec4_analysis.features import check_plain
+from sec4_analysis.images import batches, draw_images, preprocessing, validation_images
 
 PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "small": {"data": "folder"}}
 PRETRAIN, MOCO, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
@@ -143,61 +140,7 @@ def untrained(model, seed):
     return init_relative_vit(model) if isinstance(model, Beit) else init_vit(model)
 
 
-# Images
-
-def draw_images(labels, args):
-    """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
-    if args.order == "authors":
-        count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
-        chosen = np.argsort(labels, kind="stable")[:count]
-    else:
-        rng = np.random.default_rng(args.seed if args.image_seed is None else args.image_seed)
-        count = args.num_images
-        order = rng.permutation(len(labels))
-        turn = np.empty(len(labels), int)  # rank of each image within its class, in this random order
-        for label in np.unique(labels):
-            mine = order[labels[order] == label]
-            turn[mine] = np.arange(len(mine))
-        chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
-    if len(chosen) < count or count < 1:
-        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}: "
-                        f"lower --num-images")
-    return chosen
-
-
-def channels_of(model):
-    proj = model.patch_embed["proj"] if isinstance(model, MAE) else model.patch_embed.proj
-    return proj.in_channels
-
-
-def preprocessing(model, args):
-    """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
-    crop is the paper's for all models, so that a token shows each of them the same part of the image.
-    """
-    _, grid, patch = geometry(model)
-    theirs = getattr(model, "statistics", None) or {}
-    mean, std = (getattr(args, key) or theirs.get(key) for key in ("mean", "std"))
-    normalisation = channel_statistics(channels_of(model), mean, std)
-    return [n * p for n, p in zip(grid, patch)], *(torch.tensor(values) * 255 for values in normalisation.values())
-
-
-def batches(model, images, chosen, args, device):
-    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most."""
-    size, mean, std = preprocessing(model, args)
-    parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
-    loader = DataLoader(Views(images, eval_transform(size), seed=0), worker_init_fn=outlive_signals,
-                        batch_sampler=[[(0, int(index)) for index in part] for part in parts],
-                        num_workers=default_workers(args.workers, device))
-    for batch in loader:
-        yield to_device(batch, device, mean.to(device), std.to(device))["image"]
-
-
 # Measuring, writing, drawing
-
-def validation_images(args):
-    """Those of --data; every class with its label."""
-    return load_sets(args, splits=("val",))[0]
-
 
 def analyse(args, checkpoints, measure, read=validation_images, **settings):
     """{name: measure(model, batches)} for every model {name: checkpoint} on the images that `read(args)` gives, and
@@ -209,9 +152,9 @@ def analyse(args, checkpoints, measure, read=validation_images, **settings):
         return None
     models = {name: load(name, checkpoints, args, "cpu") for name in checkpoints}
     first, *others = models
-    args.img_size, args.in_chans = preprocessing(models[first], args)[0], channels_of(models[first])
+    args.img_size, args.in_chans = preprocessing(models[first], args)[0], models[first].patch_embed.proj.in_channels
     for name in others:
-        if (channels := channels_of(models[name])) != args.in_chans:
+        if (channels := models[name].patch_embed.proj.in_channels) != args.in_chans:
             raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
     images = read(args)
     if not distributed.is_main():
@@ -236,19 +179,19 @@ def figure(args, item, numbers, describe, draw):
     `numbers()` gives ({name: array}, what a reader should know about them), or None where this rank leaves, with {}.
     `describe(arrays)` is them to read, in Markdown; `draw(arrays, path)` the picture.
     """
+    folder = Path(args.output) / item
     if not args.from_numbers:
         if not args.dry_run:  # a place that cannot be written is found before the work
-            (Path(args.output) / item).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         done = numbers()
         if done is None:
             return {}
         arrays, about = done
-        folder = Path(args.output) / item
         write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
         where = f"preset {args.preset}" if args.preset else args.data
         report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {describe(arrays)}")
 
-    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz")
+    path = Path(args.from_numbers or folder / f"{item}.npz")
     if path.suffix != ".npz":
         raise UserError(f"--from-numbers {path}: give the .npz that this script wrote")
     with np.load(path) as file:

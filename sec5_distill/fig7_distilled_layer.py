@@ -72,8 +72,8 @@ COLUMNS = {
 
 def draw(rows, path):
     """Bars of top-1 and of the time of a step, a dot for each seed. The axis of top-1 is cut: differences are small."""
-    plt, names = report.pyplot(), [row["name"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(2.4 + 0.75 * len(rows), 2.8), layout="constrained")
+    names = [row["name"] for row in rows]
+    figure, axes = report.subplots(1, 2, figsize=(2.4 + 0.75 * len(rows), 2.8))
     for axis, key, digits in ((axes[0], "measured", 1), (axes[1], "seconds_per_step", 2)):
         for x, row in enumerate(rows):
             mean = statistics.mean(row[key])
@@ -89,7 +89,6 @@ def draw(rows, path):
     axes[0].set(ylabel="top-1 (%), axis cut", ylim=(max(0, min(values) - margin), max(values) + margin))
     axes[1].set(ylabel="s per step of pre-training", ylim=(0, 1.15 * axes[1].get_ylim()[1]))
     figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args):
@@ -103,7 +102,7 @@ def main(args):
         if args.dry_run:
             return []
         tables.require_weights(args)
-        report.write_table(path.parent, "fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
+        report.write_table("fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
                            notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
     if not is_main():
         return []

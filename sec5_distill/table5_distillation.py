@@ -11,7 +11,6 @@ reused. ROOT: sec3_benchmark/downstream_sets.py; each set's settings: downstream
 """
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from common import distributed, options, report, tables
 from sec3_benchmark import downstream
@@ -67,9 +66,8 @@ def cells(args, names, rows):
 
 def columns(args, names):
     """One for each data set, two for COCO, then the last ones; each cell: published / measured."""
-    def column(key):
-        return lambda row: downstream.beside(row["published"].get(key), row["measured"].get(key))
-    return {**downstream.columns(names), **{heading: column(key) for key, heading in last_columns(args).items()}}
+    last = {heading: downstream.column(key) for key, heading in last_columns(args).items()}
+    return {**downstream.columns(names), **last}
 
 
 def main(args):
@@ -85,7 +83,7 @@ def main(args):
     nothing = {name: [] for name in names}
     rows = [downstream.summary(row, results.get(row.key, nothing)) for row in rows]
     given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
-    report.write_table(Path(args.output) / "table5", "table5", args, columns(args, names), rows, notes=[
+    report.write_table("table5", args, columns(args, names), rows, notes=[
         "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *given,
         *args.needs_weights.values(), NOTES[args.preset]])
     return rows

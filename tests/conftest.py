@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from common import options
+from common import tables
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def asked(monkeypatch, tmp_path):
     asked = []
 
     def stage(name, explicit=None, row=None):
-        settings = vars(options.stage_settings(name, explicit, row))
+        settings = vars(tables.stage_settings(name, explicit, row))
         asked.append((name.split(".")[-1], settings))
         folder = tmp_path / f"run{len(asked)}"
         folder.mkdir()
@@ -31,5 +31,5 @@ def asked(monkeypatch, tmp_path):
         return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
                 "best_top1": number, "box_ap": number, "mask_ap": number / 2, "seconds": 60.0,
                 "images_per_second": 2.0 * number, "train_images": 7}
-    monkeypatch.setattr(options, "stage", stage)
+    monkeypatch.setattr(tables, "stage", stage)
     return asked

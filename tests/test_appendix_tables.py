@@ -8,7 +8,7 @@ import pytest
 
 from appendix import a1_recipes, a2_mae_settings, a3_mocov3_settings, b5_dino_simmim
 from common import options
-from common.options import stage_settings
+from common.tables import stage_settings
 from sec3_benchmark import table1_pretraining_methods as table1
 from sec5_distill import table5_distillation
 

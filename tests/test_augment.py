@@ -198,9 +198,9 @@ def test_randaugment_draws_two_of_fifteen_with_replacement_half_of_them_executed
     assert abs(below.mean() - 0.5 * math.sqrt(2 / math.pi)) < 0.03  # half of N(10, 0.5)
 
 
-def run_op(name, image, config="rand-m10-inc1", seed=0, interpolation="bicubic"):
+def run_op(name, image, config="rand-m10-inc1", seed=0):
     """One operation, executed for sure at magnitude 10."""
-    op = {op.name: op for op in randaugment.rand_augment(config, image.size[::-1], interpolation).ops}[name]
+    op = {op.name: op for op in randaugment.rand_augment(config, image.size[::-1]).ops}[name]
     op.prob = 1.0
     return seeded(seed, op, image)
 
@@ -251,18 +251,15 @@ def test_operations_by_hand():
 def test_fill_and_interpolation_of_geometric_operations():
     assert randaugment.FILL == tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
     image = picture(32, 32)
-    rotated = {name: {mode: image.rotate(degrees, resample=mode, fillcolor=(124, 116, 104)).tobytes()
-                      for mode in (BILINEAR, BICUBIC)} for name, degrees in (("plus", 30), ("minus", -30))}
-    for interpolation, modes in (("bicubic", {BICUBIC}), ("bilinear", {BILINEAR}), ("random", {BILINEAR, BICUBIC})):
-        results = {run_op("Rotate", image, seed=seed, interpolation=interpolation).tobytes() for seed in range(30)}
-        assert results == {rotated[sign][mode] for sign in rotated for mode in modes}
+    results = {run_op("Rotate", image, seed=seed).tobytes() for seed in range(30)}
+    assert results == {image.rotate(degrees, resample=BICUBIC, fillcolor=(124, 116, 104)).tobytes()
+                       for degrees in (30, -30)}
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-def test_randaugment_equals_timms_own_on_the_same_seed(interpolation):
-    timms = create_transform(64, is_training=True, auto_augment="rand-m10-mstd0.5-inc1", interpolation=interpolation,
+def test_randaugment_equals_timms_own_on_the_same_seed():
+    timms = create_transform(64, is_training=True, auto_augment="rand-m10-mstd0.5-inc1", interpolation="bicubic",
                              separate=True)[1]
-    ours = randaugment.rand_augment("rand-m10-mstd0.5-inc1", 64, interpolation)
+    ours = randaugment.rand_augment("rand-m10-mstd0.5-inc1", 64)
     image, refused, changed = picture(40, 50), 0, 0
     for seed in range(150):
         out = seeded(seed, ours, image)

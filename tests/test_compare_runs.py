@@ -4,7 +4,7 @@ import json
 import pytest
 
 from appendix import compare_runs
-from common import options
+from common import options, tables
 from common.errors import UserError
 from common.runs import identity
 
@@ -69,7 +69,7 @@ def test_the_references_are_of_the_demos_of_today(path):
     """Else compare_runs.py would pass over the demo's runs in silence."""
     about = compare_runs.read_lines(path)[0]
     [script] = options.ROOT.glob(f"*/{about['script']}.py")
-    today = vars(options.stage_settings(f"{script.parent.name}.{script.stem}"))
+    today = vars(tables.stage_settings(f"{script.parent.name}.{script.stem}"))
     today.pop("teacher_model", None)  # D-MAE's identity holds its weights
     assert identity(today) == about["settings"]
 

@@ -9,18 +9,19 @@ import torch
 from appendix import convert_checkpoint
 from appendix.convert_checkpoint import export_timm
 from common.errors import UserError
-from common.formats import load_encoder, load_model
+from common.formats import load_model
 from common.options import resolve
 from common.rpe import build_model
 from common.vit import build_vit
 from common.weights import FormatError, Weights, fingerprint, read_weights
+from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import assert_close, fill_by_name
 from tests.test_formats import autoencoder, classifier, images, latent, own_file
 
 
 def convert(**given):
     parser = convert_checkpoint.build_parser()
-    return convert_checkpoint.main(resolve(parser, convert_checkpoint.PRESETS, explicit=given))
+    return convert_checkpoint.main(resolve(parser, None, explicit=given))
 
 
 @pytest.mark.parametrize("model", [classifier, autoencoder])

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.image_list import ImageList
 
-from common.formats import load_encoder, read_weights
 from common.vit import build_vit
+from common.weights import read_weights
+from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.mask_rcnn import (
     AlignedPool,
     Anchors,

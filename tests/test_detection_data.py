@@ -1,4 +1,4 @@
-"""sec3_benchmark/coco.py and scenes.py: annotations of every kind, jitter, average precision of known answers."""
+"""sec3_benchmark/coco.py, average_precision.py, scenes.py: annotations of every kind, jitter, AP of known answers."""
 import json
 import math
 from types import SimpleNamespace
@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from common.data import DataError, UnreadableImage
-from common.loader import StepSampler, Views, seed_everything, train_loader
+from common.loader import Views, data_loader, seed_everything, step_batches
 from sec3_benchmark import scenes
+from sec3_benchmark.average_precision import as_coco, average_precision
 from sec3_benchmark.coco import (
     DetectionViews,
-    as_coco,
-    average_precision,
     in_memory,
     load_coco,
     object_mask,
@@ -218,8 +217,8 @@ def test_a_batch_keeps_each_images_objects_apart():
     [textures] = [np.zeros((1, 40, 40, 3), np.uint8)]
     images = scenes.scene_set("train", textures, 40, 6)
     views = Views(images, DetectionViews(40, {c: c for c in images.coco.cats}, (1.0, 1.0)), 0)
-    sampler = StepSampler(6, batch_size=6, accumulation=2, seed=0, start_step=0, total_steps=1)
-    for batch in train_loader(views, sampler, 0, torch.device("cpu")):
+    keys = step_batches(6, batch_size=6, accumulation=2, seed=0, start_step=0, total_steps=1)
+    for batch in data_loader(views, keys, 0, torch.device("cpu")):
         for index, target in zip(batch["index"].tolist(), targets_of(batch), strict=True):
             annotations = images.coco.imgToAnns[index]
             assert target["labels"].tolist() == [one["category_id"] for one in annotations]

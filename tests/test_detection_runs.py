@@ -19,7 +19,9 @@ from common import options, tables
 from common.errors import UserError
 from common.rpe import build_model
 from sec3_benchmark import detect, scenes, table4_transfer
+from sec3_benchmark.average_precision import detect_all
 from sec3_benchmark.mask_rcnn import MaskRCNN
+from sec3_benchmark.scenes import load_detection_sets
 from sec5_distill import table5_distillation
 from tests.helpers import assert_same, log_rows
 
@@ -157,11 +159,11 @@ def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
 
 def test_ranks_share_the_evaluation(few_scenes, tmp_path):
     args = settings(tmp_path, micro_batch=1)
-    _, images = detect.load_detection_sets(args)
+    _, images = load_detection_sets(args)
     model = detect.build_detector(args, 4)
     model.roi_heads.score_thresh = 0.0  # a fresh model finds nothing above the usual 0.05
-    alone = detect.detect_all(model, images, args, torch.device("cpu"))
-    shared = [one for rank in (0, 1) for one in detect.detect_all(model, images, args, torch.device("cpu"), rank, 2)]
+    alone = detect_all(model, images, args, torch.device("cpu"))
+    shared = [one for rank in (0, 1) for one in detect_all(model, images, args, torch.device("cpu"), rank, 2)]
     assert len(alone) > 10 and {one["image_id"] for one in alone} == {0, 1, 2}
     assert Counter(map(str, shared)) == Counter(map(str, alone))
 
@@ -213,7 +215,7 @@ calls = []
 
 def test_the_coco_columns(tmp_path, monkeypatch):
     """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
-    monkeypatch.setattr(options, "stage", fake_stage)
+    monkeypatch.setattr(tables, "stage", fake_stage)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
              "--device", "cpu", "--set", "detect.iterations=7", "detect.warmup_iterations=2"]
     calls.clear()

@@ -15,12 +15,15 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from appendix import dino, pretrain_dino
-from appendix.dino import DINO, Head, MultiCrop, clip_each, cosine, dino_loss, teacher_temperature, update_center
+from appendix.dino import DINO, Head, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
 from common import options
 from common.errors import UserError
-from common.formats import load_encoder, load_model, read_weights
+from common.formats import load_model
 from common.loader import seed_everything
 from common.vit import SIZES, build_vit
+from common.weights import read_weights
+from sec3_benchmark.initial_weights import load_encoder
+from sec3_benchmark.moco import half_cosine
 from tests.helpers import assert_close, assert_resumes_exactly, golden, parameter_count, tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +73,8 @@ def test_schedules():
     assert [teacher_temperature(e, 0.04, 0.07, 30) for e in (0, 29, 30, 99)] == pytest.approx([0.04, 0.07, 0.07, 0.07])
     assert teacher_temperature(12, 0.04, 0.07, 30) == pytest.approx(np.linspace(0.04, 0.07, 30)[12])
     assert teacher_temperature(0, 0.04, 0.07, 0) == 0.07
-    assert [cosine(s, 100, 0.04, 0.4) for s in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
-    assert [cosine(s, 100, 0.996, 1.0) for s in (0, 50, 100)] == pytest.approx([0.996, 0.998, 1.0])
+    assert [half_cosine(s, 100, 0.04, 0.4) for s in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [half_cosine(s, 100, 0.996, 1.0) for s in (0, 50, 100)] == pytest.approx([0.996, 0.998, 1.0])
 
 
 def test_each_tensor_is_clipped_by_itself():
@@ -239,9 +242,9 @@ def test_a_run_step_by_step(tmp_path, monkeypatch, narrow):
     tiny_run(pretrain_dino, tmp_path, monkeypatch, momentum=0.5, **STAGE)
     assert torch.equal(rows[0]["last"], rows[1]["last"]) and not torch.equal(rows[1]["last"], rows[2]["last"])
     for step, row in enumerate(rows):
-        m = cosine(step, 4, 0.5, 1.0)
+        m = half_cosine(step, 4, 0.5, 1.0)
         torch.testing.assert_close(row["teacher"], m * row["before"] + (1 - m) * row["student"])
-        decay = cosine(step, 4, 0.04, 0.4)
+        decay = half_cosine(step, 4, 0.04, 0.4)
         assert dict(row["decay"]) == {True: pytest.approx(decay), False: 0.0}
     assert not torch.equal(rows[2]["center"], rows[1]["center"])
 

@@ -14,12 +14,13 @@ from timm.models import VisionTransformer
 
 from appendix.convert_checkpoint import export_timm
 from common import mae as mae_module
-from common import options
+from common import options, tables
 from common.checkpoint import load_newest
 from common.errors import UserError
-from common.formats import load_model, read_weights
+from common.formats import load_model
 from common.mae import MAE, take
 from common.vit import SIZES, build_vit, choose_attention
+from common.weights import read_weights
 from sec3_benchmark import pretrain_mae
 from sec4_analysis.attention import attention_logits
 from sec5_distill import pretrain_dmae
@@ -283,7 +284,7 @@ def distil(pictures, teacher_file, tmp_path):
     def run(**settings):
         settings = {**COMMON, "data_path": str(pictures), "output": str(tmp_path), "teacher": str(teacher_file),
                     "distill_blocks": [3], "teacher_blocks": [5], **settings}
-        return options.stage("sec5_distill.pretrain_dmae", explicit=settings)
+        return tables.stage("sec5_distill.pretrain_dmae", explicit=settings)
     return run
 
 
@@ -292,7 +293,7 @@ def weights(result):
 
 
 def test_with_weight_zero_it_is_the_mae_bit_for_bit(distil, pictures, tmp_path):
-    mae = options.stage("sec3_benchmark.pretrain_mae",
+    mae = tables.stage("sec3_benchmark.pretrain_mae",
                         explicit={**COMMON, "data_path": str(pictures), "output": str(tmp_path)})
     dmae = distil(attention_weight=0.0, hidden_layers=[2], hidden_weight=0.0)
     ours = {name.removeprefix("model."): w for name, w in weights(dmae).items() if name.startswith("model.")}
@@ -387,14 +388,14 @@ def test_the_student_sees_images_normalised_as_the_teachers_were(distil, tmp_pat
 
 def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teacher_file):
     """Larger, of seed 0, as long as the student or longer, and never begun afresh."""
-    asked, stage = [], options.stage
+    asked, stage = [], tables.stage
 
     def record(name, explicit=None, row=None):
         if name != "sec3_benchmark.pretrain_mae":
             return stage(name, explicit, row)
         asked.append(options.resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS, explicit=explicit))
         return {"checkpoint": str(teacher_file)}
-    monkeypatch.setattr(options, "stage", record)
+    monkeypatch.setattr(tables, "stage", record)
     first = distil(teacher="own", teacher_model="large", teacher_heads=5, seed=3, fresh=True, decoder_dim=24)
     [args] = asked
     assert (args.model, args.num_heads, args.epochs, args.seed, args.fresh) == ("large", 5, 2, 0, False)
@@ -413,7 +414,7 @@ def test_two_ranks_equal_one_process(pictures, tmp_path):
     words = [sys.executable, str(ROOT / "sec5_distill" / "pretrain_dmae.py"), *options.words(settings)]
     for process in start_ranks([*words, "--output", str(tmp_path / "two")], tmp_path):
         assert process.wait(120) == 0, said(tmp_path)
-    one = options.stage("sec5_distill.pretrain_dmae", explicit={**settings, "output": str(tmp_path / "one")})
+    one = tables.stage("sec5_distill.pretrain_dmae", explicit={**settings, "output": str(tmp_path / "one")})
     [two] = (tmp_path / "two").glob("pretrain_dmae/*/weights.pt")
     assert_nearly_the_same(weights({"checkpoint": two}), weights(one))
 

@@ -12,12 +12,13 @@ from common import options, report
 from common.augment import eval_transform, to_uint8
 from common.data import ImageSet
 from common.errors import UserError
-from common.formats import load_encoder, load_model, read_weights
+from common.formats import load_model
 from common.mae import MAE
 from common.optim import parameter_groups
 from common.vit import SIZES, build_vit
-from common.weights import FormatError
+from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
+from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import assert_close, noisy
 
 SMALL = dict(img_size=12, patch_size=4, num_heads=4)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from appendix import a6_cka_settings
 from common.checkpoint import save_torch
+from common.data import load_sets
 from common.loader import seed_everything
 from common.mae import MAE
 from common.rpe import build_model
@@ -24,6 +25,7 @@ from sec4_analysis import (
     fig3_fourier,
     fig4_leading_blocks_small_data,
     fig5_attention,
+    images,
     leading_blocks,
     study,
 )
@@ -64,7 +66,7 @@ def run(module, folder, output, *words, models=True):
 
 def draw(labels, **settings):
     given = dict(num_images=10, order="drawn", batch_size=4, seed=0, image_seed=None)
-    return study.draw_images(np.asarray(labels), SimpleNamespace(**{**given, **settings}))
+    return images.draw_images(np.asarray(labels), SimpleNamespace(**{**given, **settings}))
 
 
 def test_every_class_is_drawn_alike_and_the_number_is_exact():
@@ -94,20 +96,20 @@ def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
     model = build_vit("vit_demo", img_size=(16, 32), patch_size=8)
     args = study.parse(fig1_layer_similarity.build_parser(), [
         "--preset", "small", "--data-path", str(place / "data"), "--batch-size", "8", "--workers", "0"])
-    images, = study.load_sets(args, splits=("val",))
-    parts = list(study.batches(model, images, np.arange(17), args, torch.device("cpu")))
+    val, = load_sets(args, splits=("val",))
+    parts = list(images.batches(model, val, np.arange(17), args, torch.device("cpu")))
     assert [tuple(part.shape) for part in parts] == [(6, 3, 16, 32), (6, 3, 16, 32), (5, 3, 16, 32)]
 
 
 def test_a_model_says_how_their_images_are_normalised():
     args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small"])
     model = build_vit("vit_demo", img_size=32, patch_size=8)
-    assert study.preprocessing(model, args)[1].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    assert images.preprocessing(model, args)[1].tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
     model.statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}  # as load_model has it from timm
-    size, mean, _ = study.preprocessing(model, args)  # the crop is the same for all: tokens are compared by their place
+    size, mean, _ = images.preprocessing(model, args)  # one crop for all: tokens are compared by their place
     assert (size, mean.tolist()) == ([32, 32], [127.5] * 3)
     args.std = [0.25, 0.2, 0.1]  # alone: the mean is still the checkpoint's
-    _, mean, std = study.preprocessing(model, args)
+    _, mean, std = images.preprocessing(model, args)
     assert mean.tolist() == [127.5] * 3 and std.tolist() == pytest.approx([63.75, 51, 25.5])
 
 

@@ -122,7 +122,7 @@ def test_a_broken_floor_is_noticed(room, source):
     ("sec3_benchmark", "from sec3_benchmark import moco\nfrom . import coco\nfrom .downstream import SETS"),
     ("sec4_analysis", "from sec3_benchmark.downstream import SETS\nfrom sec3_benchmark import downstream"),
     ("sec5_distill", "from sec4_analysis import similarity, cka\nimport sec3_benchmark.downstream"),
-    ("sec5_distill", "from common.options import stage\nstage('appendix.pretrain_dino')"),
+    ("sec5_distill", "from common.tables import stage\nstage('appendix.pretrain_dino')"),
     ("appendix", "from sec5_distill.distillation import loss\nfrom sec4_analysis.cka import cka"),
 ])
 def test_what_the_floors_allow_passes(room, source):
@@ -174,8 +174,8 @@ def test_nothing_touches_the_search_path(tmp_path):
 def test_common_stays_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in sorted((ROOT / "common").rglob("*.py"))}
     assert len(lines) > 15
-    assert {file: count for file, count in lines.items() if count >= 300} == {}
-    assert sum(lines.values()) < 3125
+    assert {file: count for file, count in lines.items() if count > 250} == {}
+    assert sum(lines.values()) < 2940
 
 
 @pytest.mark.parametrize("section", SECTIONS)

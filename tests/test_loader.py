@@ -12,12 +12,12 @@ from common import distributed
 from common.augment import pretrain_transform
 from common.data import DataError, ImageSet, UnreadableImage
 from common.loader import (
-    StepSampler,
     Views,
+    data_loader,
     epoch_order,
     seed_everything,
+    step_batches,
     to_device,
-    train_loader,
 )
 from common.watch import BadImages
 from sec3_benchmark.evaluate import eval_loader
@@ -45,10 +45,10 @@ def batches(steps=10, workers=0, batch_size=6, accumulation=1, seed=3, start=0, 
             bad="stop"):
     """All micro-batches of a rank, as the training loop gets them."""
     images = images or image_set()
-    sampler = StepSampler(len(images), batch_size=batch_size, accumulation=accumulation, seed=seed, start_step=start,
-                          total_steps=steps, rank=rank, world=world)
-    found = list(train_loader(Views(images, Draws(), seed, bad), sampler, workers, CPU))
-    assert len(found) == len(sampler)
+    keys = step_batches(len(images), batch_size=batch_size, accumulation=accumulation, seed=seed, start_step=start,
+                        total_steps=steps, rank=rank, world=world)
+    found = list(data_loader(Views(images, Draws(), seed, bad), keys, workers, CPU))
+    assert len(found) == (steps - start) * accumulation
     return found
 
 

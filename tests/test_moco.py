@@ -23,7 +23,7 @@ from torchvision.transforms import functional as TF
 from common import distributed, options, report
 from common.data import ImageSet
 from common.errors import UserError
-from common.formats import load_encoder, load_model
+from common.formats import load_model
 from common.loader import Views, seed_everything, to_device
 from common.mae import sincos_positions
 from common.optim import learning_rate
@@ -31,13 +31,14 @@ from common.training import Engine
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune, pretrain_mocov3, subsets, table1_pretraining_methods
+from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.moco import (
     GlobalBatchNorm,
     MoCo,
     class_tokens,
     contrastive_loss,
+    half_cosine,
     mlp,
-    momentum_at,
     positions,
     symmetric_loss,
     view_transform,
@@ -73,7 +74,7 @@ def test_loss_and_momentum_are_the_public_codes():
     q1, q2, k1, k2 = (torch.from_numpy(values[name]) for name in ("q1", "q2", "k1", "k2"))
     assert_close(symmetric_loss(q1, q2, k1, k2, float(values["temperature"])), values["loss"], 1e-5)
     total, start = int(values["total_steps"]), float(values["momentum0"])
-    assert_close([momentum_at(step, total, start) for step in values["step"].tolist()], values["momentum"], 1e-7)
+    assert_close([half_cosine(step, total, start) for step in values["step"].tolist()], values["momentum"], 1e-7)
 
 
 def test_loss_by_a_loop_over_queries():

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed, loader, options, runs
+from common import distributed, loader, options, runs, tables
 from common.errors import UserError
-from common.options import command_line, explicit_arguments, resolve
+from common.options import explicit_arguments, resolve
 from common.runs import open_run, settings_hash
-from sec3_benchmark import finetune, pretrain_mae, pretrain_mocov3
+from common.tables import command_line
+from sec3_benchmark import finetune, initial_weights, pretrain_mae, pretrain_mocov3
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.pretrain_mocov3": pretrain_mocov3,
@@ -149,7 +150,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
 
 def test_unknown_settings_are_named():
     with pytest.raises(UserError, match="stage sec3_benchmark.finetune: no setting epochz; perhaps epochs"):
-        options.stage("sec3_benchmark.finetune", row={"epochz": 3})
+        tables.stage("sec3_benchmark.finetune", row={"epochz": 3})
     with pytest.raises(UserError, match="no setting mask_ratio, mixup_x; perhaps .*mixup"):
         resolve(finetune.build_parser(), {}, explicit={"mixup_x": 1}, row={"mask_ratio": 0.5})
     with pytest.raises(SystemExit) as error:
@@ -387,10 +388,10 @@ def test_a_run_with_replaced_images_is_reused_only_by_who_allows_it(tmp_path):
 def test_a_files_settings_give_way_to_what_was_asked_for():
     """Those of the preset do not."""
     args = resolve(finetune.build_parser(), finetune.PRESETS, explicit={"num_heads": 3}, row={"patch_size": 4})
-    options.take_config(args, {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7})
+    initial_weights.take_config(args, {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7})
     assert (args.num_heads, args.patch_size, args.img_size, args.model) == (3, 4, [48, 48], "vit_demo")
     assert "explicit" not in vars(args) and not hasattr(args, "depth")
-    options.take_config(args, None)
+    initial_weights.take_config(args, None)
 
 
 def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from appendix import convert_checkpoint, predict
-from common import options
+from common import tables
 from common.checkpoint import save_torch
 from common.errors import UserError
 from common.mae import MAE
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     common = {"preset": "small", "data_path": str(folder / "data"), "output": str(folder / "outputs"), "device": "cpu",
               "workers": 0, "img_size": [16], "patch_size": 8, "model": "vit_demo", "epochs": 3, "batch_size": 16,
               "warmup_epochs": 0, "precision": "fp32", "randaugment": "none", "mixup": 0.0}
-    trained = {name: options.stage("sec3_benchmark.finetune", explicit={**common, "in_chans": channels})
+    trained = {name: tables.stage("sec3_benchmark.finetune", explicit={**common, "in_chans": channels})
                for name, channels in (("colour", 3), ("grey", 1))}
     return SimpleNamespace(folder=folder, **trained)
 

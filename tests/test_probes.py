@@ -13,12 +13,12 @@ from appendix import features, knn_probe, linear_probe
 from appendix.features import extract
 from appendix.knn_probe import knn_accuracy, vote
 from appendix.linear_probe import build_probe, fit_probe, probe_accuracy
-from appendix.probes import LARS
 from common import distributed, options
 from common.augment import eval_transform
 from common.data import ImageSet
 from common.errors import UserError
 from common.mae import MAE
+from common.optim import set_learning_rate
 from common.rpe import build_model
 from tests.helpers import noisy
 
@@ -115,7 +115,8 @@ def test_lars_by_hand():
     torch.manual_seed(0)
     weight, bias = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.zeros(3))
     w, b, v_w, v_b = weight.detach().clone(), bias.detach().clone(), 0.0, 0.0
-    optimizer = LARS([{"params": [weight, bias]}], lr=0.5)
+    optimizer = linear_probe.make_optimizer([weight, bias], "official")
+    set_learning_rate(optimizer, 0.5)
     for _ in range(3):
         g_w, g_b = torch.randn(3, 2), torch.randn(3)
         weight.grad, bias.grad = g_w.clone(), g_b.clone()

@@ -45,14 +45,14 @@ def make(folders, tmp_path):
 def test_the_page_holds_every_item_and_nothing_from_elsewhere(tmp_path):
     columns = {"row": lambda row: row["name"], "measured": lambda row: row["measured"]}
     rows = [{"name": "a <b> & c", "published": 78.0, "status": "run", "measured": 12.5}]
-    demo, small = Namespace(preset="demo", data="fractals"), Namespace(preset="small", data="folder")
+    demo = Namespace(preset="demo", data="fractals", output=tmp_path / "outputs")
+    small = Namespace(preset="small", data="folder", output=tmp_path / "results")
     later = {"name": "later", "published": 2.0, "status": "not chosen", "measured": []}
-    report.write_table(tmp_path / "outputs" / "table9", "table9", demo, columns, [*rows, later],
-                       notes=["- first\n- second", "A note.", NOTES["demo"]])
+    report.write_table("table9", demo, columns, [*rows, later], notes=["- first\n- second", "A note.", NOTES["demo"]])
     (tmp_path / "outputs" / "table9" / "table9.png").write_bytes(PNG)
     (tmp_path / "outputs" / "table9" / "other.png").write_bytes(PNG)
-    report.write_table(tmp_path / "results", "fig9", small, columns, rows)
-    report.write_table(tmp_path / "results", "fig2", small, columns, rows)
+    report.write_table("fig9", small, columns, rows)
+    report.write_table("fig2", small, columns, rows)
     (tmp_path / "outputs" / "settings.json").write_text(json.dumps({"epochs": 1}))  # no item
     (tmp_path / "outputs" / "broken.json").write_text("{")
     result, page = make([tmp_path / "outputs", tmp_path / "results"], tmp_path)

@@ -12,10 +12,12 @@ from appendix import pretrain_simmim
 from appendix.simmim import SimMIM, masked_l1, random_mask
 from common import options
 from common.errors import UserError
-from common.formats import load_encoder, load_model, read_weights
+from common.formats import load_model
 from common.optim import parameter_groups
 from common.rpe import build_model
 from common.vit import SIZES
+from common.weights import read_weights
+from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import (
     assert_close,
     assert_resumes_exactly,

@@ -224,8 +224,7 @@ def test_a_network_too_large_for_the_device_does_not_end_the_table(monkeypatch):
 # The picture and the whole table
 
 def test_no_label_lies_over_another_or_over_a_point(tmp_path):
-    plt = report.pyplot()
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = report.subplots(figsize=(7, 5))
     rng = np.random.default_rng(0)
     points = [(10 ** rng.uniform(3, 4), rng.uniform(70, 82), f"Network-{i:02d}/16", "black") for i in range(30)]
     points += [(2000, 75 + 0.05 * i, f"Same place {i}", "black") for i in range(4)]
@@ -240,7 +239,6 @@ def test_no_label_lies_over_another_or_over_a_point(tmp_path):
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert not any(box.contains(*axes.transData.transform(p[:2])) for p in points)
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-    plt.close(figure)
 
 
 def run_table(*argv):

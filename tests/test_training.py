@@ -404,7 +404,7 @@ def test_a_signal_while_the_last_evaluation_is_noted_is_obeyed(tmp_path, monkeyp
         if path.name == "best.pt":
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(checkpoint, "save_torch", save_and_signal)
+        patch.setattr(training, "save_torch", save_and_signal)
         fit(tmp_path, settings(), evaluate=lambda toy: {"top1": 1.0})
     assert stopped.value.code == 75
     assert fit(tmp_path, settings(), evaluate=lambda toy: {"top1": 1.0}).result["last"]["top1"] == 1.0

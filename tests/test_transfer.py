@@ -24,7 +24,7 @@ from common.mae import DECODERS, MAE
 from common.optim import parameter_groups
 from common.runs import settings_hash
 from common.vit import SIZES, build_vit
-from sec3_benchmark import downstream, downstream_sets, pretrain_mae, table4_transfer, transfer
+from sec3_benchmark import downstream, downstream_sets, initial_weights, pretrain_mae, table4_transfer, transfer
 from sec3_benchmark.downstream import PUBLISHED
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from tests.helpers import assert_close, assert_same
@@ -526,7 +526,7 @@ def test_given_weights_are_transferred_and_nothing_is_pretrained(table, tmp_path
     assert rows["mae"]["note"] == f"weights given: {tmp_path.name}/mae.pt"
     settings = [json.loads((Path(rows[key]["run"]["mine"][0]) / "settings.json").read_text())
                 for key in ("random", "mae")]
-    assert all(settings[0][name] == settings[1][name] for name in options.SHAPE)
+    assert all(settings[0][name] == settings[1][name] for name in initial_weights.SHAPE)
     for row in (rows["random"], rows["mae"], rows["late"]):
         assert row["train_images"] == {"mine": 16, "more": 24} and list(row["measured"]) == ["mine", "more"]
     for words in (["mae"], ["mae="], ["=file"], ["mae=a", "mae=b"]):

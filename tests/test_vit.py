@@ -8,10 +8,10 @@ from common.vit import (
     build_vit,
     choose_attention,
     eval_mode,
-    leading_blocks,
     pair,
     patch_grid,
 )
+from sec3_benchmark.initial_weights import leading_blocks
 from sec4_analysis.attention import attention_logits
 from tests.helpers import assert_close, fill_by_name, golden, parameter_count
 

@@ -1,0 +1,56 @@
+"""The images that Section 4 analyses: the same for every model, each model reading them at its own size."""
+import math
+
+import numpy as np
+import torch
+
+from common.augment import eval_transform
+from common.data import channel_statistics, load_sets
+from common.errors import UserError
+from common.loader import Views, data_loader, to_device
+from sec4_analysis.features import geometry
+
+
+def validation_images(args):
+    """Those of --data; every class with its label."""
+    return load_sets(args, splits=("val",))[0]
+
+
+def draw_images(labels, args):
+    """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
+    if args.order == "authors":
+        count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
+        chosen = np.argsort(labels, kind="stable")[:count]
+    else:
+        rng = np.random.default_rng(args.seed if args.image_seed is None else args.image_seed)
+        count = args.num_images
+        order = rng.permutation(len(labels))
+        turn = np.empty(len(labels), int)  # rank of each image within its class, in this random order
+        for label in np.unique(labels):
+            mine = order[labels[order] == label]
+            turn[mine] = np.arange(len(mine))
+        chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
+    if len(chosen) < count or count < 1:
+        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}: "
+                        f"lower --num-images")
+    return chosen
+
+
+def preprocessing(model, args):
+    """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
+    crop is the paper's for all models, so that a token shows each of them the same part of the image.
+    """
+    _, grid, patch = geometry(model)
+    theirs = getattr(model, "statistics", None) or {}
+    mean, std = (getattr(args, key) or theirs.get(key) for key in ("mean", "std"))
+    normalisation = channel_statistics(model.patch_embed.proj.in_channels, mean, std)
+    return [n * p for n, p in zip(grid, patch)], *(torch.tensor(values) * 255 for values in normalisation.values())
+
+
+def batches(model, images, chosen, args, device):
+    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most."""
+    size, mean, std = preprocessing(model, args)
+    parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
+    keys = [[(0, int(index)) for index in part] for part in parts]
+    for batch in data_loader(Views(images, eval_transform(size), seed=0), keys, args.workers, device):
+        yield to_device(batch, device, mean.to(device), std.to(device))["image"]
