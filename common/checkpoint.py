@@ -91,7 +91,7 @@ def load_newest(folder):
         except Exception as error:  # flipped bytes raise anything
             print0(f"{path} is damaged ({type(error).__name__}: {error}): falling back to the checkpoint before it")
     if steps:
-        raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): pass --fresh to start the run again")
+        raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): delete it to start this run again")
     return None
 
 
@@ -115,7 +115,7 @@ class Snapshot:
         if saved is None:
             return 0
         engine = self.engine
-        check_execution(saved["execution"], engine.execution(), engine.args.allow_inexact)
+        check_execution(saved["execution"], engine.execution(), engine.args.allow_inexact, self.run.folder)
         self.method.model.load_state_dict(saved["model"])
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -146,10 +146,9 @@ class Snapshot:
         return time.perf_counter() - self.saved_at > 60 * self.engine.args.save_minutes
 
 
-def check_execution(stored, now, allow_inexact):
+def check_execution(stored, now, allow_inexact, folder):
     """Refuses to resume where the arithmetic would differ, unless --allow-inexact."""
-    changed = [f"{name} {stored.get(name)} before, {value} now" for name, value in now.items()
-               if stored.get(name) != value]
+    changed = [f"{key} {stored.get(key)} before, {now[key]} now" for key in now if stored.get(key) != now[key]]
     if changed and not allow_inexact:
         raise UserError(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
-                         f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or --fresh to start again")
+                        f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or delete {folder}")

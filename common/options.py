@@ -6,6 +6,7 @@ Precedence: explicit argument > table row > recipe > preset > default. A script'
 import argparse
 import difflib
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from common import data, distributed
 from common.distributed import print0
 from common.errors import UserError
 from common.vit import SIZES
+from common.watch import STOPPED
 
 
 class Settings(argparse.Namespace):
@@ -169,6 +171,8 @@ def start(main, parser, *presets_and_recipes, parse=parse):
     """A script's entry: what the user can mend ends in one line instead of a traceback."""
     try:
         args = parse(parser, *presets_and_recipes)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if "RANK" not in os.environ else ():
+            signal.signal(number, lambda *_: sys.exit(STOPPED))  # a training sees to them itself; ranks could not obey
         announce(parser, args)
         result = main(args)
         if isinstance(result, dict) and "seconds" in result:

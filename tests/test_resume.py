@@ -167,6 +167,15 @@ def test_each_signal_saves_and_leaves_with_75(data, untouched, tmp_path):
     assert_same_run(output, untouched["mae"])
 
 
+def test_a_signal_before_the_training_leaves_with_75_too(data, tmp_path):
+    process = start(command(data, tmp_path, "pretrain_mae"), tmp_path)
+    while "# preset" not in said(tmp_path):
+        assert process.poll() is None, said(tmp_path)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == 75 and not list(tmp_path.glob("*/*/step-*")), said(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_does_the_same(data, tmp_path, number):
     """As a scheduler sends it, or a terminal: the loading processes get it too."""
