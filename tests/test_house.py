@@ -152,6 +152,17 @@ def test_every_command_in_the_documentation_exists_and_every_script_is_documente
     assert [name(path) for path in scripts if path.name not in readmes[path.parent / "README.md"]] == []
 
 
+def test_the_readme_s_map_names_what_there_is():
+    """`file.py`: `name`, `Class.method` in a table, and every path of a script or pipeline."""
+    text = (ROOT / "README.md").read_text()
+    named = [(file, name) for file, names in re.findall(r"`(\w+/\w+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
+             for name in re.findall(r"`(?:\w+\.)?(\w+)`", names)]
+    assert len(named) > 12
+    assert [one for one in named if not re.search(rf"\b(def|class) {one[1]}\b", (ROOT / one[0]).read_text())] == []
+    paths = re.findall(rf"\b(?:common|{'|'.join(SECTIONS)})/\w+\.(?:py|sh|md)\b", text)
+    assert len(paths) > 40 and [path for path in paths if not (ROOT / path).is_file()] == []
+
+
 def test_no_file_is_read_unsafely():
     """Checkpoints with weights_only=True, arrays without pickle."""
     assert findings(lambda path: unsafe(path.read_text()), ALL) == {}
