@@ -31,7 +31,7 @@ def add_arguments(parser):
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("features")
     group.add_argument("--init", metavar="CHECKPOINT", help="weights: ours, which say their size and model themselves, "
-                                                            "or another project's (common/formats.py)")
+                                                            "or another project's (common/weights.py)")
     group.add_argument("--layer", type=int, default=0, help="block whose output is taken, from 1; 0: the last one, "
                                                             "followed by the final norm")
     group.add_argument("--pooling", choices=POOLING, default="token", help="class token, or mean of the patch tokens; "

@@ -12,7 +12,7 @@ from common.data import DataError
 from common.distributed import print0
 
 BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
-STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): the run is saved, the same command continues it
+STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): a run is saved, the same command goes on
 
 
 class StopSignals:

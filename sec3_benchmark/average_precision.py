@@ -40,8 +40,12 @@ def evaluator(model, images, args, device):
     rank, world = distributed.rank(), distributed.world_size()
 
     def evaluate():
-        found = sum(distributed.gather(detect_all(model, images, args, device, rank, world)), [])
-        return distributed.broadcast_object(average_precision(images.coco, images.ids, found) if rank == 0 else None)
+        parts = [detect_all(model, images, args, device, rank, world)]
+        if world > 1:  # to rank 0 alone: the masks of 5,000 images are large
+            mine, parts = parts[0], [None] * world
+            torch.distributed.gather_object(mine, parts if rank == 0 else None)
+        result = average_precision(images.coco, images.ids, sum(parts, [])) if rank == 0 else None
+        return distributed.broadcast_object(result)
 
     return evaluate
 

@@ -7,7 +7,7 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model vit_tiny_rpe --epochs 1000   # 79.0
 
 The paper's run is 300 epochs at batch 1024: 78.0 from MAE-Tiny, 75.8 from scratch. --init reads our weights and those
-of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/formats.py).
+of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/weights.py).
 """
 import torch
 import torch.nn.functional as F

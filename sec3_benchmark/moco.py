@@ -188,5 +188,5 @@ def gather(x):
 
 
 def half_cosine(step, total_steps, start, end=1.0):
-    """From `start` to `end` over all steps: the momentum's schedule."""
+    """From `start` to `end` over all steps."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
