@@ -23,7 +23,7 @@ from common import distributed, options, report
 from common.augment import pretrain_transform
 from common.data import labelled_folder
 from common.distributed import print0
-from common.fractals import render_batch
+from common.fractals import draw
 from common.loader import Views, data_loader, step_batches, to_device
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
@@ -114,7 +114,7 @@ def generated_folder(folder, count=1000, size=256):
     for first in range(0, count, 50):
         target = Path(folder) / f"class{first // 50:02d}"
         target.mkdir(parents=True)
-        for index, image in enumerate(render_batch(0, [first // 50] * 50, list(range(50)), size)):
+        for index, image in enumerate(draw(0, [first // 50] * 50, list(range(50)), size, size)):
             Image.fromarray(image).save(target / f"{index}.jpg", quality=90)
     return folder
 

@@ -14,7 +14,7 @@ An image depends on (seed, cls, index) and its size alone, not on its batch nor 
 """
 import functools
 import math
-import operator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common.checkpoint import write_atomically
 from common.distributed import once_per_node
+from common.vit import pair
 
 VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
 MAPS = (2, 8)  # maps in a system; arrays have room for 8, the unused maps are zero and have probability zero
@@ -179,24 +180,6 @@ def draw(seed, classes, indices, height, width):
     return paint(*splat(pixel, tone, height * width), noise, u, height, width)
 
 
-def parse_size(size):
-    """An int or (H, W) -> H, W."""
-    height, width = (operator.index(n) for n in np.broadcast_to(size, 2))
-    if min(height, width) < 8:
-        raise ValueError(f"size {size}: a fractal needs at least 8 pixels a side")
-    return height, width
-
-
-def render_batch(seed, classes, indices, size):
-    """classes, indices (B,) -> images (B, H, W, 3) uint8, each the same in any batch; size an int or (H, W)."""
-    height, width = parse_size(size)
-    images = np.empty((len(classes), height, width, 3), np.uint8)
-    step = max(1, CHUNK // (height * width))
-    for i in range(0, len(images), step):
-        images[i : i + step] = draw(seed, classes[i : i + step], indices[i : i + step], height, width)
-    return images
-
-
 def fractal_set(root, split, num_classes, per_class, size, seed=0):
     """Images, a read-only memory map (N, H, W, 3) uint8, and labels (N,) int64, N = num_classes * per_class.
 
@@ -207,10 +190,13 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     if not 1 <= num_classes <= DOWNSTREAM or per_class < 1:
         raise ValueError(f"num_classes {num_classes}, per_class {per_class}: 1 to {DOWNSTREAM}, and at least 1")
+    height, width = pair(size)
+    if min(height, width) < 8:
+        raise ValueError(f"size {size}: a fractal needs at least 8 pixels a side")
     first, parity = SPLITS[split]
     labels = np.tile(np.arange(num_classes, dtype=np.int64), per_class)
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity
-    _, height, width, _ = shape = (len(labels), *parse_size(size), 3)
+    shape = len(labels), height, width, 3
     path = Path(root, f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{height}x{width}.npy")
     with once_per_node() as mine:  # the first rank of a node draws, the others then read its file
         if mine and not is_whole(path, shape):
@@ -220,23 +206,24 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
 
 def is_whole(path, shape):
     """Whether the file is there and as `write_set` leaves it; says so if it is damaged."""
-    try:
-        images = np.lib.format.open_memmap(path, mode="r")  # raises where the header is none, or the file too short
+    if not path.exists():
+        return False
+    with suppress(ValueError):  # the header is none, or the file too short
+        images = np.lib.format.open_memmap(path, mode="r")
         if (images.dtype, images.shape, images.nbytes + images.offset) == (np.uint8, shape, path.stat().st_size):
             return True
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        pass
     print(f"drawing {path} again: it is damaged")
     return False
 
 
 def write_set(path, shape, seed, classes, indices):
     """Draws the images into a .npy file, whole or absent."""
+    _, height, width, _ = shape
+    step = max(1, CHUNK // (height * width))
+
     def write(file):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for i in tqdm(range(0, len(classes), 256), desc=path.name, disable=None):  # None: only on a terminal
-            file.write(render_batch(seed, classes[i : i + 256], indices[i : i + 256], shape[1:3]).tobytes())
+        for i in tqdm(range(0, len(classes), step), desc=path.name, disable=None):  # None: only on a terminal
+            file.write(draw(seed, classes[i : i + step], indices[i : i + step], height, width).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
