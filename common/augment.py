@@ -69,13 +69,11 @@ def resize_to_cover(image, size):
 
 def to_uint8(image):
     """A PIL image (RGB or L), a uint8 array (H, W) or (H, W, C), or a uint8 tensor (C, H, W): tensor (C, H, W)."""
-    if isinstance(image, Image.Image):
-        if image.mode not in ("RGB", "L"):
-            raise ValueError(f"a PIL image is RGB or L here, not {image.mode!r}: convert it, or pass a uint8 tensor")
-        image = np.asarray(image)
-    if isinstance(image, np.ndarray):
-        image = image[:, :, None] if image.ndim == 2 else image
-        image = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: PIL's memory is read-only
+    if isinstance(image, Image.Image) and image.mode not in ("RGB", "L"):
+        raise ValueError(f"a PIL image is RGB or L here, not {image.mode!r}: convert it, or pass a uint8 tensor")
+    if not isinstance(image, torch.Tensor):
+        pixels = np.atleast_3d(image).transpose(2, 0, 1)
+        image = torch.from_numpy(np.array(pixels, order="C"))  # a copy: PIL's memory is read-only
     if image.dtype != torch.uint8 or image.ndim != 3:
         raise ValueError(f"an image is uint8 of shape (C, H, W), not {image.dtype} of shape {tuple(image.shape)}")
     return image.contiguous()
