@@ -1,4 +1,4 @@
-"""Learning-rate schedule, layer decay, parameter groups: functions of a step, a name, a depth (Appendix A.1, A.2)."""
+"""Learning-rate schedule and parameter groups: functions of a step, a name (Appendix A.1, A.2)."""
 import math
 
 import torch
@@ -45,32 +45,18 @@ def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
                                       warmup_steps=args.warmup_epochs * per_epoch, warmup_lr=warmup_lr, min_lr=min_lr)
 
 
-def layer_of(name, depth):
-    """The layer of a ViT parameter, 0..depth+1: embeddings 0, block b is b + 1, norm and head are last."""
-    if name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed")):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
+def parameter_groups(model, weight_decay, *, exempt=(), scale_of=lambda name: 1.0):
+    """Groups of the trainable parameters for an optimizer, each with the `lr_scale` of its names.
 
-
-def decayed(name, parameter, exempt=()):
-    """Whether weight decay acts on a parameter: not on vectors and biases, nor on names in `exempt`."""
-    return parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
-
-
-def parameter_groups(model, weight_decay, *, exempt=(), layer_decay=1.0, depth=None):
-    """Groups of the trainable parameters for an optimizer, each with its `lr_scale` = layer_decay^(depth + 1 - layer).
-
-    MAE pre-training exempts only vectors and biases, fine-tuning also `pos_embed` and `cls_token` (the authors' code).
-    The scale multiplies the whole rate, minimum included.
+    Weight decay acts on matrices: not on vectors and biases, nor on the names in `exempt`. The scale multiplies the
+    whole rate, minimum included.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if layer_decay != 1.0 else 1.0
-        decay = weight_decay if decayed(name, parameter, exempt) else 0.0
+        scale = scale_of(name)
+        decay = weight_decay if parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -18,7 +18,7 @@ from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
-from common.optim import adamw, parameter_groups, warmup_cosine
+from common.optim import adamw, warmup_cosine
 from common.rpe import MODELS, build_model
 from common.runs import open_run
 from common.training import Method, train
@@ -26,6 +26,7 @@ from common.weights import read_weights
 from sec3_benchmark.erasing import erase, erasing_box
 from sec3_benchmark.evaluate import check_classes, check_readable, evaluator
 from sec3_benchmark.initial_weights import SHAPE, load_encoder, take_config
+from sec3_benchmark.layer_decay import layer_groups
 from sec3_benchmark.randaugment import train_transform
 
 PRESETS = {
@@ -180,8 +181,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build(args, num_classes, weights, drop_path=args.drop_path).to(device)
-        optimizer = adamw(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
-                                           layer_decay=args.layer_decay, depth=len(vit.blocks)), betas=(0.9, 0.999))
+        optimizer = adamw(layer_groups(vit, args.weight_decay, args.layer_decay), betas=(0.9, 0.999))
         schedule = warmup_cosine(args, train_set, args.min_lr)
         result = train(run, args, method(vit, args, num_classes), optimizer, schedule, train_set, TrainViews(args),
                        device, evaluate=evaluator(vit, val_set, args, device))

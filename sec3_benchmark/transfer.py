@@ -16,7 +16,7 @@ from common.augment import pretrain_transform
 from common.data import take_statistics
 from common.distributed import print0
 from common.loader import seed_everything
-from common.optim import parameter_groups, warmup_cosine
+from common.optim import warmup_cosine
 from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
@@ -26,6 +26,7 @@ from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from sec3_benchmark.evaluate import check_readable, evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
 from sec3_benchmark.initial_weights import SHAPE, take_config
+from sec3_benchmark.layer_decay import layer_groups
 
 PRESETS = {
     "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
@@ -108,8 +109,7 @@ def main(args):
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         vit = build_classifier(args, len(train_set.classes), weights).to(device)
-        optimizer = sgd(parameter_groups(vit, args.weight_decay, exempt=("pos_embed", "cls_token"),
-                                         layer_decay=args.layer_decay, depth=len(vit.blocks)), args.momentum)
+        optimizer = sgd(layer_groups(vit, args.weight_decay, args.layer_decay), args.momentum)
         crop = pretrain_transform(args.img_size, (args.crop_min, 1.0), interpolation="bicubic")
         result = train(run, args, CrossEntropy(vit), optimizer, schedule(args, train_set), train_set, crop, device,
                        evaluate=evaluator(vit, test_set, args, device))

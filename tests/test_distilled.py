@@ -14,11 +14,11 @@ from common.data import ImageSet
 from common.errors import UserError
 from common.formats import load_model
 from common.mae import MAE
-from common.optim import parameter_groups
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
 from sec3_benchmark.initial_weights import load_encoder
+from sec3_benchmark.layer_decay import layer_groups
 from tests.helpers import assert_close, noisy
 
 SMALL = dict(img_size=12, patch_size=4, num_heads=4)
@@ -80,7 +80,7 @@ def test_new_parts_start_as_the_heads_do_and_learn_at_the_full_rate():
     torch.manual_seed(0)
     vit = build_vit("vit_tiny", num_classes=1000, architecture=DistilledViT)
     assert vit.head_dist.weight.std().item() == pytest.approx(0.02, rel=0.02) and not vit.head_dist.bias.any()
-    groups = parameter_groups(vit, 0.05, exempt=("pos_embed", "cls_token"), layer_decay=0.5, depth=12)
+    groups = layer_groups(vit, 0.05, 0.5)
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert scale["head_dist.weight"] == scale["dist_norm.weight"] == 1 and scale["blocks.11.norm1.weight"] == 0.5
 

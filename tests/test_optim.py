@@ -1,17 +1,17 @@
-"""common/optim.py against the authors' schedule and layer decay, and against what AdamW then does to the weights."""
+"""common/optim.py and layer_decay.py against the authors, and against what AdamW then does to the weights."""
 import numpy as np
 import pytest
 import torch
 
 from common import optim
 from common.mae import MAE
-from common.optim import adamw, layer_of, learning_rate, parameter_groups, set_learning_rate, warmup_cosine
+from common.optim import adamw, learning_rate, parameter_groups, set_learning_rate, warmup_cosine
 from common.options import resolve
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune, pretrain_mae
+from sec3_benchmark.layer_decay import EXEMPT, layer_groups, layer_of
 from tests.helpers import golden
 
-EXEMPT = ("pos_embed", "cls_token")  # from weight decay, in fine-tuning
 IMAGENET = range(1_281_167)  # only its length counts
 
 
@@ -67,8 +67,7 @@ def test_reference_layer_decay(monkeypatch):
     depth = int(v["depth"])
     monkeypatch.setitem(SIZES, "golden", {"embed_dim": 24, "depth": depth})
     vit = build_vit("golden", img_size=16, patch_size=8, num_classes=4)
-    groups = parameter_groups(vit, float(v["weight_decay"]), exempt=EXEMPT, layer_decay=float(v["layer_decay"]),
-                              depth=depth)
+    groups = layer_groups(vit, float(v["weight_decay"]), float(v["layer_decay"]))
     names = v["names"].tolist()
     assert by_name(groups, "lr_scale") == pytest.approx(dict(zip(names, v["lr_scale"].tolist())), rel=1e-9)
     assert by_name(groups, "weight_decay") == dict(zip(names, v["weight_decays"].tolist()))
@@ -78,8 +77,7 @@ def test_reference_layer_decay(monkeypatch):
 @pytest.mark.parametrize(("layer_decay", "smallest"), [(0.85, 0.121), (0.75, 0.0238), (0.65, 0.0037)])
 def test_smallest_scales_at_depth_12(layer_decay, smallest):
     """14 values, the embeddings' smallest, head and fc_norm at the full rate."""
-    groups = parameter_groups(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3), 0.05, exempt=EXEMPT,
-                              layer_decay=layer_decay, depth=12)
+    groups = layer_groups(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3), 0.05, layer_decay)
     scales = by_name(groups, "lr_scale")
     assert len(set(scales.values())) == 14
     assert min(scales.values()) == pytest.approx(smallest, rel=0.005)
@@ -106,7 +104,7 @@ def models():
 @pytest.mark.parametrize("name", ["mae", "vit", "frozen"])
 def test_every_trainable_parameter_is_in_exactly_one_group(name, layer_decay):
     model = models()[name]
-    groups = parameter_groups(model, 0.05, exempt=EXEMPT, layer_decay=layer_decay, depth=12)
+    groups = layer_groups(model, 0.05, layer_decay)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(by_name(groups, "lr_scale")) == trainable.keys()
     for group in groups:
@@ -130,7 +128,7 @@ def test_mae_pretraining_decays_its_tokens():
 
 def test_finetuning_exempts_positions_and_class_token():
     vit = models()["vit"]
-    decay = by_name(parameter_groups(vit, 0.05, exempt=EXEMPT, layer_decay=0.85, depth=12), "weight_decay")
+    decay = by_name(layer_groups(vit, 0.05, 0.85), "weight_decay")
     exempt = {name for name, value in decay.items() if value == 0}
     assert exempt == {name for name in decay if vit.get_parameter(name).ndim == 1} | {"pos_embed", "cls_token"}
 
@@ -139,7 +137,7 @@ def test_adamw_shrinks_each_weight_by_its_own_rate_and_decay():
     """With zero gradients AdamW only decays: w * (1 - lr * scale * decay), vectors and exempt names untouched."""
     vit = models()["vit"]
     before = {name: p.detach().clone() for name, p in vit.named_parameters()}
-    optimizer = adamw(parameter_groups(vit, 0.5, exempt=EXEMPT, layer_decay=0.7, depth=12), betas=(0.9, 0.95))
+    optimizer = adamw(layer_groups(vit, 0.5, 0.7), betas=(0.9, 0.95))
     for parameter in vit.parameters():
         parameter.grad = torch.zeros_like(parameter)
     set_learning_rate(optimizer, 0.1)

@@ -11,12 +11,12 @@ from common.augment import to_uint8
 from common.data import ImageSet
 from common.formats import load_model
 from common.mae import MAE
-from common.optim import parameter_groups
 from common.rpe import build_model
 from common.vit import SIZES
 from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
 from sec3_benchmark.initial_weights import load_encoder
+from sec3_benchmark.layer_decay import layer_groups
 from sec4_analysis.attention import attention_logits
 from sec4_analysis.features import intermediates
 from tests.helpers import brute_force_bias, noisy, parameter_count, table_row
@@ -174,7 +174,7 @@ def test_our_file_comes_back_as_the_same_model(tmp_path):
 def test_layer_decay():
     """Trap 12: a block's table belongs to the block, a shared one to the last layer; tables are decayed (trap 13)."""
     def scales(model):
-        groups = parameter_groups(model, 0.05, exempt=("pos_embed", "cls_token"), layer_decay=0.5, depth=12)
+        groups = layer_groups(model, 0.05, 0.5)
         return {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
     own = scales(build_model("vit_demo_rpe", **SMALL))
     for block in (0, 11):

@@ -21,12 +21,12 @@ from common import options, report, tables
 from common.data import DataError, ImageSet
 from common.errors import UserError
 from common.mae import DECODERS, MAE
-from common.optim import parameter_groups
 from common.runs import settings_hash
 from common.vit import SIZES, build_vit
 from sec3_benchmark import downstream, downstream_sets, initial_weights, pretrain_mae, table4_transfer, transfer
 from sec3_benchmark.downstream import PUBLISHED
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
+from sec3_benchmark.layer_decay import layer_groups
 from tests.helpers import assert_close, assert_same
 from tests.processes import ROOT, start, start_ranks
 
@@ -335,7 +335,7 @@ def test_impossible_schedules_are_refused():
 
 def test_layers_are_slowed_down_and_nothing_decays():
     vit = build_vit("vit_tiny", num_classes=5)
-    groups = parameter_groups(vit, 0.0, exempt=("pos_embed", "cls_token"), layer_decay=0.75, depth=12)
+    groups = layer_groups(vit, 0.0, 0.75)
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert scale["patch_embed.proj.weight"] == scale["pos_embed"] == pytest.approx(0.0238, abs=5e-5)
     assert scale["head.weight"] == scale["fc_norm.bias"] == 1 and scale["blocks.11.mlp.fc1.bias"] == 0.75
