@@ -102,11 +102,6 @@ def defaults(parser):
 EXECUTION = tuple(defaults(add_execution(argparse.ArgumentParser())))  # names of these settings
 
 
-def flags_of(parser):
-    """Every argument's name and flag."""
-    return {action.dest: action.option_strings[0] for action in parser._actions}
-
-
 def explicit_arguments(parser, argv=None):
     """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
     unset = []  # a list, for argparse to copy and extend; told from one that was given by being the same object
@@ -124,7 +119,7 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
         meant = f"; perhaps {', '.join(sorted(near))}?" if near else ""
         raise UserError(f"no setting {', '.join(unknown)}{meant} (--help lists them)")
     given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
-    given.update(explicit_arguments(parser, words(given, flags_of(parser))))
+    given.update(explicit_arguments(parser, words(given)))
     if empty := [name for name, value in given.items() if value == ""]:  # not taken for "none"
         raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
     preset = given.get("preset") or ("paper" if given.get("data_path") or given.get("dataset_path") else "demo")
@@ -163,12 +158,12 @@ def check_ranges(settings):
 
 def parse(parser, presets=None, recipes=None, argv=None):
     """The settings of a script that was started by hand."""
-    check_clone()
     return resolve(parser, presets, recipes, explicit=explicit_arguments(parser, argv))
 
 
 def start(main, parser, *presets_and_recipes, parse=parse):
     """A script's entry: what the user can mend ends in one line instead of a traceback."""
+    check_clone()
     try:
         args = parse(parser, *presets_and_recipes)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if "RANK" not in os.environ else ():
@@ -198,7 +193,7 @@ def announce(parser, args):
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
     if getattr(args, "preset", None):
-        said = words({**changed, "preset": None}, flags_of(parser))
+        said = words({**changed, "preset": None})
         print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
 
@@ -211,11 +206,11 @@ def named(texts, flag):
     return dict(pairs)
 
 
-def words(settings, flags=None):
-    """Settings as words of a command line; None and False are left out."""
+def words(settings):
+    """Settings as words of a command line, where every flag is its setting's name; None and False are left out."""
     line = []
     for key, value in settings.items():
-        flag = (flags or {}).get(key, "--" + key.replace("_", "-"))
+        flag = "--" + key.replace("_", "-")
         if value is True:
             line.append(flag)
         elif isinstance(value, (list, tuple)):

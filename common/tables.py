@@ -59,8 +59,8 @@ def add_rows(parser, rows=(), demo=()):
                            help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
-    group.add_argument("--set", nargs="+", action="extend", default=[], dest="stage_settings",
-                       metavar="STAGE.KEY=VALUE", help="any other setting of a stage, e.g. finetune.epochs=100")
+    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="STAGE.KEY=VALUE",
+                       help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
 
 
@@ -68,7 +68,6 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     """A table's arguments. `args.given` holds what the user gave: every stage that has such a setting takes it, in
     place of the row's. `own` is the table's alone, although a stage has a setting of that name.
     """
-    options.check_clone()
     given = options.explicit_arguments(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
@@ -76,7 +75,7 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     args.rows = getattr(args, "rows", ["all"])  # a figure has no --rows: all of its own are run
     args.per_stage, args.needs_weights = {}, {}
-    for text in args.stage_settings:
+    for text in args.set:
         stage, dot, rest = text.partition(".")
         key, equals, value = rest.partition("=")
         if not dot or not equals:

@@ -87,6 +87,14 @@ def stage_lacks(path):
         yield from (function for function in wanted if functions.get(function) != wanted[function])
 
 
+def flags_renamed(path):
+    """common/options.py writes settings as a command line, where every flag is its setting's name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and re.search(r"(parser|group)\.add_argument$", ast.unparse(node.func)):
+            if "dest" in (keyword.arg for keyword in node.keywords) or not node.args[0].value.startswith("--"):
+                yield ast.unparse(node)
+
+
 def search_path_edits(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "site.addsitedir"):
@@ -135,6 +143,12 @@ def test_every_file_has_a_docstring_and_every_script_shows_its_command():
 
 def test_every_script_is_a_parser_and_a_main():
     assert findings(stage_lacks, [path for path in FILES if path.parent.name != "common"]) == {}
+
+
+def test_every_flag_is_its_settings_name(tmp_path):
+    assert findings(flags_renamed) == {}
+    (tmp_path / "a.py").write_text("parser.add_argument('--a', dest='b')\ngroup.add_argument('c')\n")
+    assert len(list(flags_renamed(tmp_path / "a.py"))) == 2
 
 
 def commands(text):

@@ -94,7 +94,7 @@ def test_the_file_goes_by_either_name(flag):
     """As elsewhere too: --init in the probes, --checkpoint in the converter."""
     args = options.parse(reconstruct.build_parser(), reconstruct.PRESETS, argv=[flag, "a file.pt"])
     assert args.checkpoint == "a file.pt" and "checkpoint" in args.explicit and not hasattr(args, "init")
-    assert options.flags_of(reconstruct.build_parser())["checkpoint"] == "--checkpoint"
+    assert options.words({"checkpoint": "a file.pt"}) == ["--checkpoint", "a file.pt"]
 
 
 def test_a_required_argument_is_asked_for(capsys):
