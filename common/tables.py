@@ -6,7 +6,7 @@ A row's settings name only what makes it that row; preset, device and the rest c
 import importlib
 import json
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class Row:
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
-    without: tuple = ()  # columns that the row cannot fill
+    column: str = ""  # of a table where rows of one key fill several
     forced: dict = field(default_factory=dict)  # {module: settings} that the table works out; they always win
 
 
@@ -101,41 +101,39 @@ def chosen(rows, args, demo):
     return [row for row in runnable if row.key in wanted]
 
 
-def run_rows(rows, args, demo, script, columns=None):
-    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or with
-    columns, {key: {name: the same}}. Columns are {name: (the stage in place of the rows' last one, or None; settings
-    added to it)}. Wrong settings, missing data and missing weights are reported before the first stage starts.
+def run_rows(rows, args, demo, script):
+    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or for
+    rows with columns, {key: {column: the same}}. Wrong settings, missing data and missing weights are reported before
+    the first stage starts.
     """
     distributed.start("cpu" if args.dry_run else args.device)
-    endings = columns or {"": (None, {})}
-    stages = {module.split(".")[-1] for row in rows for module, _ in [*row.stages, *endings.values()] if module}
+    stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown and stages:  # else no row can run, and the table says why
         raise UserError(f"--set names no stage of this table: {', '.join(unknown)}; "
                          f"its stages are {', '.join(sorted(stages))}")
-    results, done = {}, {}
-    cells = [(column, cell(row, column, stage, added)) for row in chosen(rows, args, demo)
-             for column, (stage, added) in endings.items() if column not in row.without]
-    for _, row in cells:
+    results, done, to_run = {}, {}, chosen(rows, args, demo)
+    for row in to_run:
         check_row(row, args)
         if words := overruled(row, args):
             print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
-    scripts = {module.split(".")[-1] for _, row in cells for module, _ in row.stages} - OWN_DATA
+    scripts = {module.split(".")[-1] for row in to_run for module, _ in row.stages} - OWN_DATA
     if scripts and args.data != "fractals" and not args.dry_run:
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
-    for number, (column, row) in enumerate(cells, 1):
+    for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
-            print0(f"\n# row {number} of {len(cells)}: {row.name}, seed {seed}")
+            print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
             try:
-                results.setdefault(row.key, {}).setdefault(column, []).append(run_row(row, seed, args, script, done))
+                found = run_row(row, seed, args, script, done)
+                results.setdefault(row.key, {}).setdefault(row.column, []).append(found)
             except HubError as error:  # the other rows can go on
                 args.needs_weights[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
                 print0(args.needs_weights[row.key])
                 break
     if args.dry_run:
         print0("\n# then this command without --dry-run: it finds these runs by their content")
-    return results if columns else {key: found[""] for key, found in results.items()}
+    return {key: columns.get("", columns) for key, columns in results.items()}
 
 
 def stage_settings(name, explicit=None, row=None):
@@ -163,13 +161,6 @@ def stage(name, explicit=None, row=None):
 def command_line(name, settings):
     """The shell command of a stage: settings as a dict of names and values."""
     return shlex.join(["python", f"{name.replace('.', '/')}.py", *options.words(settings)])
-
-
-def cell(row, column, stage, added):
-    """The row in one column of a table: its last stage, or `stage` in its place, with the settings `added`."""
-    module, settings = row.stages[-1]
-    return replace(row, name=f"{row.name} {column}".strip(),
-                   stages=(*row.stages[:-1], (stage or module, {**settings, **added})))
 
 
 def check_row(row, args):

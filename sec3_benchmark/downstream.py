@@ -61,9 +61,9 @@ ROWS = [  # of both tables, each of which has one more
     row("mocov3", "MoCo-v3", "sec3_benchmark.pretrain_mocov3"),
     row("mae", "MAE", "sec3_benchmark.pretrain_mae"),
     row("dino", "DINO", "appendix.pretrain_dino"),
-    # SimMIM's relative positions come along; detect.py is for plain ViTs
-    row("simmim", "SimMIM", "appendix.pretrain_simmim", without=(COCO,)),
+    row("simmim", "SimMIM", "appendix.pretrain_simmim"),
 ]
+UNFIT = {("simmim", COCO)}  # SimMIM's relative positions come along; detect.py is for plain ViTs
 
 
 def add_datasets(parser):
@@ -162,9 +162,15 @@ def require_coco(args):
                         f"{', '.join(absent)}")
 
 
-def endings(names):
-    """The columns of tables.run_rows for rows that end with transfer.py."""
-    return {name: ("sec3_benchmark.detect", {}) if name == COCO else (None, {"dataset": name}) for name in names}
+def cells(rows, names):
+    """Rows that end with transfer.py -> a row for tables.run_rows in each column, with the data set of that name."""
+    return [cell(row, name) for row in rows for name in names if (row.key, name) not in UNFIT]
+
+
+def cell(row, name):
+    *before, (module, settings) = row.stages
+    last = ("sec3_benchmark.detect", settings) if name == COCO else (module, {**settings, "dataset": name})
+    return replace(row, name=f"{row.name} {name}", column=name, stages=(*before, last))
 
 
 def measured(cells):

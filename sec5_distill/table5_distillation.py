@@ -53,15 +53,12 @@ def table1_row(row):
 
 
 def cells(args, names, rows):
-    """Rows and columns of tables.run_rows: a row for the data sets and, of the same key, one for the last column. Run
-    together they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
+    """The rows of tables.run_rows: one for each data set and, of the same key, one for the last column. Run together
+    they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
     """
-    columns, last = downstream.endings(names), [*last_columns(args)][-1]
-    if not args.imagenet:
-        return rows, columns
-    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.stages) > 1]
-    return [*(replace(row, without=(*row.without, last)) for row in rows),
-            *(replace(row, without=tuple(columns)) for row in tuned)], {**columns, last: (None, {})}
+    last = [*last_columns(args)][-1]
+    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.stages) > 1] if args.imagenet else []
+    return [*downstream.cells(rows, names), *(replace(row, name=f"{row.name} {last}", column=last) for row in tuned)]
 
 
 def columns(args, names):
@@ -76,8 +73,7 @@ def main(args):
     if args.imagenet is None:
         args.imagenet = args.preset != "demo" and bool(args.data_path)
     rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
-    to_run, settings = cells(args, names, rows)
-    results = tables.run_rows(to_run, args, DEMO, "table5", settings)
+    results = tables.run_rows(cells(args, names, rows), args, DEMO, "table5")
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}
