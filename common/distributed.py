@@ -48,13 +48,6 @@ def start(device="auto"):
     return device
 
 
-def place_of(device):
-    """What decides on the last bit beside the settings: how many ranks; how many threads of a CPU, or which GPU."""
-    place = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else \
-        {"device": "cpu", "threads": torch.get_num_threads()}
-    return {**place, "ranks": world_size()}
-
-
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -93,15 +86,6 @@ def barrier():
     all_max(0)
 
 
-def broadcast_object(value):
-    """Rank 0's value, on every rank (any picklable object)."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
 def gather(value):
     """Every rank's value (any picklable object), in a list."""
     if not dist.is_initialized():
@@ -109,6 +93,11 @@ def gather(value):
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank (any picklable object)."""
+    return gather(value)[0]
 
 
 def all_max(*flags):

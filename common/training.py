@@ -38,7 +38,8 @@ class Method:
         losses = 0.0
         for micro in range(engine.accumulation):
             batch = engine.batch(step, micro)
-            with last_only(self.forward, micro == engine.accumulation - 1):
+            last = micro == engine.accumulation - 1  # ranks average their gradients once a step, in its last pass
+            with nullcontext() if last or not hasattr(self.forward, "no_sync") else self.forward.no_sync():
                 with engine.autocast():
                     loss, logs = self.loss(batch, step)
                 engine.backward(loss / engine.accumulation)
@@ -112,8 +113,10 @@ class Engine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def execution(self):
-        """What a run must be continued with, to be continued exactly."""
-        return {**distributed.place_of(self.device), "accumulation": self.accumulation,
+        """What a run must be continued with, to be continued exactly: what decides on the last bit, settings aside."""
+        place = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else \
+            {"device": "cpu", "threads": torch.get_num_threads()}
+        return {**place, "ranks": distributed.world_size(), "accumulation": self.accumulation,
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
     def read(self, images, transform, start, total, bad_images):
@@ -204,11 +207,6 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     seconds = snapshot.seconds()
     return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
             "bad_images": len(bad_images.everywhere()), "last": progress["last"], "best": progress["best"]}
-
-
-def last_only(forward, last):
-    """Ranks average their gradients once a step, in its last backward pass."""
-    return nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync()
 
 
 def update(optimizer, scaler, guard, step, loss, clip_grad):
