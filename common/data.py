@@ -115,23 +115,19 @@ def convert(image, in_chans):
     return image if image.mode == mode else image.convert(mode)
 
 
-class ClassFolders(tv.DatasetFolder):
-    def find_classes(self, directory):  # hidden folders, a notebook's checkpoints say, are none
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return names, {name: label for label, name in enumerate(names)}
-
-
 def labelled_folder(root, in_chans, name):
     """<root>/<class>/...: every class folder needs an image."""
     if not Path(root).is_dir():
         raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
                         f"val/ alone); appendix/split_folder.py makes both of a folder of classes")
     try:
-        folder = ClassFolders(root, loader=None, extensions=EXTENSIONS)
-    except FileNotFoundError as error:
+        folders, _ = tv.folder.find_classes(root)
+        classes = [name for name in folders if not name.startswith(".")]  # a notebook's checkpoints, say, are none
+        samples = tv.folder.make_dataset(root, {name: label for label, name in enumerate(classes)}, EXTENSIONS)
+    except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{root}: {error}. It must hold one folder of images for each class, and no other") from None
-    paths, labels = zip(*folder.samples)
-    return ImageSet(name, list(paths), np.asarray(labels), folder.classes, in_chans)
+    paths, labels = zip(*samples)
+    return ImageSet(name, list(paths), np.asarray(labels), classes, in_chans)
 
 
 def image_files(root):
