@@ -11,6 +11,7 @@ a transform keeps no state of its own. All of them can be pickled.
 """
 import math
 import random
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -59,12 +60,9 @@ def resize_to_cover(image, size):
     """The smallest bicubic resize that keeps the aspect and covers `size` (H, W): the tighter side fits exactly, the
     other is rounded down. Enlarges small images too. For a square `size` this is torchvision's Resize(side), timm's
     too; for another, timm 0.4.12 would squash the image to exactly `size` instead."""
-    (height, width), (target_height, target_width) = F.get_size(image), size
-    if target_width * height >= target_height * width:  # the width is the tighter side
-        new_size = [target_width * height // width, target_width]
-    else:
-        new_size = [target_height, target_height * width // height]
-    return F.resize(image, new_size, InterpolationMode.BICUBIC, antialias=True)
+    before = F.get_size(image)
+    zoom = max(map(Fraction, size, before))  # a fraction, so that nothing is rounded but the product
+    return F.resize(image, [int(side * zoom) for side in before], InterpolationMode.BICUBIC, antialias=True)
 
 
 def to_uint8(image):

@@ -5,6 +5,7 @@ number of workers, of ranks and of accumulation steps never changes which pixels
 import os
 import random
 import signal
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -59,10 +60,8 @@ class Views(Dataset):
                 raise UnreadableImage(f"{error}{hint}") from None
         substitutes = np.random.default_rng((self.seed, epoch, index)).permutation(len(self.images))
         for used in substitutes[:100]:
-            try:
+            with suppress(UnreadableImage):
                 return self.images.read(int(used)), int(used)
-            except UnreadableImage:
-                continue
         raise DataError(f"no readable image was found in place of {self.images.where(index)} in 100 draws")
 
 
