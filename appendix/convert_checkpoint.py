@@ -23,10 +23,11 @@ from common.checkpoint import save_json, save_torch, write_atomically
 from common.data import channel_statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import DECODER, load_model, read_weights, require_fit
+from common.formats import load_model, read_weights, require_fit
 from common.mae import DECODERS, MAE
 from common.vit import SIZES, eval_mode
 from common.weights import STEM, TABLE, shape_config, vit_config
+from sec3_benchmark.initial_weights import DECODER
 
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
 TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output

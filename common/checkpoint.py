@@ -5,7 +5,6 @@ Tensors, numbers, strings, lists and dicts only, so that every file loads with `
 """
 import json
 import os
-import re
 import time
 import uuid
 import zipfile
@@ -57,8 +56,7 @@ def save_json(path, content):
 
 def steps_saved(folder):
     """Steps that have a checkpoint in a run's folder, newest first."""
-    found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in Path(folder).glob("step-*.pt"))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    return sorted((int(path.stem[5:]) for path in Path(folder).glob(f"step-{'[0-9]' * 8}.pt")), reverse=True)
 
 
 def save_step(folder, step, state):
@@ -115,7 +113,12 @@ class Snapshot:
         if saved is None:
             return 0
         engine = self.engine
-        check_execution(saved["execution"], engine.execution(), engine.args.allow_inexact, self.run.folder)
+        before, now = saved["execution"], engine.execution()
+        changed = [f"{key} {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+        if changed and not engine.args.allow_inexact:
+            raise UserError(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
+                            f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or delete "
+                            f"{self.run.folder}")
         self.method.model.load_state_dict(saved["model"])
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -144,11 +147,3 @@ class Snapshot:
 
     def due(self):
         return time.perf_counter() - self.saved_at > 60 * self.engine.args.save_minutes
-
-
-def check_execution(stored, now, allow_inexact, folder):
-    """Refuses to resume where the arithmetic would differ, unless --allow-inexact."""
-    changed = [f"{key} {stored.get(key)} before, {now[key]} now" for key in now if stored.get(key) != now[key]]
-    if changed and not allow_inexact:
-        raise UserError(f"this run cannot be continued exactly: {'; '.join(changed)}. Start it as before "
-                        f"(OMP_NUM_THREADS sets the threads), or pass --allow-inexact, or delete {folder}")

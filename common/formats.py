@@ -11,8 +11,6 @@ from common.rpe import build_model
 from common.vit import SIZES, pair, patch_grid
 from common.weights import TABLE, FormatError, Weights, listed, read_weights, shape_config
 
-DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
-
 
 def source_grid(weights, prefix, wanted=(0, 0)):
     """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square, else the

@@ -12,12 +12,13 @@ from timm.models.beit import Beit
 
 from common import options
 from common.distributed import print0
-from common.formats import DECODER, require_fit, source_grid
+from common.formats import require_fit, source_grid
 from common.vit import SIZES, pair, patch_grid
 from common.weights import STEM, TABLE, FormatError, Weights
 
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
+DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
 # What a plain ViT's weights lack in one with relative positions, or have and it has not: it starts anew, or is dropped
 # (trap 8).
 NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "gamma_2", "qkv.bias")
