@@ -16,8 +16,7 @@ from common.data import statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import to_device
-from common.rpe import MODELS, build_model
-from common.vit import eval_mode
+from common.vit import MODELS, build_model, eval_mode
 from common.weights import read_weights
 from sec3_benchmark.evaluate import eval_loader
 from sec3_benchmark.initial_weights import load_encoder, take_config

@@ -17,9 +17,9 @@ from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, epoch_in_words, parameter_groups, steps_per_epoch
-from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
+from common.vit import MODELS
 
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=32,

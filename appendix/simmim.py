@@ -10,8 +10,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from common.errors import UserError
-from common.rpe import VARIANTS, build_model, init_relative_vit
-from common.vit import patch_grid
+from common.vit import VARIANTS, build_model, init_relative_vit, patch_grid
 
 
 class SimMIM(nn.Module):

@@ -7,8 +7,7 @@ import math
 
 from common.distributed import print0
 from common.mae import DECODERS, MAE
-from common.rpe import build_model
-from common.vit import SIZES, pair, patch_grid
+from common.vit import SIZES, build_model, pair, patch_grid
 from common.weights import TABLE, FormatError, Weights, listed, read_weights, shape_config
 
 

@@ -19,9 +19,9 @@ from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, warmup_cosine
-from common.rpe import MODELS, build_model
 from common.runs import open_run
 from common.training import Method, train
+from common.vit import MODELS, build_model
 from common.weights import read_weights
 from sec3_benchmark.erasing import erase, erasing_box
 from sec3_benchmark.evaluate import check_classes, check_readable, evaluator

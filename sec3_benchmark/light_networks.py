@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import timm
 
-from common.rpe import build_model
+from common.vit import build_model
 
 DISTILLED, THREE_HEADS = "†", "⋆"
 

@@ -17,9 +17,9 @@ from common.data import take_statistics
 from common.distributed import print0
 from common.loader import seed_everything
 from common.optim import warmup_cosine
-from common.rpe import MODELS
 from common.runs import open_run
 from common.training import Method, train
+from common.vit import MODELS
 from common.weights import read_weights
 from sec3_benchmark.downstream import SETTINGS
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream

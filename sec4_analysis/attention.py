@@ -22,7 +22,7 @@ def attention_logits(attention, tokens):
     of A.
     """
     B, N, _ = tokens.shape
-    if hasattr(attention, "relative_position_bias_table"):  # common/rpe.py: no bias for k, no norms of q and k
+    if hasattr(attention, "relative_position_bias_table"):  # timm's Beit: no bias for k, no norms of q and k
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add

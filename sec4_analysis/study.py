@@ -18,9 +18,8 @@ from common.errors import UserError
 from common.formats import load_model
 from common.loader import seed_everything
 from common.mae import MAE
-from common.rpe import init_relative_vit
 from common.tables import PREVIOUS, Row
-from common.vit import eval_mode, init_vit
+from common.vit import eval_mode, init_relative_vit, init_vit
 from common.weights import fingerprint
 from sec4_analysis.features import check_plain
 from sec4_analysis.images import batches, draw_images, preprocessing, validation_images

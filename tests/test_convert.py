@@ -11,8 +11,7 @@ from appendix.convert_checkpoint import export_timm
 from common.errors import UserError
 from common.formats import load_model
 from common.options import resolve
-from common.rpe import build_model
-from common.vit import build_vit
+from common.vit import build_model, build_vit
 from common.weights import FormatError, Weights, fingerprint, read_weights
 from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import assert_close, fill_by_name

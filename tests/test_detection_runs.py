@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import options, tables
 from common.errors import UserError
-from common.rpe import build_model
+from common.vit import build_model
 from sec3_benchmark import detect, scenes, table4_transfer
 from sec3_benchmark.average_precision import detect_all
 from sec3_benchmark.mask_rcnn import MaskRCNN

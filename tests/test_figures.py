@@ -16,8 +16,7 @@ from common.checkpoint import save_torch
 from common.data import load_sets
 from common.loader import seed_everything
 from common.mae import MAE
-from common.rpe import build_model
-from common.vit import build_vit
+from common.vit import build_model, build_vit
 from sec4_analysis import (
     attention_maps,
     fig1_layer_similarity,

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from common.formats import load_model
 from common.mae import MAE
-from common.rpe import build_model
-from common.vit import build_vit
+from common.vit import build_model, build_vit
 from common.weights import SAFE_GLOBALS, FormatError, Weights, fingerprint, read_weights
 from sec3_benchmark.initial_weights import leading_blocks, load_encoder
 from tests.helpers import assert_close, fill_by_name

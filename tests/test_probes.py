@@ -19,7 +19,7 @@ from common.data import ImageSet
 from common.errors import UserError
 from common.mae import MAE
 from common.optim import set_learning_rate
-from common.rpe import build_model
+from common.vit import build_model
 from tests.helpers import noisy
 
 CPU = torch.device("cpu")

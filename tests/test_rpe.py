@@ -1,4 +1,4 @@
-"""common/rpe.py: the variants with relative positions, their index, logits, initial values, loading and layer decay."""
+"""common/vit.py: the variants with relative positions, their index, logits, initial values, loading and layer decay."""
 import math
 
 import numpy as np
@@ -11,8 +11,7 @@ from common.augment import to_uint8
 from common.data import ImageSet
 from common.formats import load_model
 from common.mae import MAE
-from common.rpe import build_model
-from common.vit import SIZES
+from common.vit import SIZES, build_model
 from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
 from sec3_benchmark.initial_weights import load_encoder

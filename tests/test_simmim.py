@@ -14,8 +14,7 @@ from common import options
 from common.errors import UserError
 from common.formats import load_model
 from common.optim import parameter_groups
-from common.rpe import build_model
-from common.vit import SIZES
+from common.vit import SIZES, build_model
 from common.weights import read_weights
 from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import (
