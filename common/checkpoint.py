@@ -99,7 +99,7 @@ class Snapshot:
     def __init__(self, run, method, optimizer, engine):
         self.run, self.method, self.optimizer, self.engine = run, method, optimizer, engine
         self.progress = {"step": 0, "evaluate": False, "seconds": 0.0, "best": {}, "last": {}, "bad_images": []}
-        self.saved_at = self.resumed_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
     def restore(self):
         """Puts everything back as the newest whole checkpoint has it, the log included. Returns the step to do next."""
@@ -131,7 +131,7 @@ class Snapshot:
 
     def save(self, step):
         self.progress.update(step=step, seconds=self.seconds())
-        self.resumed_at = self.saved_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
         meter = self.engine.meter.state()  # of all ranks
         if distributed.is_main():
             save_step(self.run.folder, step, {
@@ -142,8 +142,8 @@ class Snapshot:
         distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
 
     def seconds(self):
-        """Seconds spent training so far, those before a resume included."""
-        return self.progress["seconds"] + time.perf_counter() - self.resumed_at
+        """Seconds spent training so far: up to the last checkpoint, also before a resume, and since."""
+        return self.progress["seconds"] + time.perf_counter() - self.saved_at
 
     def due(self):
         return time.perf_counter() - self.saved_at > 60 * self.engine.args.save_minutes

@@ -13,7 +13,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import common
 from common import data, distributed
 from common.distributed import print0
 from common.errors import UserError
@@ -223,8 +222,7 @@ def words(settings):
 def check_clone():
     """Stops if the `common` that Python found belongs to another clone than the script that was started."""
     script = Path(getattr(sys.modules["__main__"], "__file__", "") or ".").resolve()
-    imported = Path(common.__file__).resolve().parents[1]
-    clone = script.parents[1] if len(script.parents) > 1 else None
-    if clone and (clone / "common" / "vit.py").is_file() and clone != imported:
-        raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {imported}.\n"
+    clone = script.parent.parent
+    if (clone / "common" / "vit.py").is_file() and clone != ROOT:
+        raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {ROOT}.\n"
                          f"Run `pip install -e {clone}`, or set PYTHONPATH={clone}, and start again.")
