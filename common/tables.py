@@ -6,6 +6,7 @@ A row's settings name only what makes it that row; preset, device and the rest c
 import importlib
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,10 +81,8 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
         key, equals, value = rest.partition("=")
         if not dot or not equals:
             parser.error(f"--set {text}: write STAGE.KEY=VALUE, for example finetune.epochs=100")
-        try:
+        with suppress(json.JSONDecodeError):  # a plain word
             value = json.loads(value)
-        except json.JSONDecodeError:
-            pass  # a plain word
         args.per_stage.setdefault(stage, {})[key.replace("-", "_")] = value
     return args
 

@@ -42,12 +42,10 @@ class StopSignals:
     def obeyed_at_once(self):
         """For an evaluation: it may take minutes, and what it has done so far need not be kept."""
         self.at_once = True
-        try:
-            if self.received:
-                raise SystemExit(STOPPED)
-            yield
-        finally:
-            self.at_once = False
+        if self.received:
+            raise SystemExit(STOPPED)
+        yield
+        self.at_once = False  # not after an error, which ends the training and this watch with it
 
     def __exit__(self, kind, *error):
         for number, handler in self.before.items():
