@@ -161,6 +161,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
+    every = (per_epoch * args.eval_every or total) if evaluate else None  # steps; 0: only at the end
     torch.use_deterministic_algorithms(args.deterministic)
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
@@ -188,7 +189,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             meter.step(grad_norm=grad_norm)
 
             done = step + 1
-            progress["evaluate"] = bool(evaluate) and evaluation_due(done, total, per_epoch, args.eval_every)
+            progress["evaluate"] = every is not None and (done % every == 0 or done == total)
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
                 meter.write(done, done / per_epoch, schedule(step))
@@ -220,11 +221,6 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
     scaler.update()
     optimizer.zero_grad()
     return grad_norm
-
-
-def evaluation_due(done, total, per_epoch, every):
-    """At the end, and every so many epochs (0: only at the end)."""
-    return done == total or every > 0 and done % (per_epoch * every) == 0
 
 
 def note_evaluation(snapshot, stop, evaluate, per_epoch):
