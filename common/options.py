@@ -191,7 +191,7 @@ def announce(parser, args):
     """Prints the preset and what differs from the defaults, which are the paper's values."""
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
-    if getattr(args, "preset", None):
+    if "preset" in usual:
         said = words({**changed, "preset": None})
         print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
 
