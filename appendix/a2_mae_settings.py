@@ -21,7 +21,7 @@ def row(key, name, published=None, **settings):
 
 
 ROWS = [
-    row("base", "chosen: depth 1, width 96, 75 %, normalised target", 78.0),
+    row("base", "chosen: depth 1, width 96 (vit_demo: 48), 75 %, normalised target", 78.0),
     *(row(f"depth-{depth}", f"decoder of {depth} blocks", decoder_depth=depth) for depth in (2, 4, 8)),
     *(row(f"width-{width}", f"decoder {width} wide", decoder_dim=width, decoder_heads=heads)
       for width, heads in HEADS.items()),
