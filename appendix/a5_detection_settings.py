@@ -62,7 +62,7 @@ def main(args):
         published = row.published if final else ", ".join(f"{key} {value}" for key, value in row.published.items())
         rows.append({"name": row.name, "published": published, "measured": measured, "seeds": len(final),
                      "seconds": [result["seconds"] for result in final], "run": [result["run"] for result in final],
-                     "status": "run" if final else "not chosen"})
+                     "status": "run" if final else args.needs_weights.get(row.key, "not chosen")})
     report.write_table("a5_detection", args, COLUMNS, rows,
                        notes=["Each cell: published (MAE-Tiny, COCO val2017) / measured.", NOTES.get(args.preset)])
     return rows

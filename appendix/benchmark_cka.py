@@ -16,6 +16,7 @@ import torch
 from appendix import benchmarking
 from appendix.benchmarking import resident, synchronize
 from common import distributed, options, report
+from common.errors import UserError
 from common.runs import identity
 from sec4_analysis import cka
 
@@ -109,6 +110,8 @@ def peak_memory(version, args, device):
 def main(args):
     """Measures and writes; returns {version: {"seconds", "peak_gib"}}."""
     device = distributed.start(args.device)
+    if args.num_images < args.batch_size:
+        raise UserError(f"--num-images {args.num_images} is less than one --batch-size {args.batch_size}: lower it too")
     if args.memory_of:
         before = resident("VmRSS")
         VERSIONS[args.memory_of[0]](args, device, 0, Clock(device))

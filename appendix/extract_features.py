@@ -6,8 +6,8 @@
 
 Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
 `np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, and "about", what
-made them as JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean, unless --pooling
-says otherwise. Without DIR the generated images are taken, and their numbers are the file names.
+made them as JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean; of a --layer of it
+--pooling may say otherwise. Without DIR the generated images are taken, and their numbers are the file names.
 """
 import hashlib
 import json
@@ -30,7 +30,8 @@ PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_
 
 def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
-    add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz")
+    add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz",
+                  kept=False)
     return parser
 
 

@@ -38,14 +38,15 @@ def add_arguments(parser):
     return parser
 
 
-def add_execution(parser, save_to):
+def add_execution(parser, save_to, kept=True):
     """What of options.add_execution holds here: features are float32, and every image has its row, so that an
-    unreadable one is an error. `save_to` is the help of --save-to.
+    unreadable one is an error. `save_to` is the help of --save-to; `kept`: features are kept and found again.
     """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR", help="where results are kept")
     group.add_argument("--save-to", metavar="FILE", help=save_to)
-    group.add_argument("--fresh", action="store_true", help="compute features anew")
+    if kept:
+        group.add_argument("--fresh", action="store_true", help="compute features anew")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device, up to 256")
     group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: by the cores")

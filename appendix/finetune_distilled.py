@@ -17,12 +17,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common import distributed, options
-from common.data import take_statistics
+from common.data import load_sets, take_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.vit import SIZES, build_vit, eval_mode, pair
 from common.weights import read_weights
 from sec3_benchmark import finetune
+from sec3_benchmark.evaluate import check_classes
+from sec3_benchmark.initial_weights import SHAPE, take_config
 
 PRESETS, RECIPES = finetune.PRESETS, finetune.RECIPES
 
@@ -82,7 +84,9 @@ class Distilled(finetune.Supervised):
 
 
 def read_teacher(args, device):
-    """The teacher, ready to be asked, and the fingerprint of its weights; it and the student see the same images."""
+    """The teacher, ready to be asked, and its Weights; it and the student see the same images."""
+    if args.init:  # may say which size
+        take_config(args, read_weights(args.init).config, SHAPE)
     weights = read_weights(args.teacher)
     take_statistics(args, weights)
     if weights.model is None:
@@ -94,17 +98,19 @@ def read_teacher(args, device):
     except (AssertionError, RuntimeError) as error:  # a ViT of another size, other channels
         raise UserError(f"--teacher {args.teacher} cannot read images of {args.in_chans} x "
                         f"{' x '.join(map(str, pair(args.img_size)))}: {error}") from error
-    return teacher, weights.fingerprint
+    return teacher, weights
 
 
 def main(args):
     """Runs or continues the training; returns what finetune.py returns."""
     if args.eval_only:  # nothing is learnt, so no teacher is fetched or decides how images are normalised
         return finetune.train_classifier(args, "finetune_distilled", build_distilled, Distilled)
-    teacher, fingerprint = read_teacher(args, distributed.start(args.device))
+    teacher, weights = read_teacher(args, distributed.start(args.device))
+    if not args.teacher.startswith("timm:"):  # the hub's names of classes are words, the data's those of folders
+        check_classes(weights, load_sets(args)[0])
     print0(f"teacher {args.teacher}, {sum(p.numel() for p in teacher.parameters()):,} parameters")
     return finetune.train_classifier(args, "finetune_distilled", build_distilled, partial(Distilled, teacher=teacher),
-                                     {"teacher": fingerprint})
+                                     {"teacher": weights.fingerprint})
 
 
 if __name__ == "__main__":

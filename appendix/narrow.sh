@@ -18,7 +18,8 @@ case $script in
     */table3*)  stages="pretrain_mae pretrain_mocov3 finetune" ;;
     */fig2*)    stages="$own finetune" ;;
     */fig4*)    stages="$own transfer" ;;
-    */table5*)  stages="$pretrain transfer"; [[ $words == *" --no-imagenet "* ]] || stages+=" finetune" ;;
+    */table5*)  stages="$pretrain transfer"
+                [[ $words == *" --no-imagenet "* || $words != *" --data-path "* ]] || stages+=" finetune" ;;
     */fig7*)    stages="pretrain_mae pretrain_dmae finetune" ;;
     */a2_*)     stages="pretrain_mae finetune" ;;
     */b5_*)     stages="pretrain_mae pretrain_mocov3 pretrain_dino pretrain_simmim finetune" ;;

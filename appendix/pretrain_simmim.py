@@ -41,7 +41,7 @@ def build_parser():
     group.add_argument("--batch-size", type=int, default=2048, help="global, over all ranks and accumulation steps")
     group.add_argument("--base-lr", type=float, default=5e-5, help="per 256 images; the official 1e-4 is per 512")
     group.add_argument("--warmup-epochs", type=int, default=10, help="linear from --warmup-lr")
-    group.add_argument("--warmup-lr", type=float, default=5e-7, help="of the first step")
+    group.add_argument("--warmup-lr", type=float, default=5e-7, help="of the first step, at any batch size (ours)")
     group.add_argument("--drop-at", type=float, default=0.875, help="part of the epochs after which the rate falls to "
                                                                     "a tenth: official 700 of 800")
     group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")

@@ -11,13 +11,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
 for table in a1_recipes a2_mae_settings a3_mocov3_settings b5_dino_simmim; do
     $run "appendix/$table.py" "$@" ${SEEDS:-}
 done
 for figure in a6_cka_settings b1_stronger_references; do
     $run "appendix/$figure.py" "$@" ${IMAGES:-}
 done
-if [[ $# == 0 || -n ${SWEEP:-} ]]; then
+if [[ -n $demo || -n ${SWEEP:-} ]]; then
     $run appendix/a4_transfer_sweep.py "$@" ${SEEDS:-} ${SWEEP:-}
 else
     echo "A.4 is left out: name its data set in SWEEP" >&2

@@ -142,7 +142,7 @@ class Snapshot:
         distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
 
     def seconds(self):
-        """Seconds spent training so far: up to the last checkpoint, also before a resume, and since."""
+        """Seconds spent so far, evaluating too: up to the last checkpoint, also before a resume, and since."""
         return self.progress["seconds"] + time.perf_counter() - self.saved_at
 
     def due(self):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common.checkpoint import write_atomically
 from common.distributed import once_per_node
+from common.errors import UserError
 from common.vit import pair
 
 VERSION = 2  # raise it with any change to a pixel: it is part of the cache's name
@@ -186,13 +187,11 @@ def fractal_set(root, split, num_classes, per_class, size, seed=0):
     Drawn at the first call, by one process of a node, and kept under `root`. The classes take turns, so the first
     images are a balanced set too.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
-    if not 1 <= num_classes <= DOWNSTREAM or per_class < 1:
-        raise ValueError(f"num_classes {num_classes}, per_class {per_class}: 1 to {DOWNSTREAM}, and at least 1")
+    if split not in SPLITS or not 1 <= num_classes <= DOWNSTREAM or per_class < 1:
+        raise ValueError(f"split {split!r} (of {', '.join(SPLITS)}), num_classes {num_classes}, per_class {per_class}")
     height, width = pair(size)
     if min(height, width) < 8:
-        raise ValueError(f"size {size}: a fractal needs at least 8 pixels a side")
+        raise UserError(f"size {size}: a fractal needs at least 8 pixels a side")
     first, parity = SPLITS[split]
     labels = np.tile(np.arange(num_classes, dtype=np.int64), per_class)
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity

@@ -125,8 +125,7 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
     settings.update((presets or {}).get(preset, {}))
     named = {**settings, **given}
     settings.update((recipes or {}).get(named.get("recipe", named.get("dataset")), {}))  # transfer's go by data set
-    settings.update(given)
-    settings["preset"] = preset
+    settings.update({**given, "preset": preset})
     check_ranges(settings)
     settings = Settings(**settings)
     settings.explicit = frozenset(given)
@@ -135,11 +134,11 @@ def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
 
 # The smallest and the largest value of settings that several scripts share
 RANGES = {
-    **dict.fromkeys(("epochs", "iterations", "batch_size", "micro_batch", "patch_size", "in_chans", "num_heads",
-                     "log_every", "num_images", "num_classes", "per_class"), (1, None)),
-    **dict.fromkeys(("seed", "local_crops", "views", "warmup_epochs", "eval_every", "clip_grad", "base_lr", "lr",
-                     "mixup", "cutmix", "weight_decay"), (0, None)),
-    **dict.fromkeys(("mask_ratio", "drop_path", "smoothing", "erasing"), (0, 1)),
+    **dict.fromkeys("epochs iterations batch_size micro_batch patch_size in_chans num_heads log_every num_images "
+                    "num_classes per_class mask_unit decoder_dim decoder_depth decoder_heads".split(), (1, None)),
+    **dict.fromkeys("seed local_crops views warmup_epochs eval_every clip_grad base_lr lr mixup cutmix "
+                    "weight_decay".split(), (0, None)),
+    **dict.fromkeys("mask_ratio drop_path smoothing erasing".split(), (0, 1)),
     "workers": (-1, None), "crop_min": (0.001, 1), "beta2": (0, 0.9999)}
 
 
@@ -190,10 +189,9 @@ def start(main, parser, *presets_and_recipes, parse=parse):
 def announce(parser, args):
     """Prints the preset and what differs from the defaults, which are the paper's values."""
     usual = defaults(parser)
-    changed = {name: value for name, value in vars(args).items() if name in usual and value != usual[name]}
-    if "preset" in usual:
-        said = words({**changed, "preset": None})
-        print0(" ".join([f"# preset {args.preset}:", *said, "(else the paper's values)"]))
+    changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
+    if changed.pop("preset", None):
+        print0(" ".join([f"# preset {args.preset}:", *words(changed), "(else the paper's values)"]))
 
 
 def named(texts, flag):

@@ -76,7 +76,8 @@ def write_table(item, args, columns, rows, notes=()):
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
     absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"
                        for row in rows if not row["measured"])
-    notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes]))
+    notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes,
+                               f"For all rows: --set {' '.join(args.set)}" if getattr(args, "set", ()) else ""]))
     text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
     folder = Path(args.output) / item
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,

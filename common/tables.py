@@ -163,15 +163,16 @@ def command_line(name, settings):
 
 
 def check_row(row, args):
-    """An error for settings that a stage does not have or cannot use, and for initial weights that are not there."""
+    """An error for settings that a stage does not have or cannot use, and for weights or a teacher not there."""
     alike = "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()) and len(args.seeds) > 1
     if alike or len(args.seeds) > len(set(args.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last stage's")
     for module, settings in row.stages:
         explicit = explicit_settings(module, args, args.seeds[0], row.forced)
-        init = getattr(stage_settings(module, explicit, settings), "init", None)
-        if init and init != PREVIOUS and not init.startswith("timm:") and not (args.dry_run or Path(init).exists()):
-            raise UserError(f"{row.name}: no weights at {init}")
+        known = vars(stage_settings(module, explicit, settings))
+        for source in filter(None, (known.get("init"), known.get("teacher"))):  # "own": a teacher that is trained too
+            if not (args.dry_run or source in (PREVIOUS, "own") or source.startswith("timm:") or Path(source).exists()):
+                raise UserError(f"{row.name}: no weights at {source}")
 
 
 def remedy(row, source, args, seed):

@@ -111,6 +111,9 @@ def read_annotations(path):
     try:
         coco = in_memory(regular(json.loads(path.read_text())))
         strange = {one["category_id"] for one in coco.anns.values()} - coco.cats.keys()
+        for needed, entries in ((("file_name", "height", "width"), coco.imgs), (("name",), coco.cats)):
+            for entry in entries.values():
+                [entry[key] for key in needed]  # a LookupError if one is not there
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not whole, or no COCO annotations ({type(error).__name__}: {error}): fetch it "
                         f"again") from None

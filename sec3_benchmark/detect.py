@@ -7,7 +7,7 @@
 
 Mask R-CNN on ViTDet's pyramid, 184,375 iterations at batch 64 and 640 px. Published box / mask AP: from MAE-Tiny 39.9
 / 35.4, from random weights 32.7 / 28.9. COCO is a folder with annotations/, train2017/ and val2017/, or one that holds
-it as coco/. --init reads any ViT that finetune.py reads. The run's folder gets predictions.png.
+it as coco/. --init reads any plain ViT that finetune.py reads. The run's folder gets predictions.png.
 """
 from pathlib import Path
 

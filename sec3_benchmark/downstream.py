@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common import options, report
 from common.data import DataError, channel_statistics
+from common.distributed import print0
 from common.errors import UserError
 from common.tables import PREVIOUS, Row
 from common.weights import HubError, read_weights
@@ -63,7 +64,7 @@ ROWS = [  # of both tables, each of which has one more
     row("dino", "DINO", "appendix.pretrain_dino"),
     row("simmim", "SimMIM", "appendix.pretrain_simmim"),
 ]
-UNFIT = {("simmim", COCO)}  # SimMIM's relative positions come along; detect.py is for plain ViTs
+UNFIT = {("simmim", COCO)}  # its pre-training has relative positions, detect.py is for plain ViTs; a file may be one
 
 
 def add_datasets(parser):
@@ -131,9 +132,11 @@ def random_like(row, args):
         return row
     loaded = {}
     for name, file in files.items():
+        if args.dry_run and not Path(file).exists():
+            print0(f"# {file} is not read in a dry run: what it says of its network the random row here does not know")
+            continue
         with suppress(HubError):  # its own row will say so
-            if not args.dry_run or Path(file).exists():
-                loaded[name] = read_weights(file)
+            loaded[name] = read_weights(file)
     return replace(row, stages=((module, {**settings, **scratch_settings(loaded, settings_told(args, module))}),))
 
 
@@ -164,12 +167,17 @@ def require_coco(args):
 
 def cells(rows, names):
     """Rows that end with transfer.py -> a row for tables.run_rows in each column, with the data set of that name."""
-    return [cell(row, name) for row in rows for name in names if (row.key, name) not in UNFIT]
+    return [cell(row, name) for row in rows for name in names
+            if (row.key, name) not in UNFIT or len(row.stages) == 1]
 
 
 def cell(row, name):
     *before, (module, settings) = row.stages
-    last = ("sec3_benchmark.detect", settings) if name == COCO else (module, {**settings, "dataset": name})
+    if name == COCO:  # detect.py's img_size is the canvas, its position_size that of the ViT
+        of_vit = {{"img_size": "position_size"}.get(key, key): value for key, value in settings.items()}
+        last = ("sec3_benchmark.detect", of_vit)
+    else:
+        last = (module, {**settings, "dataset": name})
     return replace(row, name=f"{row.name} {name}", column=name, stages=(*before, last))
 
 

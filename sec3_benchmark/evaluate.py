@@ -44,7 +44,7 @@ def check_classes(weights, images):
     if theirs and len(theirs) == len(ours) and theirs != ours:
         first = next(pair for pair in zip(theirs, ours) if pair[0] != pair[1])
         raise UserError(f"{weights.source} was trained on other classes than {images.name} has, or in another order: "
-                        f"{first[0]} there is {first[1]} here. Give the images in folders called as in training")
+                        f"{first[0]} there is {first[1]} here. Call the classes as in the training, in its order")
 
 
 def nothing(image):

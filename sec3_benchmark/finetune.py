@@ -111,8 +111,8 @@ class Supervised(Method):
         if self.mixup is None:
             return images, target
         if len(images) % 2:
-            raise UserError(f"mixup pairs images, and a micro-batch has {len(images)}: choose an even --micro-batch "
-                            f"and --batch-size, or --mixup 0 --cutmix 0")
+            raise UserError(f"mixup pairs images, and a micro-batch has {len(images)} (batch / ranks / accumulation): "
+                            f"change --micro-batch or --batch-size so that it is even, or pass --mixup 0 --cutmix 0")
         return self.mixup(images, target)
 
     def cross_entropy(self, logits, target):

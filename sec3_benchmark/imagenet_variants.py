@@ -75,11 +75,15 @@ def real_top1(best, numbers, lists):
 
 def imagenet_val(root):
     """ImageNet's validation images, <root>/val/<wnid>/."""
+    if not (Path(root) / "val").is_dir():
+        raise DataError(f"--imagenet {root}: there is no folder val/ with a folder for each class in it")
     return labelled_folder(Path(root) / "val", 3, "imagenet")
 
 
 def imagenet_v2(root):
     """ImageNetV2 with labels from the folders' names: sorted as strings, 10 would come before 2."""
+    if not Path(root).is_dir():
+        raise DataError(f"--imagenet-v2 {root} is not a folder")
     images = labelled_folder(root, 3, "imagenet-v2")
     if strange := [name for name in images.classes if not name.isdecimal()]:
         raise DataError(f"{root}: ImageNetV2's folders are named 0 to 999, not {strange[0]!r}")

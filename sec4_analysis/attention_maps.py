@@ -38,6 +38,8 @@ def parse(parser, argv=None):
     args = study.parse(parser, argv)
     if args.picture and args.image:
         parser.error("--image chooses among the drawn images, and --picture is one: leave it out")
+    if args.image >= args.num_images and args.order == "drawn":
+        raise UserError(f"--image {args.image}: {args.num_images} images are drawn; raise --num-images")
     if args.picture:
         args.preset, args.data = None, Path(args.picture).name
     return args
@@ -56,6 +58,8 @@ def attention_maps(model, images, args):
     prefix, (rows, columns), _ = geometry(model)
     if args.query and not (0 <= args.query[0] < rows and 0 <= args.query[1] < columns):
         raise UserError(f"--query {args.query[0]} {args.query[1]}: the grid has {rows} rows and {columns} columns")
+    if not all(1 <= layer <= len(model.blocks) for layer in args.layers):
+        raise UserError(f"--layers {args.layers}: the model has {len(model.blocks)} blocks, counted from 1")
     seen = 0
     for batch in images:
         if args.image < seen + len(batch):

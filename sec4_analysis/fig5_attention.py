@@ -74,7 +74,7 @@ def draw(arrays, path):
                           flierprops={"marker": ".", "markersize": 4}, whiskerprops={"linewidth": 0.7})
             panel.axhline(array[row, 0, -1], color=report.COLOURS[1], linestyle="--", linewidth=1)
             panel.set_xticks(range(3, layers + 1, 3), range(3, layers + 1, 3))
-            panel.set_ylim(0, 1.15 * max(values[row, 0, -1] for values in arrays.values()))
+            panel.set_ylim(0, 1.05 * max(values[row].max() for values in arrays.values()))  # of a row: one axis
             if column == 0:
                 panel.set_ylabel(f"attention {label}")
         axes[0, column].set_title(name)

@@ -16,7 +16,7 @@ from common.tables import PREVIOUS, Row
 from common.vit import SIZES
 from common.weights import read_weights
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
-from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles
+from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles, start
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
@@ -89,14 +89,17 @@ def run_points(args, stage, panels, script):
     loaded, told = given_weights(args), settings_told(args, stage)
     scratch, whole = scratch_settings(loaded, told), whole_encoders(methods, loaded, told)
     rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch, name in whole)
-            for title, settings in panels.items() for name in methods for k in sorted(set(args.blocks))}
+            for title, settings in panels.items() for name in methods for k in range(DEPTH + 1)}
+    points = [point for point in rows if point[-1] in args.blocks]
+    args.rows = [rows[point].key for point in points]  # of all there are, so that --set knows the stages of each
     results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
     if args.dry_run:
         return None
     tables.require_weights(args)
     last = {key: [stages[-1] for stages in seeds] for key, seeds in results.items()}
     return [{"panel": title, "method": name, "k": k, "top1": [result["top1"] for result in last[row.key]],
-             "run": [Path(result["run"]).name for result in last[row.key]]} for (title, name, k), row in rows.items()]
+             "run": [Path(result["run"]).name for result in last[row.key]]}
+            for title, name, k in points for row in [rows[title, name, k]]]
 
 
 def table(points):
@@ -132,6 +135,7 @@ def figure(args, item, stage, panels):
     """
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json")
     if not args.from_numbers:
+        start(args)
         points = run_points(args, stage, panels(args), item)
         if points is None:
             return []

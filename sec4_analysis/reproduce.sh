@@ -10,11 +10,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
 for figure in fig1_layer_similarity fig3_fourier fig5_attention attention_maps; do
     $run "sec4_analysis/$figure.py" "$@" ${IMAGES:-}
 done
 $run sec4_analysis/fig2_leading_blocks.py "$@" ${SEEDS:-}
-if [[ $# == 0 || -n ${TRANSFER:-} ]]; then
+if [[ -n $demo || -n ${TRANSFER:-} ]]; then
     $run sec4_analysis/fig4_leading_blocks_small_data.py "$@" ${SEEDS:-} ${TRANSFER:-}
 else
     echo "Figure 4 is left out: name its data sets in TRANSFER" >&2

@@ -5,7 +5,7 @@ import torch
 from common import report
 from sec4_analysis import cka, study
 from sec4_analysis.features import final_norm, geometry, intermediates
-from sec4_analysis.study import make_parser, parse, sources  # noqa: F401  of a similarity figure, for Section 5 too
+from sec4_analysis.study import make_parser, own_runs, parse, sources  # noqa: F401  for Section 5 too
 
 
 def figure(args, item, checkpoints):

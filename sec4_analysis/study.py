@@ -99,12 +99,19 @@ def sources(args, rows, script):
     start(args)
     if args.models:
         return given_models(args, words=(RANDOM,))
+    results = own_runs(args, rows, script)
+    return {row.name: results[row.key]["checkpoint"] if row.stages else RANDOM for row in rows}
+
+
+def own_runs(args, rows, script):
+    """{key of a row: result of its last stage}: the preset's own runs, which are trained or found now."""
+    start(args)
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
         draw_images(validation_images(args).labels, args)
     args.seeds = [args.seed]
     results = tables.run_rows(rows, args, (), script)
     tables.require_weights(args)
-    return {row.name: results[row.key][0][-1]["checkpoint"] if row.stages else RANDOM for row in rows}
+    return {key: stages[-1] for key, [stages] in results.items()}
 
 
 def heads_of(args, checkpoints):

@@ -10,7 +10,7 @@ The paper's claim (Section 5): the teacher's layers are alike to the supervised 
 the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
-from common import options, tables
+from common import options
 from common.tables import Row
 from sec4_analysis import similarity
 from sec5_distill import pretrain_dmae
@@ -27,14 +27,11 @@ def models(args):
     rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),
             Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(args.preset, {})),)),
             Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
-    args.seeds = [args.seed]
-    results = tables.run_rows(rows, args, (), "fig6")
+    found = similarity.own_runs(args, rows, "fig6")
     if args.dry_run:
         return None
-    tables.require_weights(args)
     heads = args.per_stage.get("pretrain_dmae", {}).get("teacher_heads")
     args.num_heads_of += [f"teacher={heads}"] if heads else []
-    found = {key: seeds[0][-1] for key, seeds in results.items()}
     return {"supervised": found["supervised"]["checkpoint"], "teacher": found["dmae"]["teacher"],
             "MAE": found["mae"]["checkpoint"], "D-MAE": found["dmae"]["checkpoint"]}
 

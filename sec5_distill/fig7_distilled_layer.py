@@ -20,6 +20,7 @@ from common.tables import PREVIOUS, Row
 from sec5_distill import pretrain_dmae
 
 DEPTH = 12  # of every ViT of the paper
+LAYERS = ("none", *map(str, range(1, DEPTH + 1)), "all")
 FINETUNING = {"paper": {"epochs": 100}}
 
 
@@ -37,7 +38,7 @@ def build_parser():
 
 def row_of(layer, preset):
     """Pre-training with one layer distilled, then fine-tuning."""
-    if layer not in ("none", "all", *map(str, range(1, DEPTH + 1))):
+    if layer not in LAYERS:
         raise UserError(f"--layers {layer}: a layer is 1 to {DEPTH}, none or all")
     if layer == "none":
         pretrain = ("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(preset, {}))
@@ -45,7 +46,7 @@ def row_of(layer, preset):
         blocks = list(range(1, DEPTH + 1)) if layer == "all" else [int(layer)]
         pretrain = ("sec5_distill.pretrain_dmae", {"distill_blocks": blocks})
     name = layer if layer in ("none", "all") else f"layer {layer}"
-    return Row(layer, name, None,
+    return Row(f"layer-{layer}", name, None,
                (pretrain, ("sec3_benchmark.finetune", {**FINETUNING.get(preset, {}), "init": PREVIOUS})))
 
 
@@ -98,7 +99,8 @@ def main(args):
         raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not args.from_numbers:
         rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
-        results = tables.run_rows(rows, args, (), "fig7")
+        args.rows = [row.key for row in rows]  # of all there are, so that --set knows the stages of each
+        results = tables.run_rows([row_of(layer, args.preset) for layer in LAYERS], args, (), "fig7")
         if args.dry_run:
             return []
         tables.require_weights(args)

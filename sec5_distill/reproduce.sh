@@ -10,9 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
 $run sec5_distill/fig6_distilled_similarity.py "$@" ${IMAGES:-}
 $run sec5_distill/fig7_distilled_layer.py "$@" ${SEEDS:-}
-if [[ $# == 0 || -n ${TRANSFER:-} ]]; then
+if [[ -n $demo || -n ${TRANSFER:-} ]]; then
     $run sec5_distill/table5_distillation.py "$@" ${SEEDS:-} ${TRANSFER:-}
 else
     echo "Table 5 is left out: name its data sets in TRANSFER" >&2

@@ -4,7 +4,9 @@ import json
 import pytest
 
 from appendix import a4_transfer_sweep, a5_detection_settings, b5_dino_simmim
+from common import tables
 from common.errors import UserError
+from common.weights import HubError
 from sec3_benchmark.downstream import MOCO_FINETUNING
 from tests.helpers import run
 
@@ -40,6 +42,9 @@ def test_a4_has_one_published_cell_and_only_from_mae(init, published):
 def test_a4_wants_the_data_set_before_it_trains(asked, tmp_path):
     with pytest.raises(UserError, match="pets needs --dataset-path"):
         run(a4_transfer_sweep, tmp_path, "--dataset", "pets", parse=a4_transfer_sweep.parse)
+    with pytest.raises(UserError, match="Pets is not whole"):
+        run(a4_transfer_sweep, tmp_path, "--preset", "small", "--dataset", "pets", "--dataset-path", str(tmp_path),
+            parse=a4_transfer_sweep.parse)
     assert not asked
 
 
@@ -57,6 +62,14 @@ def test_a5_puts_both_protocols_beside_the_published_numbers(asked, tmp_path):
     run(a5_detection_settings, tmp_path, "--rows", "li2021-form", "--img-size", "48")
     assert asked[-1][1]["img_size"] == [48]
     assert "(box_ap 39.9, mask_ap 35.4: not chosen)" in (tmp_path / "a5_detection" / "a5_detection.md").read_text()
+
+
+def test_a5_says_which_weights_it_could_not_get(asked, tmp_path, monkeypatch):
+    def offline(*args, **settings):
+        raise HubError("no hub", "timm:x")
+    monkeypatch.setattr(tables, "stage", offline)
+    run(a5_detection_settings, tmp_path, "--init", "timm:x", "--rows", "vitdet")
+    assert table(tmp_path, "a5_detection")[1][0]["status"].startswith("needs weights: no hub, in place of its name: ")
 
 
 def test_a5_in_full_has_the_papers_size_and_rate():

@@ -278,6 +278,13 @@ def test_any_tree_of_images_serves_to_pretrain(tmp_path):
     assert all(images.read(i).mode == "RGB" for i in range(len(images)))
 
 
+def test_imagenet_is_pretrained_on_its_train_folder_alone(tmp_path):
+    """Else the validation images of a root with other names would be trained on."""
+    make_tree(tmp_path, "imagenet_train/a/1.png", "imagenet_val/a/2.png")
+    with pytest.raises(DataError, match=f"{tmp_path}/train is not a folder; --data folder"):
+        load_images(arguments(data="imagenet", data_path=str(tmp_path)))
+
+
 def test_pretraining_leaves_the_validation_images_alone(tmp_path):
     make_tree(tmp_path, "train/a/1.png", "train/2.png", "val/a/3.png")
     images = load_images(arguments(data_path=str(tmp_path)))

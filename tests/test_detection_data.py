@@ -83,6 +83,9 @@ def test_a_folder_that_is_not_coco_and_an_image_of_another_size_are_named(folder
     ('"categories"', '"kinds"', "lists 0 categories, and some objects are of others .first: 3"),
     ('"category_id": 90', '"category_id": 91', "lists 3 categories, and some objects are of others .first: 91"),
     ('"category_id": 90', '"kind": 90', "no COCO annotations .KeyError: 'category_id'"),
+    ('"file_name"', '"coco_url"', "no COCO annotations .KeyError: 'file_name'"),
+    ('"height"', '"rows"', "no COCO annotations .KeyError: 'height'"),
+    ('"name"', '"title"', "no COCO annotations .KeyError: 'name'"),
     ('"annotations": [', '"annotations": ["x", ', "no COCO annotations .AttributeError"),
     ("{", "", "no COCO annotations .JSONDecodeError")])
 def test_annotations_that_cannot_be_right_are_named(folder, old, new, message):

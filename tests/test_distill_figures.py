@@ -3,12 +3,14 @@ stages are stand-ins; tests/test_distill.py runs the real one.
 """
 import json
 
+import numpy as np
 import pytest
 
 from common import tables
+from common.data import ImageSet
 from common.errors import UserError
 from sec3_benchmark import finetune, table1_pretraining_methods, table4_transfer
-from sec4_analysis import similarity
+from sec4_analysis import similarity, study
 from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation
 from tests.helpers import commands, run
 
@@ -30,9 +32,17 @@ def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
 def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(similarity, "figure", lambda args, item, checkpoints: checkpoints())
     monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
+    monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1024) % 8, []))
     run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=similarity.parse)
     assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]
     assert asked[2][1]["teacher"] == "timm:vit_base_patch16_224.mae" and asked[2][1]["distill_blocks"] == [12]
+
+
+def test_figure_6_misses_images_before_it_trains(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1023) % 8, []))
+    with pytest.raises(UserError, match="--num-images 1024 needs 1024 images, the validation set has 1023"):
+        run(fig6_distilled_similarity, tmp_path, "--preset", "small", "--data-path", "DIR", parse=similarity.parse)
+    assert not asked
 
 
 # Figure 7
@@ -62,6 +72,13 @@ def test_figure_7_is_drawn_from_its_numbers_alone(asked, tmp_path):
     run(fig7_distilled_layer, tmp_path, "--from-numbers", str(tmp_path / "fig7" / "fig7.json"),
         parse=tables.parse)
     assert (tmp_path / "fig7" / "fig7.png").read_bytes() == before and len(asked) == count
+
+
+def test_figure_7_takes_settings_of_stages_that_the_chosen_layers_do_not_have(asked, tmp_path):
+    """So that one set of them, as that of appendix/narrow.sh, serves any choice."""
+    run(fig7_distilled_layer, tmp_path, "--layers", "12", "--set", "pretrain_mae.epochs=3", "pretrain_dmae.epochs=4",
+        "finetune.epochs=5", parse=tables.parse)
+    assert [(name, settings["epochs"]) for name, settings in asked] == [("pretrain_dmae", 4), ("finetune", 5)]
 
 
 @pytest.mark.parametrize("layer", ["0", "13", "last"])

@@ -117,14 +117,16 @@ def test_a_run(tmp_path, monkeypatch):
     pixels = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3), dtype=np.uint8)
     images = ImageSet("toy", pixels, np.arange(8) % 2, [0, 1])
     monkeypatch.setattr(finetune, "load_sets", lambda args: (images, images))
+    monkeypatch.setattr(finetune_distilled, "load_sets", lambda args: (images, images))
     monkeypatch.setattr(finetune, "TrainViews", lambda args: to_uint8)
     row = dict(preset="demo", model="vit_demo", img_size=[4], patch_size=2, num_heads=2, batch_size=4, epochs=1,
                warmup_epochs=0, eval_every=0, device="cpu", workers=0, precision="fp32", output=str(tmp_path / "out"))
 
     def run(teacher):
-        return finetune_distilled.main(options.resolve(
-            finetune_distilled.build_parser(), {}, finetune_distilled.RECIPES, row=row,
-            explicit={"teacher": str(tmp_path / teacher)}))
+        args = options.resolve(finetune_distilled.build_parser(), {}, finetune_distilled.RECIPES, row=row,
+                               explicit={"teacher": str(tmp_path / teacher)})
+        args.explicit -= {"img_size"}  # as a preset gives it
+        return finetune_distilled.main(args)
     first = run("teacher")
     assert run("copy")["run"] == first["run"] and 0 <= first["top1"] <= 100
     assert "head_dist.weight" in torch.load(first["checkpoint"], weights_only=True)["model"]
@@ -134,6 +136,17 @@ def test_a_run(tmp_path, monkeypatch):
     export_timm(teacher, tmp_path / "larger", (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match="larger cannot read images of 3 x 4 x 4"):
         run("larger")
+    export_timm(build_vit("vit_demo", num_classes=2, img_size=4, patch_size=2, num_heads=2), tmp_path / "named",
+                (0.5,) * 3, (0.5,) * 3, ["1", "0"])
+    with pytest.raises(UserError, match="named was trained on other classes than toy has, or in another order: 1 "):
+        run("named")
+    mae = MAE("vit_demo", img_size=8, patch_size=2, num_heads=2, decoder_dim=8, decoder_heads=2)
+    torch.save({"model": mae.state_dict(), "config": mae.config}, tmp_path / "mae.pt")
+    row["init"] = str(tmp_path / "mae.pt")
+    monkeypatch.setattr(finetune, "train_classifier", lambda args, *rest: args.img_size)
+    assert run("larger") == [8, 8]  # as the initial weights say
+    with pytest.raises(UserError, match="teacher cannot read images of 3 x 8 x 8"):
+        run("teacher")
     with pytest.raises(UserError, match="give timm:NAME or a timm folder"):
         run("out/" + first["checkpoint"].split("/out/")[1])
 

@@ -182,9 +182,15 @@ def test_mistakes_are_named(place, tmp_path, words, message):
 
 def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
     for words, message in ((("--image", "9"), "--image 9: 6 images are drawn"), (("--heads", "13"), "the model has 12"),
-                           (("--layers", "13"), "no blocks.12.logits"), (("--query", "4", "0"), "has 4 rows")):
+                           (("--layers", "13"), "--layers .13.: the model has 12 blocks"),
+                           (("--layers", "0"), "counted from 1"), (("--query", "4", "0"), "has 4 rows")):
         with pytest.raises(ValueError, match=message):
             run(attention_maps, place, tmp_path, "--num-images", "6", *words)
+
+
+def test_an_image_beyond_the_drawn_ones_is_said_before_anything_runs():
+    with pytest.raises(ValueError, match="--image 6: 6 images are drawn"):
+        attention_maps.parse(attention_maps.build_parser(), ["--num-images", "6", "--image", "6"])
 
 
 def test_the_twin_of_a_model_has_its_kind_s_initial_values():
@@ -341,6 +347,16 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
     assert sum("--init" not in line for line in tuned) == 2  # k = 0
 
 
+def test_ranks_meet_before_figure_4_looks_for_its_sets(monkeypatch, tmp_path):
+    """Else they would not wait for the one that downloads them."""
+    order = []
+    monkeypatch.setattr(leading_blocks, "start", lambda args: order.append("met"))
+    monkeypatch.setattr(leading_blocks, "run_points", lambda args, stage, panels, item: None)
+    args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), ["--output", str(tmp_path)])
+    leading_blocks.figure(args, "fig4", None, lambda args: order.append("looked"))
+    assert order == ["met", "looked"]
+
+
 def test_figure_4_transfers_to_every_set(tmp_path, capsys):
     words = ["--dry-run", "--models", "A=a.pt", "--blocks", "0", "5", "--output", str(tmp_path)]
     args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), words)
@@ -376,7 +392,8 @@ def test_other_ranks_do_not_read_what_the_first_one_writes(tmp_path, monkeypatch
     monkeypatch.setattr(leading_blocks, "run_points", lambda *args: [
         {"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}])
     monkeypatch.setattr(leading_blocks.report, "write_text", lambda *args: None)  # as on a rank that is not the first
-    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", data="folder", seeds=[0])
+    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", data="folder", seeds=[0],
+                           dry_run=False, device="cpu")
     assert leading_blocks.figure(args, "fig2", study.FINETUNE, lambda args: {"": {}}) == []
 
 

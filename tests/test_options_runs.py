@@ -114,6 +114,7 @@ def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"epochs": 0}, "--epochs 0: at least 1"), ({"batch_size": -4}, "--batch-size -4: at least 1"),
+    ({"decoder_depth": 0}, "--decoder-depth 0: at least 1"),
     ({"seed": -1}, "--seed -1: at least 0"), ({"mask_ratio": 75.0}, "--mask-ratio 75.0: from 0 to 1"),
     ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs 5 leaves nothing of --epochs 5")])
 def test_values_that_no_run_can_have_are_refused(settings, message):

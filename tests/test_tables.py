@@ -37,7 +37,7 @@ def ran(monkeypatch):
         module.build_parser, module.main, module.PRESETS = build_parser, main, {"demo": {"data": "fractals"}}
         monkeypatch.setitem(sys.modules, f"toys.{name}", module)
 
-    stage("before", epochs=4, warmup_epochs=1)
+    stage("before", epochs=4, warmup_epochs=1, teacher=None)
     stage("after", epochs=3, init=None, rate=0.5)
     return calls
 
@@ -120,6 +120,7 @@ def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
+    (["--rows", "plain", "two", "--set", "before.teacher=typo.pt"], UserError, "no weights at typo.pt"),
     (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2"),
     (["--seeds", "0", "1", "0"], UserError, "--seeds 0 1 0: two are equal")])
 def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message):

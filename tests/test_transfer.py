@@ -551,6 +551,23 @@ def test_the_random_row_is_the_network_of_the_given_files(tmp_path):
     assert "img_size" not in random_row("--rows", "all", "--img-size", "64")
 
 
+def test_in_coco_the_random_network_has_the_size_of_the_given_files_and_the_canvas_of_the_other_rows(tmp_path, capsys):
+    model = MAE("vit_tiny", img_size=64, patch_size=8)
+    torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "mae.pt")
+    words = ["--preset", "small", "--datasets", "coco", "--dataset-path", "ROOT", "--dry-run", "--rows", "random"]
+    table4_transfer.main(tables.parse(table4_transfer.build_parser(), [*words, "--models", f"mae={tmp_path}/mae.pt"]))
+    [random, given] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert "--position-size 64 64 --patch-size 8" in random and "--init" in given
+    assert "--img-size" not in random + given  # small's canvas in both
+
+
+def test_given_weights_of_simmim_may_be_a_plain_vit(tmp_path):
+    args = tables.parse(table4_transfer.build_parser(), ["--models", "simmim=plain.pt", "--rows", "mae"])
+    given = downstream.cells(downstream.with_models(table4_transfer.ROWS, args), ["coco"])
+    assert "simmim" in {row.key for row in given}
+    assert "simmim" not in {row.key for row in downstream.cells(table4_transfer.ROWS, ["coco"])}
+
+
 def test_a_dry_run_prints_commands_that_mean_the_same(table, capsys):
     table("--dry-run", "--rows", "mae", "--datasets", "mine", "more")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
