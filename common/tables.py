@@ -117,7 +117,7 @@ def run_rows(rows, args, demo, script):
         if words := overruled(row, args):
             print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
     scripts = {module.split(".")[-1] for row in to_run for module, _ in row.stages} - OWN_DATA
-    if scripts and args.data != "fractals" and not args.dry_run:
+    if scripts and args.data != "fractals" and not (args.dry_run and args.data_path):
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
     for number, row in enumerate(to_run, 1):
@@ -230,6 +230,6 @@ def run_row(row, seed, args, script, done):
 def dry_run(row, number, module, settings, explicit, args, script):
     """Prints a stage's command; its weights go where the next command looks for them."""
     weights = Path(args.output) / script / "weights" / f"{row.key}-seed{explicit['seed']}-{number}.pt"
-    last = number == len(row.stages) - 1
+    last = number == len(row.stages) - 1 and not module.split(".")[-1].startswith(NO_LABELS)  # of a later row too
     print0(command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
     return {"checkpoint": str(weights)}

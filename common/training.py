@@ -96,7 +96,7 @@ def wrap(model, device, dtype, compiled):
     if distributed.world_size() > 1:
         # Else DDP sorts its buckets anew after its first step. Sums over more than two ranks then have another order,
         # and a resumed run, whose first step comes later, would not end in the same bits.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        warnings.filterwarnings("ignore", message="find_unused_param|`broadcast_buffers` is deprec")
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                         gradient_as_bucket_view=True, broadcast_buffers=False,
                                         find_unused_parameters=True)

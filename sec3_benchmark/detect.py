@@ -235,8 +235,9 @@ def main(args):
                        evaluate=evaluator(model, val_set, args, device))
         result.update({k: v for k, v in result["last"].items() if k != "epoch"}, best_box_ap=result["best"]["box_ap"])
         print_ap(result)
+        result = run.finish(result, model)
         draw(model, val_set, args, device, run.folder)
-        return run.finish(result, model)
+        return result
 
 
 if __name__ == "__main__":

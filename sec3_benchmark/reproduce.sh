@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
 [[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
 $run sec3_benchmark/table1_pretraining_methods.py "$@" ${SEEDS:-}
-python sec3_benchmark/table2_sota_networks.py ${TABLE2:-}
+[[ " $*" == *" --dry-run"* ]] || python sec3_benchmark/table2_sota_networks.py ${TABLE2:-}  # trains nothing
 $run sec3_benchmark/table3_pretraining_data.py "$@" ${SEEDS:-} ${TABLE3:-}
 if [[ -n $demo || -n ${TRANSFER:-} ]]; then
     $run sec3_benchmark/table4_transfer.py "$@" ${SEEDS:-} ${TRANSFER:-}

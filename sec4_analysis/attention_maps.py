@@ -92,9 +92,14 @@ def numbers(args):
     return {**arrays, **({"query": np.array(args.query)} if args.query else {})}, about
 
 
+def asked(arrays):
+    """Whose attention the maps show."""
+    return "of patch {} {}".format(*arrays["query"]) if "query" in arrays else "mean over patches"
+
+
 def describe(arrays):
     """The largest weight of each map, as Markdown."""
-    return "weights of attention maps\n\n" + report.markdown(
+    return f"weights of attention maps, {asked(arrays)}\n\n" + report.markdown(
         ["map", "largest weight"],
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
@@ -120,7 +125,7 @@ def draw(arrays, path):
                          vmax=1 if picture else array.max())
             if "query" in arrays and not picture:
                 panel.plot(*arrays["query"][::-1], "s", color="cyan", fillstyle="none", markersize=5)
-            panel.set_title(name if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
+            panel.set_title(f"{name}\n{asked(arrays)}" if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
     figure.savefig(path)

@@ -250,6 +250,8 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
     assert all("--preset small" in line for line in commands)
     assert not any("--num-images" in line or "--batch-size" in line for line in commands)
     assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
+    [pretrain], [tuned] = ([line.split() for line in commands if word in line] for word in ("pretrain_mae", "--init"))
+    assert tuned[tuned.index("--init") + 1] == pretrain[pretrain.index("--save-to") + 1]  # it can be run by hand
 
 
 @pytest.mark.parametrize("module", [fig1_layer_similarity, a6_cka_settings], ids=["fig1", "a6"])

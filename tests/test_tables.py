@@ -114,6 +114,13 @@ def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
             run("--rows", key)
 
 
+def test_a_dry_run_misses_a_path_that_no_command_would_have(ran):
+    with pytest.raises(UserError, match="--data imagenet needs --data-path"):
+        run("--preset", "paper", "--rows", "one", "--dry-run")
+    run("--preset", "paper", "--rows", "one", "--dry-run", "--data-path", "not/here")
+    assert ran == []
+
+
 @pytest.mark.parametrize(("argv", "error", "message"), [
     (["--set", "between.rate=1"], UserError, "no stage of this table: between; its stages are after, before"),
     (["--set", "after.rat=1"], UserError, "stage .*after: no setting rat"),
