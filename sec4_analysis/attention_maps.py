@@ -94,7 +94,7 @@ def numbers(args):
 
 def asked(arrays):
     """Whose attention the maps show."""
-    return "of patch {} {}".format(*arrays["query"]) if "query" in arrays else "mean over patches"
+    return "query patch {}, {}".format(*arrays["query"]) if "query" in arrays else "mean over queries"
 
 
 def describe(arrays):
