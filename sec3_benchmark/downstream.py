@@ -165,10 +165,17 @@ def require_coco(args):
                         f"{', '.join(absent)}")
 
 
-def cells(rows, names):
-    """Rows that end with transfer.py -> a row for tables.run_rows in each column, with the data set of that name."""
-    return [cell(row, name) for row in rows for name in names
-            if (row.key, name) not in UNFIT or len(row.stages) == 1]
+def cells(rows, names, asked=()):
+    """Rows that end with transfer.py -> a row for tables.run_rows in each column, with the data set of that name. That
+    nothing is to be run of a row asked for by name is an error.
+    """
+    found = [cell(row, name) for row in rows for name in names
+             if (row.key, name) not in UNFIT or len(row.stages) == 1]
+    for row in rows:
+        if row.key in (asked or ()) and row.key not in {one.key for one in found}:
+            raise UserError(f"--rows {row.key}: detect.py takes plain ViTs, and this row's has relative positions; "
+                            f"give plain weights by --models {row.key}=FILE")
+    return found
 
 
 def cell(row, name):

@@ -98,7 +98,7 @@ def main(args):
     names = downstream.chosen_sets(args)
     rows = [downstream.random_like(row, args) if row.key == "random" else row
             for row in downstream.with_models(ROWS, args)]
-    results = tables.run_rows(downstream.cells(rows, names), args, DEMO, "table4")
+    results = tables.run_rows(downstream.cells(rows, names, args.rows), args, DEMO, "table4")
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}

@@ -58,7 +58,9 @@ def cells(args, names, rows):
     """
     last = [*last_columns(args)][-1]
     tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.stages) > 1] if args.imagenet else []
-    return [*downstream.cells(rows, names), *(replace(row, name=f"{row.name} {last}", column=last) for row in tuned)]
+    asked = () if args.imagenet else args.rows  # else every row has a run in the last column
+    return [*downstream.cells(rows, names, asked),
+            *(replace(row, name=f"{row.name} {last}", column=last) for row in tuned)]
 
 
 def columns(args, names):

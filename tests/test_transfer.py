@@ -566,6 +566,8 @@ def test_given_weights_of_simmim_may_be_a_plain_vit(tmp_path):
     given = downstream.cells(downstream.with_models(table4_transfer.ROWS, args), ["coco"])
     assert "simmim" in {row.key for row in given}
     assert "simmim" not in {row.key for row in downstream.cells(table4_transfer.ROWS, ["coco"])}
+    with pytest.raises(UserError, match="--rows simmim: detect.py takes plain ViTs"):
+        downstream.cells(table4_transfer.ROWS, ["coco"], ["mae", "simmim"])
 
 
 def test_a_dry_run_prints_commands_that_mean_the_same(table, capsys):
