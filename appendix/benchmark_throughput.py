@@ -2,7 +2,7 @@
 
     python appendix/benchmark_throughput.py                        # 2 minutes on 2 CPU cores; run it alone
     python appendix/benchmark_throughput.py --device cuda --batch-size 1024 --compile
-    python appendix/benchmark_throughput.py --parts loader --data-path DIR
+    python appendix/benchmark_throughput.py --parts loader --data-path DIR --workers 0
 
 The straightforward step is tests/straightforward_mae.py: every patch is embedded, un-shuffled, predicted and compared,
 with timm's own choice of attention and PyTorch's default AdamW. FLOPs are those of our step's matrix products, compared
@@ -10,21 +10,15 @@ with the rate that one large product reaches here. Clock and memory: appendix/be
 benchmark.md.
 """
 import statistics
-import tempfile
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets, transforms
 
-from appendix import benchmarking
+from appendix import benchmark_loader, benchmarking
 from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
 from common import distributed, options, report
-from common.augment import pretrain_transform
-from common.data import labelled_folder
 from common.distributed import print0
-from common.fractals import draw
-from common.loader import Views, data_loader, step_batches, to_device
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
 from common.runs import identity
@@ -41,7 +35,8 @@ def build_parser():
     parser.add_argument("--pairs", type=int, default=5, help="measured turns of each version, after one to warm up")
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="loading processes; 0: the speed of one core")
+    parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="of the loader; default: all")
     benchmarking.add_execution(parser)
     return parser
 
@@ -108,48 +103,6 @@ def measure_steps(args, device):
     return rows
 
 
-def generated_folder(folder, count=1000, size=256):
-    """A class folder of JPEGs of fractals, for a loader that must decode."""
-    from PIL import Image
-    for first in range(0, count, 50):
-        target = Path(folder) / f"class{first // 50:02d}"
-        target.mkdir(parents=True)
-        for index, image in enumerate(draw(0, [first // 50] * 50, list(range(50)), size, size)):
-            Image.fromarray(image).save(target / f"{index}.jpg", quality=90)
-    return folder
-
-
-def measure_loader(args, device):
-    """Images a second from files to a normalised batch, ours and torchvision's ImageFolder with the same transforms."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.data_path or generated_folder(scratch)
-        images = labelled_folder(folder, 3, "folder")
-        count = min(len(images), 4000) // args.batch_size * args.batch_size
-        mean, std = (torch.tensor(s, device=device) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        bicubic = transforms.InterpolationMode.BICUBIC
-        reference = datasets.ImageFolder(folder, transforms.Compose([
-            transforms.RandomResizedCrop(args.img_size, scale=(0.08, 1), interpolation=bicubic),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(mean.tolist(), std.tolist())]))
-        views = Views(images, pretrain_transform(args.img_size, interpolation="bicubic"), seed=0)
-
-        def ours():
-            keys = step_batches(count, batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
-                                total_steps=count // args.batch_size)
-            for batch in data_loader(views, keys, args.workers, device):
-                to_device(batch, device, mean * 255, std * 255)
-
-        def torchvisions():
-            loader = torch.utils.data.DataLoader(torch.utils.data.Subset(reference, range(count)), args.batch_size,
-                                                 shuffle=True, num_workers=args.workers)
-            for batch, _ in loader:
-                batch.to(device)
-
-        mine, other, ratio = against(ours, torchvisions, args.pairs)
-    return {"images": count, "workers": args.workers, "ours_images_per_second": count / mine,
-            "torchvision_images_per_second": count / other, "ratio": ratio}
-
-
 def write(args, device, steps, loader):
     """benchmark.json and benchmark.md."""
     header = ["precision", "compiled", "ours img/s", "straightforward img/s", "ratio", "FLOP/s of matmul rate",
@@ -165,9 +118,12 @@ def write(args, device, steps, loader):
         texts += [f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs",
                   report.markdown(header, body)]
     if loader:
-        texts.append(f"Loader, {loader['workers']} workers, {loader['images']} JPEGs, {args.pairs} pairs: ours "
-                     f"{loader['ours_images_per_second']:.0f} images/s, torchvision's ImageFolder "
-                     f"{loader['torchvision_images_per_second']:.0f}, ratio {loader['ratio']:.2f}")
+        texts += [f"Loader, {args.workers} loading processes, {args.img_size} px, {loader[0]['images']} JPEGs, median "
+                  f"of {args.pairs} turns; small: copies by appendix/shrink_folder.py; both against ImageFolder on the "
+                  f"originals", report.markdown(
+                      ["view", "from", "ours img/s", "ImageFolder img/s", "ratio"],
+                      [[r["view"], r["source"], f"{r['ours_images_per_second']:.0f}",
+                        f"{r['imagefolder_images_per_second']:.0f}", f"{r['ratio']:.2f}"] for r in loader])]
     report.write_text(Path(args.output) / "benchmark_throughput", "benchmark",
                       {"settings": identity(vars(args)), "steps": steps, "loader": loader}, "\n\n".join(texts))
 
@@ -180,7 +136,7 @@ def main(args):
         print(benchmarking.resident("VmHWM"))
         return
     steps = measure_steps(args, device) if "step" in args.parts else []
-    loader = measure_loader(args, device) if "loader" in args.parts else None
+    loader = benchmark_loader.measure(args, device) if "loader" in args.parts else None
     write(args, device, steps, loader)
 
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from common import options
 from common.checkpoint import save_json
-from common.data import ImageSet, UnreadableImage, image_files, image_tree
+from common.data import image_tree
 from common.distributed import print0
 from common.errors import UserError
+from common.images import ImageSet, UnreadableImage, list_images
 
 
 def build_parser():
@@ -41,10 +42,7 @@ def sums(images, index):
     except UnreadableImage as error:
         cause = error.__context__  # the decoder's own error, without the name and remedy around it
         return str(images.where(index)), " ".join(f"{type(cause).__name__}: {cause}".split())
-    array = np.asarray(image, dtype=np.float64) / 255
-    if images.in_chans in (1, 3):  # PIL: (H, W) or (H, W, C)
-        array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
-    pixels = array.reshape(images.in_chans, -1)
+    pixels = image.numpy().reshape(images.in_chans, -1) / 255
     return np.concatenate([[pixels.shape[1]], pixels.sum(axis=1), np.square(pixels).sum(axis=1)])
 
 
@@ -81,7 +79,7 @@ def unreadable_of_val(args):
     folder = Path(args.data_path) / "val"
     if not (Path(args.data_path) / "train").is_dir():  # then the whole tree is read, val/ too
         return [], 0
-    images = ImageSet("val", image_files(folder), None, [], args.in_chans)
+    images = ImageSet("val", list_images(folder), None, [], args.in_chans)
     chosen = draw(images, args)
     return [found for found in read_all(images, chosen, args.workers) if isinstance(found, tuple)], len(chosen)
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
-from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFlip, RandomSolarize
+from torchvision.transforms import Compose, RandomGrayscale, RandomSolarize
 
-from common.augment import RandomResizedCrop, to_uint8
+from common.augment import RandomFlip, RandomResizedCrop
+from common.images import from_pillow, to_pillow
 from common.vit import build_vit, patch_grid
 from sec3_benchmark.moco import GaussianBlur, colour_jitter
 
@@ -20,9 +21,9 @@ from sec3_benchmark.moco import GaussianBlur, colour_jitter
 
 def crop_transform(size, scale, *, blur, solarize=0.0, sigma=2.0):
     """One crop, in the order of the official code, which flips first and blurs last."""
-    return Compose([RandomResizedCrop(size, scale, interpolation="bicubic"), RandomHorizontalFlip(), colour_jitter(),
+    return Compose([RandomResizedCrop(size, scale, interpolation="bicubic"), RandomFlip(), to_pillow, colour_jitter(),
                     RandomGrayscale(p=0.2), GaussianBlur(blur, sigma), RandomSolarize(threshold=128, p=solarize),
-                    to_uint8])
+                    from_pillow])
 
 
 class MultiCrop:

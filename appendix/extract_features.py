@@ -37,7 +37,7 @@ def build_parser():
 
 def names_of(images, root):
     """Where each image lies below the folder; its number where there are no files (fractals, CIFAR)."""
-    if not isinstance(images.images, list):
+    if not images.from_files:
         return [str(number) for number in range(len(images))]
     return [os.path.relpath(path, root) for path in images.images]
 
@@ -68,7 +68,7 @@ def main(args):
         write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files, about=about))
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
-    if isinstance(images.images, list) and (line := read_alone(args.data_path)):
+    if images.from_files and (line := read_alone(args.data_path)):
         print0(line)
     return {"features": str(place), "images": len(values), "dim": values.shape[1]}
 

@@ -15,7 +15,7 @@ from common.checkpoint import save_torch
 from common.data import statistics, take_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.loader import to_device
+from common.loader import on_device
 from common.vit import MODELS, build_model, eval_mode
 from common.weights import read_weights
 from sec3_benchmark.evaluate import eval_loader
@@ -88,8 +88,8 @@ def extract(vit, images, transform, args, device, view=0):
     rank, world = distributed.rank(), distributed.world_size()
     loader = eval_loader(images, transform, min(args.micro_batch, 256), args.workers, device, rank, world,
                          epoch=view)
-    own = [features(vit, to_device(batch, device, mean, std)["image"], args.layer, args.pooling).float().cpu()
-           for batch in loader]
+    own = [features(vit, batch["image"], args.layer, args.pooling).float().cpu()
+           for batch in on_device(loader, device, mean, std)]
     everything = torch.zeros(len(images), vit.embed_dim)
     if own:  # not on a rank beyond the number of images
         everything[rank::world] = torch.cat(own)

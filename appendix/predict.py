@@ -16,10 +16,10 @@ import torch
 
 from common import distributed, options
 from common.checkpoint import write_atomically
-from common.data import ImageSet, image_files
 from common.distributed import print0
 from common.errors import UserError
 from common.formats import load_model, read_weights
+from common.images import ImageSet, list_images
 from common.vit import eval_mode
 from sec4_analysis.features import check_plain
 from sec4_analysis.images import batches
@@ -43,7 +43,7 @@ def build_parser():
 def find_images(path):
     """The image, or all below the folder, sorted by name."""
     path = Path(path)
-    found = [path] if path.is_file() else [Path(file) for file in image_files(path)]
+    found = [path] if path.is_file() else [Path(file) for file in list_images(path)]
     if not found:
         raise UserError(f"--data-path {path}: " + ("no image in it" if path.is_dir() else "no such file or folder"))
     return found

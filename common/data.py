@@ -1,29 +1,24 @@
-"""Data sets by name: what --data and --data-path mean. Files are listed here and decoded one by one, in the loader.
+"""Data sets by name: what --data and --data-path mean.
 
     fractals           generated on the spot, labelled (common/fractals.py); no --data-path
     folder             --data-path with train/<class>/ and val/<class>/; to pre-train any tree of images will do
     imagenet           the same layout, and exactly 1,000 classes
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """
-import hashlib
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision import datasets as tv
 
-from common.augment import CROP_PCT, to_uint8
+from common.augment import CROP_PCT
 from common.distributed import once_per_node, print0
-from common.errors import UserError
 from common.fractals import fractal_set
+from common.images import EXTENSIONS, DataError, ImageSet, list_images
 from common.vit import pair
 
 NAMES = ("fractals", "folder", "imagenet", "cifar10", "cifar100")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every colour data set, as the paper does
     1: ((0.449,), (0.226,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -31,115 +26,20 @@ STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every col
 FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to train on, 1,000 to validate
 
 
-class DataError(UserError):
-    """The data are not what the arguments say; the message names the place, what was found and the remedy."""
-
-
-class UnreadableImage(DataError):
-    """An image that could not be decoded; the message names the file."""
-
-
-@dataclass
-class ImageSet:
-    """Images as file names or as one uint8 array (N, H, W, C); labels (N,) or None; read one at a time."""
-
-    name: str
-    images: list | np.ndarray
-    labels: np.ndarray | None
-    classes: list
-    in_chans: int = 3
-
-    def __len__(self):
-        return len(self.images)
-
-    def where(self, index):
-        """The file of an image, printable also where its name is no UTF-8, or its place in the array."""
-        known = isinstance(self.images, list)
-        return os.fsencode(self.images[index]).decode(errors="backslashreplace") if known else f"{self.name}[{index}]"
-
-    def read(self, index):
-        """An upright PIL image for 1 or 3 channels, else a uint8 tensor (C, H, W). Raises UnreadableImage."""
-        try:
-            if isinstance(self.images, list):
-                return read_image(self.images[index], self.in_chans)
-            return convert(Image.fromarray(np.asarray(self.images[index])), self.in_chans)
-        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-            raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). Repair or "
-                                  f"remove it") from None
-
-    def fingerprint(self):
-        """Content, not place: number of images, names, labels, and of up to 1,000 files size and first 64 KiB."""
-        digest = hashlib.sha256(f"{len(self)} {self.classes} {self.in_chans}".encode())
-        digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
-        if isinstance(self.images, list):
-            root = os.path.commonpath(self.images) if len(self) > 1 else os.path.dirname(self.images[0])
-            digest.update(os.fsencode("\n".join(os.path.relpath(path, root) for path in self.images)))
-        for index in range(0, len(self), math.ceil(len(self) / 1000)):
-            if isinstance(self.images, list):
-                digest.update(str(os.path.getsize(self.images[index])).encode())
-                with open(self.images[index], "rb") as file:
-                    digest.update(file.read(1 << 16))
-            else:
-                digest.update(np.ascontiguousarray(self.images[index]).tobytes())
-        return digest.hexdigest()[:16]
-
-
-def read_image(path, in_chans=3):
-    """Decodes a file completely. `.npy` holds (H, W) or (H, W, C) uint8; everything else is read by Pillow."""
-    if str(path).lower().endswith(".npy"):
-        array = np.load(path, allow_pickle=False)
-        array = array[..., None] if array.ndim == 2 else array
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
-            raise ValueError(f"{array.dtype} array of shape {array.shape}; --in-chans {in_chans} reads uint8 arrays of "
-                             f"shape (height, width, {in_chans})")
-        if in_chans in (1, 3):
-            return Image.fromarray(array[..., 0] if in_chans == 1 else array)
-        return to_uint8(array)
-    with Image.open(path) as image:
-        return convert(ImageOps.exif_transpose(image), in_chans)
-
-
-def convert(image, in_chans):
-    """A decoded PIL image of any mode as RGB (in_chans 3) or greyscale (1)."""
-    if in_chans not in (1, 3):
-        raise ValueError(f"an image file has 1 or 3 channels, --in-chans is {in_chans}: store such images as .npy")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # more than 8 bits, which Pillow would clip at 255
-        values = np.asarray(image, dtype=np.float64)
-        # Mode I does not say its depth, so an image of it whose values stay below 256 is read as 8 bit
-        scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
-        scale = 255 if image.mode == "F" and values.max() <= 1 else scale
-        image = Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    mode = "RGB" if in_chans == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)
-
-
 def labelled_folder(root, in_chans, name):
     """<root>/<class>/...: every class folder needs an image."""
     if not Path(root).is_dir():
         raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
                         f"val/ alone); appendix/split_folder.py makes both of a folder of classes")
-    try:
-        folders, _ = tv.folder.find_classes(root)
-        classes = [name for name in folders if not name.startswith(".")]  # a notebook's checkpoints, say, are none
-        samples = tv.folder.make_dataset(root, {name: label for label, name in enumerate(classes)}, EXTENSIONS)
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{root}: {error}. It must hold one folder of images for each class, and no other") from None
-    paths, labels = zip(*samples)
-    return ImageSet(name, list(paths), np.asarray(labels), classes, in_chans)
-
-
-def image_files(root):
-    """All images below a folder, also where links lead, but not round in circles, sorted by name."""
-    found, above = [], {}  # folder -> where it and those above it really are
-    for folder, below, files in os.walk(root, followlinks=True):
-        above[folder] = [*above.get(os.path.dirname(folder), ()), os.path.realpath(folder)]
-        if above[folder][-1] in above[folder][:-1]:
-            below.clear()
-        else:
-            found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    files = [list_images(os.path.join(root, folder)) for folder in classes]
+    if empty := [folder for folder, found in zip(classes, files) if not found]:
+        raise DataError(f"{root}: no image in {', '.join(empty[:5])} (looked for {' '.join(EXTENSIONS)}). It must hold "
+                        f"one folder of images for each class, and no other")
+    if not classes:
+        raise DataError(f"{root} holds no folder. It must hold one folder of images for each class")
+    labels = np.repeat(np.arange(len(classes)), list(map(len, files)))
+    return ImageSet(name, [path for found in files for path in found], labels, classes, in_chans)
 
 
 def image_tree(root, in_chans):
@@ -147,7 +47,7 @@ def image_tree(root, in_chans):
     root = Path(root) / "train" if (Path(root) / "train").is_dir() else Path(root)
     if not root.is_dir():
         raise DataError(f"--data-path {root} is not a folder")
-    if not (paths := image_files(root)):
+    if not (paths := list_images(root)):
         raise DataError(f"no image below {root} (looked for {' '.join(EXTENSIONS)})")
     return ImageSet("folder", paths, None, [], in_chans)
 

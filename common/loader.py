@@ -2,32 +2,40 @@
 f(seed, epoch, index). So the step is the loader's whole state: a run resumes exactly in the middle of an epoch, and the
 number of workers, of ranks and of accumulation steps never changes which pixels are seen.
 """
+import hashlib
+import itertools
 import os
 import random
+import resource
+import shutil
 import signal
-from contextlib import suppress
+import tempfile
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.data import DataError, UnreadableImage
+from common.errors import UserError
+from common.images import DataError, UnreadableImage
 
 # What only the host reads: numbers of images; of sec3_benchmark erasing.py and coco.py. Other uint8 tensors are images.
-STAY_ON_HOST = ("index", "erase_box", "erase_seed", "count", "size", "original")
+STAY_ON_HOST = ("index", "bad", "erase_box", "erase_seed", "count", "size", "original")
+SHARED_MEMORY = "/dev/shm"  # through which loading processes hand over their batches
 
 
 def seed_everything(use, *key):
     """Seeds Python's, NumPy's and torch's generators (CPU and GPU) alike from non-negative numbers, and from what the
     randomness is used for, so that equal numbers mean different streams in different places.
     """
-    state = np.random.SeedSequence([*key, *use.encode()]).generate_state(2)
-    random.seed(int(state[0]))
-    np.random.seed(state[0])
+    digest = hashlib.blake2b(" ".join(map(str, (use, *key))).encode(), digest_size=16).digest()
+    seeds = np.frombuffer(digest, np.uint32).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
     # not torch.manual_seed: without a GPU in use it stores a stack trace at every call, half the loader's time
-    torch.default_generator.manual_seed(int(state[0]) << 32 | int(state[1]))
+    torch.default_generator.manual_seed(seeds[2])
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(int(state[0]) << 32 | int(state[1]))
+        torch.cuda.manual_seed_all(seeds[2] << 32 | seeds[3])
 
 
 def epoch_order(length, seed, epoch):
@@ -101,11 +109,103 @@ def default_workers(workers, device):
     return min(32, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
 
 
+class Loader(DataLoader):
+    """A DataLoader whose troubles with its loading processes end in one line that names the remedy."""
+
+    def __iter__(self):
+        with explain_workers():
+            yield from super().__iter__()
+
+
 def data_loader(views, batches, workers, device):
-    """Reads `batches`, lists of keys, in their order; images stay uint8. A transform may bring its own `collate`."""
-    return DataLoader(views, batch_sampler=batches, num_workers=default_workers(workers, device),
-                      pin_memory=device.type == "cuda", collate_fn=getattr(views.transform, "collate", None),
-                      worker_init_fn=outlive_signals)
+    """Read `batches`, lists of keys, in their order; images stay uint8. A transform may bring its own `collate`."""
+    workers, ahead = default_workers(workers, device), None
+    if workers:
+        first, batches = peek(batches)
+        workers, ahead = affordable(views, first, workers)
+    return Loader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+                  collate_fn=Collate(getattr(views.transform, "collate", default_collate)),
+                  worker_init_fn=outlive_signals, prefetch_factor=ahead)
+
+
+def peek(batches):
+    """The first batch, and all of them."""
+    if isinstance(batches, list):
+        return (batches or [[]])[0], batches
+    first = next(batches, [])
+    return first, itertools.chain([first] if first else [], batches)
+
+
+class Collate:
+    """Samples -> batch, by the given function; in a loading process the batch is moved to shared memory here, where a
+    failure reaches the main process. In the queue's own thread, where PyTorch moves it, the batch would just be lost.
+    """
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, samples):
+        batch = self.function(samples)
+        return {name: value.share_memory_() for name, value in batch.items()} if get_worker_info() else batch
+
+
+def affordable(views, first, workers):
+    """(loading processes, batches that each prepares ahead): 2 each, or less where that would fill more than this
+    rank's half of the free shared memory. UserError if not even one batch fits, or another limit is in the way.
+    """
+    if not first:
+        return workers, None
+    tensors = [value for value in views[first[0]].values() if isinstance(value, torch.Tensor)]
+    batch = len(first) * sum(value.nbytes for value in tensors)
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 1 << 40
+    room = int(free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / max(1, batch))
+    if not room:
+        raise UserError(f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, and loading processes need twice the "
+                        f"{batch / 2**20:,.1f} MiB of a batch of {len(first)} images for each rank: give the container "
+                        f"more (docker run --shm-size=16g), pass a smaller --micro-batch, or --workers 0")
+    workers, ahead = min(workers, room), 1 if room < 2 * workers else 2
+    if len(tempfile.gettempdir()) > 75:  # 107 characters are a socket's limit
+        raise UserError(f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of loading processes: set it to a "
+                        f"folder whose path has at most 75 characters, or pass --workers 0")
+    open_files(100 + workers * (5 + ahead * (len(tensors) + 4)))
+    return workers, ahead
+
+
+def open_files(needed):
+    """Raise this process's limit of open files, of which every tensor on its way is one. UserError if it stays less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < needed:
+            raise UserError(f"{limit} files may be open at once and the loading processes need {needed}: raise the "
+                            f"limit (ulimit -n {needed}), or pass a smaller --workers")
+
+
+TROUBLES = {  # what PyTorch or the system say -> what it means
+    "Bus error": "shared memory ran full",
+    "shared memory": "shared memory ran full",
+    "No space left": "shared memory ran full",
+    "ancdata": "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
+    "Too many open files": "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
+    "killed by signal": "a loading process was killed, most likely for want of memory: pass a smaller --workers, or "
+                        "--keep-decoded 0",
+    "Cannot allocate memory": "a loading process could not be started for want of memory: pass a smaller --workers, or "
+                              "--keep-decoded 0",
+}
+FULL = f": free some of {SHARED_MEMORY}, give the container more (docker run --shm-size=16g), or pass --workers 0"
+
+
+@contextmanager
+def explain_workers():
+    """Turn an error about loading processes into one that says what to do."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        for sign, meaning in TROUBLES.items():
+            if sign in str(error):
+                raise UserError(meaning + FULL * meaning.endswith("full")) from error
+        raise
 
 
 def to_device(batch, device, mean, std):
@@ -116,4 +216,31 @@ def to_device(batch, device, mean, std):
             if value.dtype == torch.uint8:  # in place: on a CPU new memory costs more than the arithmetic
                 value = value.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
             batch[name] = value
+    return batch
+
+
+def on_device(batches, device, mean, std):
+    """Yield the batches moved and normalised; on a GPU each is copied, on a stream of its own, while the one before is
+    worked on.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device, mean, std) for batch in batches)
+        return
+    stream, waiting = torch.cuda.Stream(device), None
+    for batch in itertools.chain(batches, [None]):
+        if batch is not None:
+            with torch.cuda.stream(stream):
+                batch = to_device(batch, device, mean, std)
+            batch = batch, stream.record_event()
+        if waiting is not None:
+            yield arrived(*waiting, torch.cuda.current_stream(device))
+        waiting = batch
+
+
+def arrived(batch, copied, stream):
+    """A batch that another stream has copied, ready for `stream`: it waits for the copy, and holds the memory."""
+    stream.wait_event(copied)
+    for value in batch.values():
+        if value.is_cuda:
+            value.record_stream(stream)
     return batch

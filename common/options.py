@@ -83,6 +83,8 @@ def add_execution(parser):
                        help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
     group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device")
     group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: by the cores")
+    group.add_argument("--keep-decoded", type=float, default=0.25, metavar="SHARE",
+                       help="decode a set once and keep it, if that takes at most this share of free memory; 0: never")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--deterministic", action="store_true", help="bit-exact GPU kernels (a CPU is exact anyway)")
     group.add_argument("--allow-inexact", action="store_true", help="resume with other threads, ranks or precision")
@@ -138,7 +140,7 @@ RANGES = {
                     "num_classes per_class mask_unit decoder_dim decoder_depth decoder_heads".split(), (1, None)),
     **dict.fromkeys("seed local_crops views warmup_epochs eval_every clip_grad base_lr lr mixup cutmix "
                     "weight_decay".split(), (0, None)),
-    **dict.fromkeys("mask_ratio drop_path smoothing erasing".split(), (0, 1)),
+    **dict.fromkeys("mask_ratio drop_path smoothing erasing keep_decoded".split(), (0, 1)),
     "workers": (-1, None), "crop_min": (0.001, 1), "beta2": (0, 0.9999)}
 
 

@@ -6,13 +6,14 @@ A row's settings name only what makes it that row; preset, device and the rest c
 import importlib
 import json
 import shlex
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from common import distributed, options
+from common import distributed, jobs, options
 from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
@@ -60,6 +61,8 @@ def add_rows(parser, rows=(), demo=()):
                            help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
+        group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
+                           "default: on a CPU as many as cores, else 1; 0: train, and write no table")
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="STAGE.KEY=VALUE",
                        help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
@@ -69,13 +72,14 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     """A table's arguments. `args.given` holds what the user gave: every stage that has such a setting takes it, in
     place of the row's. `own` is the table's alone, although a stage has a setting of that name.
     """
+    words = sys.argv[1:] if argv is None else None  # else no command line, which another process could be given
     given = options.explicit_arguments(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, presets, explicit=given)
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     args.rows = getattr(args, "rows", ["all"])  # a figure has no --rows: all of its own are run
-    args.per_stage, args.needs_weights = {}, {}
+    args.per_stage, args.needs_weights, args.words = {}, {}, words
     for text in args.set:
         stage, dot, rest = text.partition(".")
         key, equals, value = rest.partition("=")
@@ -105,7 +109,7 @@ def run_rows(rows, args, demo, script):
     rows with columns, {key: {column: the same}}. Wrong settings, missing data and missing weights are reported before
     the first stage starts.
     """
-    distributed.start("cpu" if args.dry_run else args.device)
+    device = distributed.start("cpu" if args.dry_run else args.device)
     stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
     unknown = sorted(set(args.per_stage) - stages)
     if unknown and stages:  # else no row can run, and the table says why
@@ -120,6 +124,9 @@ def run_rows(rows, args, demo, script):
     if scripts and args.data != "fractals" and not (args.dry_run and args.data_path):
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
+    ahead = getattr(args, "jobs", 1) != 0 and args.words is not None and not args.dry_run
+    if ahead and distributed.world_size() == 1 and (device.type == "cpu" or args.jobs):
+        jobs.run_ahead(to_run, args)
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
@@ -132,6 +139,8 @@ def run_rows(rows, args, demo, script):
                 break
     if args.dry_run:
         print0("\n# then this command without --dry-run: it finds these runs by their content")
+    if getattr(args, "jobs", None) == 0:
+        raise SystemExit(0)
     return {key: columns.get("", columns) for key, columns in results.items()}
 
 

@@ -10,7 +10,8 @@ from common.checkpoint import Snapshot, save_torch
 from common.data import statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.loader import Views, data_loader, seed_everything, step_batches, to_device
+from common.loader import Views, data_loader, on_device, seed_everything, step_batches
+from common.memory import keep_decoded
 from common.optim import set_learning_rate, steps_per_epoch
 from common.vit import choose_attention
 from common.watch import STOPPED, BadImages, Guard, Meter, StopSignals, explain_memory
@@ -120,20 +121,16 @@ class Engine:
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
     def read(self, images, transform, start, total, bad_images):
-        """Every micro-batch of this rank from step `start` on, on the device; the meter gets the time spent waiting."""
+        """Yield every micro-batch of this rank from step `start` on, on the device."""
         args, world = self.args, distributed.world_size()
         keys = step_batches(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
                             start_step=start, total_steps=total, rank=distributed.rank(), world=world)
         views = Views(images, transform, args.seed, args.on_bad_image)
-        loader = iter(data_loader(views, keys, args.workers, self.device))
+        loader = self.meter.waiting_for(data_loader(views, keys, args.workers, self.device))
         mean, std = (values.to(self.device) for values in statistics(args))
-        while True:
-            with self.meter.waiting():
-                batch = next(loader, None)
-            if batch is None:
-                return
+        for batch in on_device(loader, self.device, mean, std):
             bad_images.note(batch.pop("bad"))
-            yield to_device(batch, self.device, mean, std)
+            yield batch
 
     def batch(self, step, micro):
         """The next micro-batch; the generators are seeded for it (mixup, drop path)."""
@@ -171,15 +168,16 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     start, progress = snapshot.restore(), snapshot.progress
     bad_images = BadImages(run, images, progress["bad_images"])
     method.prepare(device, engine.dtype, args.compile)
+    keep_decoded(images, args.keep_decoded)
     engine.batches = engine.read(images, transform, start, total, bad_images)
 
     with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_memory(engine.at_once),
           closing(engine.batches)):
         if progress["evaluate"]:  # it was stopped there
             note_evaluation(snapshot, stop, evaluate, per_epoch)
+        method.model.train()
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
-            method.model.train()
             method.before_step(step)
             losses = method.accumulate(step, engine)
             engine.scaler.unscale_(optimizer)
@@ -202,6 +200,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
                 note_evaluation(snapshot, stop, evaluate, per_epoch)
+                method.model.train()
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.data import DataError
 from common.distributed import print0
+from common.images import DataError
 
 BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
 STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): a run is saved, the same command goes on
@@ -105,11 +105,13 @@ class Meter:
         with tqdm(total=self.total, initial=start, unit="step", disable=disable) as self.line:
             yield
 
-    @contextmanager
-    def waiting(self):
-        asked = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - asked
+    def waiting_for(self, batches):
+        """Yield the batches, and count the time spent waiting for them."""
+        batches, asked = iter(batches), time.perf_counter()
+        while (batch := next(batches, None)) is not None:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def add(self, **values):
         for name, value in values.items():

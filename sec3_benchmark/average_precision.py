@@ -9,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 
 from common import distributed
 from common.data import statistics
-from common.loader import to_device
+from common.loader import on_device
 from sec3_benchmark.coco import DetectionViews
 from sec3_benchmark.evaluate import eval_loader
 from sec3_benchmark.mask_rcnn import paste
@@ -25,9 +25,8 @@ def detect_all(model, images, args, device, rank=0, world=1):
     views = DetectionViews(args.img_size, None)
     batch_size = min(args.micro_batch, 8)  # at 640 px an image takes some 0.4 GB
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
-    categories, found = sorted(images.coco.cats), []
-    for batch in loader:
-        batch = to_device(batch, device, mean, std)
+    categories, found = list(images.categories), []
+    for batch in on_device(loader, device, mean, std):
         sizes = [tuple(size) for size in batch["size"].tolist()]
         for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
                                                     batch["original"].tolist()):

@@ -17,11 +17,9 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from torch.utils.data import default_collate
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
-from common.augment import to_uint8
-from common.data import DataError, ImageSet, UnreadableImage
+from common.augment import resize
+from common.images import DataError, ImageSet, Packed, UnreadableImage
 from common.vit import pair
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object: the images of a batch have different numbers of them
@@ -42,25 +40,35 @@ def in_memory(dataset):
 class CocoSet(ImageSet):
     """Images with objects: `read` gives the image and its annotations, crowds left out."""
 
-    coco: COCO = None
     ids: list = field(default_factory=list)  # the image ids, in the order of `images`
+    entries: Packed = None  # of each image [its entry, its annotations], as JSON
+    categories: dict = field(default_factory=dict)  # category id -> name, in the order of the labels
+    coco: COCO = None  # pycocotools' index, of a set to measure on
 
     def read(self, index):
-        image, entry = super().read(index), self.coco.imgs[self.ids[index]]
-        if (image.height, image.width) != (entry["height"], entry["width"]):
-            raise UnreadableImage(f"{self.where(index)} is {image.height} x {image.width} px and the annotations say "
+        image, (entry, annotations) = super().read(index), json.loads(self.entries[index])
+        height, width = image.shape[1:]
+        if (height, width) != (entry["height"], entry["width"]):
+            raise UnreadableImage(f"{self.where(index)} is {height} x {width} px and the annotations say "
                                   f"{entry['height']} x {entry['width']}: they belong to another file")
-        return image, objects(self.coco, self.ids[index])
+        return image, objects(annotations)
 
     def fingerprint(self):
         """Of the images and of the annotations."""
-        content = json.dumps([self.coco.imgToAnns[i] for i in self.ids], sort_keys=True, default=str)
-        return hashlib.sha256((super().fingerprint() + content).encode()).hexdigest()[:16]
+        return hashlib.sha256(super().fingerprint().encode() + self.entries.digest()).hexdigest()[:16]
 
 
-def objects(coco, image_id):
-    """The annotations of an image that are no crowds and have an outline."""
-    return [one for one in coco.imgToAnns[image_id] if not one.get("iscrowd") and has_outline(one)]
+def coco_set(name, images, coco, ids, in_chans, measured):
+    """A CocoSet of the images `ids`; what pycocotools needs to measure on it is kept where it is `measured`."""
+    entries = Packed(json.dumps([coco.imgs[i], coco.imgToAnns[i]], sort_keys=True).encode() for i in ids)
+    categories = {number: coco.cats[number]["name"] for number in sorted(coco.cats)}
+    return CocoSet(name, images, None, list(categories.values()), in_chans, ids, entries, categories,
+                   coco if measured else None)
+
+
+def objects(annotations):
+    """Those that are no crowds and have an outline."""
+    return [one for one in annotations if not one.get("iscrowd") and has_outline(one)]
 
 
 def has_outline(annotation):
@@ -134,14 +142,13 @@ def load_coco(root, in_chans=3, splits=("train", "val")):
             raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_train2017.json and "
                             f"instances_val2017.json, train2017/ and val2017/, or a folder coco/ with them")
         coco = read_annotations(path)
-        ids = [i for i in sorted(coco.imgs) if split == "val" or objects(coco, i)]
+        ids = [i for i in sorted(coco.imgs) if split == "val" or objects(coco.imgToAnns[i])]
         files = [str(Path(root) / f"{split}2017" / coco.imgs[i]["file_name"]) for i in ids]
-        categories = [coco.cats[i]["name"] for i in sorted(coco.cats)]
         if not ids:
             raise DataError(f"{path} has no image with objects")
         if split == "val":
             check_ground_truth(coco, path)
-        sets.append(CocoSet(f"coco-{split}", files, None, categories, in_chans, coco, ids))
+        sets.append(coco_set(f"coco-{split}", files, coco, ids, in_chans, measured=split == "val"))
     if sets[0].classes != sets[-1].classes:
         raise DataError(f"{root}: train has {len(sets[0].classes)} categories, val {len(sets[-1].classes)}, or other "
                         f"names: both annotation files must list the same")
@@ -163,19 +170,18 @@ class DetectionViews:
 
     def __call__(self, read):
         image, annotations = read
-        original = image.height, image.width
+        original = tuple(image.shape[1:])
         flip, scale = False, 1.0
         if self.jitter:
             flip, scale = bool(torch.rand(()) < 0.5), float(torch.empty(()).uniform_(*self.jitter))
         scale *= min(side / length for side, length in zip(self.canvas, original))
         size = [max(1, round(length * scale)) for length in original]
-        image = TF.resize(TF.horizontal_flip(image) if flip else image, size, InterpolationMode.BILINEAR)
+        image = resize(image.flip(-1) if flip else image, size, "bilinear")
         first = [int(torch.randint(max(0, length - side) + 1, ())) if self.jitter else 0
                  for length, side in zip(size, self.canvas)]
         seen = [min(length, side) for length, side in zip(size, self.canvas)]
-        pixels = to_uint8(TF.crop(image, *first, *seen))
-        padded = torch.zeros(len(pixels), *self.canvas, dtype=torch.uint8)
-        padded[:, :seen[0], :seen[1]] = pixels
+        padded = torch.zeros(len(image), *self.canvas, dtype=torch.uint8)
+        padded[:, :seen[0], :seen[1]] = image[:, first[0]:first[0] + seen[0], first[1]:first[1] + seen[1]]
         view = {"image": padded, "size": torch.tensor(seen), "original": torch.tensor(original)}
         return {**view, **self.targets(annotations, original, size, first, seen, flip)} if self.jitter else view
 

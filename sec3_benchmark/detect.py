@@ -229,7 +229,7 @@ def main(args):
         seed_everything("weights", args.seed)
         model = build_detector(args, len(train_set.classes), weights).to(device)
         optimizer = adamw(detector_groups(model, args.weight_decay), betas=(0.9, 0.999))
-        labels = {category: 1 + i for i, category in enumerate(sorted(train_set.coco.cats))}
+        labels = {category: 1 + i for i, category in enumerate(train_set.categories)}
         result = train(run, args, Detection(model), optimizer, schedule(args, train_set), train_set,
                        DetectionViews(args.img_size, labels, args.jitter), device,
                        evaluate=evaluator(model, val_set, args, device))

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import options, report
-from common.data import DataError, channel_statistics
+from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
+from common.images import DataError
 from common.tables import PREVIOUS, Row
 from common.weights import HubError, read_weights
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream

@@ -13,8 +13,8 @@ import numpy as np
 from torchvision import datasets as tv
 
 from common import data
-from common.data import DataError, ImageSet
 from common.distributed import once_per_node, print0
+from common.images import DataError, ImageSet
 
 SETS = {  # images to train on and to test on, classes; what ROOT must hold; where it comes from
     "flowers": dict(

@@ -8,6 +8,7 @@ import numpy as np
 from common import distributed, report
 from common.checkpoint import save_json
 from common.distributed import print0
+from common.images import to_pillow
 from sec3_benchmark.average_precision import detect_all
 from sec3_benchmark.coco import object_mask
 
@@ -41,12 +42,12 @@ def draw_detections(images, found, path):
         row, column = 2 * (i // PER_ROW), i % PER_ROW
         for axis, entries, title in ((axes[row, column], annotations, "annotated"),
                                      (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
-            overlay(axis, image, entries, images.coco)
+            overlay(axis, to_pillow(image), entries, images.categories)
             axis.set_title(title, fontsize=7)
     figure.savefig(path)
 
 
-def overlay(axis, image, entries, coco):
+def overlay(axis, image, entries, categories):
     """The image with each object's mask, box, category and, where there is one, score."""
     pixels = np.asarray(image.convert("RGB")).astype(float)
     for i, one in enumerate(entries):
@@ -61,5 +62,5 @@ def overlay(axis, image, entries, coco):
         axis.plot([left, left + width, left + width, left, left], [top, top, top + height, top + height, top],
                   color=colour, linewidth=1.2)
         score = f" {one['score']:.2f}" if "score" in one else ""
-        axis.text(left, top, coco.cats[one["category_id"]]["name"] + score, fontsize=5.5, color="white", va="bottom",
+        axis.text(left, top, categories[one["category_id"]] + score, fontsize=5.5, color="white", va="bottom",
                   bbox=dict(facecolor=colour, edgecolor="none", pad=0.8))

@@ -6,9 +6,11 @@ from tqdm import tqdm
 from common import distributed
 from common.augment import eval_transform
 from common.checkpoint import steps_saved
-from common.data import UnreadableImage, statistics
+from common.data import statistics
 from common.errors import UserError
-from common.loader import Views, data_loader, to_device
+from common.images import UnreadableImage
+from common.loader import Views, data_loader, on_device
+from common.memory import keep_decoded
 
 READ = set()  # fingerprints of sets whose images can all be read
 
@@ -28,8 +30,7 @@ def accuracy(model, loader, device, mean, std):
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in loader:
-        batch = to_device(batch, device, mean, std)
+    for batch in on_device(loader, device, mean, std):
         logits, label = model(batch["image"]).float(), batch["label"]
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == label.unsqueeze(1)  # (B, 5)
         sums += torch.stack([best[:, 0].sum(), best.sum(), F.cross_entropy(logits, label, reduction="sum"),
@@ -56,7 +57,8 @@ def check_readable(images, run, args, device):
     """Raises, on every rank, for an image that cannot be read: before a training and not in its first evaluation. Every
     rank reads its share; a run that goes on has done so, and so has this process for the sets in READ.
     """
-    if not isinstance(images.images, list) or steps_saved(run.folder) or (name := images.fingerprint()) in READ:
+    keep_decoded(images, args.keep_decoded)
+    if not images.from_files or steps_saved(run.folder) or (name := images.fingerprint()) in READ:
         return
     loader = eval_loader(images, nothing, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None

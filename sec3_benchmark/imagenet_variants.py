@@ -14,8 +14,9 @@ import torch
 
 from common import distributed
 from common.augment import eval_transform
-from common.data import STATISTICS, DataError, labelled_folder
-from common.loader import to_device
+from common.data import STATISTICS, labelled_folder
+from common.images import DataError
+from common.loader import on_device
 from sec3_benchmark.evaluate import eval_loader
 
 
@@ -31,8 +32,7 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size, workers, device,
                          distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
-    for batch in loader:
-        batch = to_device(batch, device, mean, std)
+    for batch in on_device(loader, device, mean, std):
         best[batch["index"]] = model(batch["image"]).argmax(dim=1)
     return distributed.all_sum(best).cpu().numpy()  # each rank filled in its own images
 

@@ -13,17 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ImageFilter
 from torch import nn
-from torchvision.transforms import (
-    ColorJitter,
-    Compose,
-    RandomApply,
-    RandomGrayscale,
-    RandomHorizontalFlip,
-    RandomSolarize,
-)
+from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGrayscale, RandomSolarize
 
-from common.augment import RandomResizedCrop, to_uint8
+from common.augment import RandomFlip, RandomResizedCrop
 from common.distributed import all_sum, rank, world_size
+from common.images import from_pillow, to_pillow
 from common.mae import sincos_positions
 from common.vit import build_vit
 
@@ -48,9 +42,9 @@ class GaussianBlur:
 
 def view_transform(size, scale=(0.08, 1.0), *, blur, solarize, sigma=2.0):
     """One view, in the order of the paper's code; the official MoCo-v3 turns grey before it blurs and flips last."""
-    return Compose([RandomResizedCrop(size, scale, interpolation="bilinear"), colour_jitter(),
-                    GaussianBlur(blur, sigma), RandomGrayscale(p=0.2), RandomHorizontalFlip(),
-                    RandomSolarize(threshold=128, p=solarize), to_uint8])
+    return Compose([RandomResizedCrop(size, scale, interpolation="bilinear"), to_pillow, colour_jitter(),
+                    GaussianBlur(blur, sigma), RandomGrayscale(p=0.2), RandomSolarize(threshold=128, p=solarize),
+                    from_pillow, RandomFlip()])
 
 
 # Batch norm over the global batch

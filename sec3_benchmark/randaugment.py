@@ -1,12 +1,13 @@
-"""The views of training and fine-tuning on ImageNet-1k (Appendix A.1): crop, flip, RandAugment on any Pillow."""
+"""The views of training and fine-tuning on ImageNet-1k (Appendix A.1): crop, flip, RandAugment on Pillow's images."""
 import re
 
 from PIL import Image
 from timm.data import auto_augment
-from torchvision.transforms import Compose, RandomHorizontalFlip
+from torchvision.transforms import Compose
 
-from common.augment import RandomResizedCrop, to_uint8
+from common.augment import RandomFlip, RandomResizedCrop
 from common.errors import UserError
+from common.images import contiguous, from_pillow, to_pillow
 from common.vit import pair
 
 FILL = (124, 116, 104)  # round(255 * ImageNet mean): what geometric operations show outside the image
@@ -16,10 +17,10 @@ RANDAUGMENT = "rand-m10-mstd0.5-inc1"  # the improved recipe; the default recipe
 def train_transform(size, scale=(0.08, 1.0), randaugment=RANDAUGMENT):
     """Crop, flip, RandAugment (None: without), in timm's order. There is no colour jitter, since timm drops it
     wherever RandAugment is on: the jitter of 0.3 in the published recipe never had an effect."""
-    steps = [RandomResizedCrop(size, scale), RandomHorizontalFlip()]
-    if randaugment is not None:
-        steps = [require_rgb, *steps, rand_augment(randaugment, size)]
-    return Compose([*steps, to_uint8])
+    steps = [RandomResizedCrop(size, scale), RandomFlip()]
+    if randaugment is None:
+        return Compose([*steps, contiguous])
+    return Compose([require_colour, *steps, to_pillow, rand_augment(randaugment, size), from_pillow])
 
 
 def rand_augment(config, size):
@@ -54,12 +55,9 @@ def posterize(image, bits_to_keep, **kwargs):
     return auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
-def require_rgb(image):
+def require_colour(image):
     """The image itself, or an error: half of RandAugment's operations mean nothing outside RGB."""
-    if isinstance(image, Image.Image):
-        if image.mode == "RGB":
-            return image
-        found = f"a PIL image of mode {image.mode!r}"
-    else:
-        found = f"a {type(image).__name__} of shape {tuple(image.shape)}"
-    raise UserError(f"RandAugment needs a PIL image of mode 'RGB', and this is {found}: pass --randaugment none")
+    if len(image) != 3:
+        raise UserError(f"RandAugment needs images of 3 channels, and this one has {len(image)}: pass --randaugment "
+                        f"none")
+    return image

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from common.data import DataError
 from common.fractals import fractal_set
+from common.images import DataError
 from common.vit import pair
-from sec3_benchmark.coco import CocoSet, in_memory, load_coco
+from sec3_benchmark.coco import coco_set, in_memory, load_coco
 
 SHAPES = {  # u, v: coordinates around the centre, turned, in radii -> inside?
     "disc": lambda u, v: u**2 + v**2 <= 1,
@@ -69,7 +69,7 @@ def scene_set(split, textures, size, count, in_chans=3, seed=0):
     coco = in_memory({"images": [{"id": i, "height": height, "width": width} for i in range(count)],
                       "annotations": annotations,
                       "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]})
-    return CocoSet(f"scenes-{split}", images, None, list(SHAPES), in_chans, coco, list(range(count)))
+    return coco_set(f"scenes-{split}", images, coco, list(range(count)), in_chans, measured=True)
 
 
 def load_scenes(args, splits=("train", "val")):

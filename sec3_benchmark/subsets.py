@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import DataError, load_images, load_sets
+from common.data import load_images, load_sets
 from common.distributed import print0
+from common.images import DataError
 
 SEED = 0
 # ImageNet-LT's 1,000 counts (115,846 images) are a draw from 5 + 554 x Pareto of power 6, at most 1,280, in a data set
@@ -51,8 +52,8 @@ def part_of(images, subset, seed=SEED):
     else:
         raise DataError(f"--subset {subset} is no percentage such as 1%, not lt, and no file: a list of images, one a "
                         f"line")
-    picked = [images.images[i] for i in chosen] if isinstance(images.images, list) else images.images[chosen]
-    return replace(images, name=f"{images.name} {Path(subset).name}", images=picked, labels=images.labels[chosen])
+    return replace(images, name=f"{images.name} {Path(subset).name}", images=images.images[chosen],
+                   labels=images.labels[chosen])
 
 
 def describe(images):
@@ -128,7 +129,7 @@ def read_list(path):
 
 def listed(images, path):
     """Indices, ascending, of the images that a list names; all of them must be there."""
-    if not isinstance(images.images, list):
+    if not images.from_files:
         raise DataError(f"--subset {path}: a list needs image files in class folders, and {images.name} has none; "
                         f"choose a percentage or lt")
     place = {"/".join(Path(file).parts[-2:]): index for index, file in enumerate(images.images)}

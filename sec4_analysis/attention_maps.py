@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common import options, report
-from common.data import ImageSet
 from common.errors import UserError
+from common.images import ImageSet
 from sec4_analysis import attention, study
 from sec4_analysis.features import geometry, intermediates
 from sec4_analysis.fig5_attention import ROWS

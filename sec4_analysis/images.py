@@ -7,7 +7,7 @@ import torch
 from common.augment import eval_transform
 from common.data import channel_statistics, load_sets
 from common.errors import UserError
-from common.loader import Views, data_loader, to_device
+from common.loader import Views, data_loader, on_device
 from sec4_analysis.features import geometry
 
 
@@ -52,5 +52,6 @@ def batches(model, images, chosen, args, device):
     size, mean, std = preprocessing(model, args)
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
     keys = [[(0, int(index)) for index in part] for part in parts]
-    for batch in data_loader(Views(images, eval_transform(size), seed=0), keys, args.workers, device):
-        yield to_device(batch, device, mean.to(device), std.to(device))["image"]
+    loader = data_loader(Views(images, eval_transform(size), seed=0), keys, args.workers, device)
+    for batch in on_device(loader, device, mean.to(device), std.to(device)):
+        yield batch["image"]

@@ -4,7 +4,9 @@ The arrays in tests/golden/ came from the public reference implementations, once
 1e-5, gradients and CKA to 1e-4, both relative to the largest reference value of each array (`assert_close`).
 """
 import json
+import math
 import os
+import random
 import shlex
 import signal
 import zlib
@@ -13,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from common import options, report, tables, training
-from common.data import ImageSet
+from common.images import ImageSet
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, ordinary parameters in fine-tuning
@@ -95,6 +99,42 @@ def assert_resumes_exactly(module, folder, monkeypatch, stop=3, **explicit):
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
     return whole
+
+
+# Images
+
+def tensor(image):
+    """What the transforms take: a PIL image or an array as uint8 (C, H, W), lying in memory as a decoder leaves it."""
+    array = np.array(image)
+    return torch.from_numpy(array[..., None] if array.ndim == 2 else array).permute(2, 0, 1)
+
+
+def chw(image):
+    """PIL RGB or L -> (C, H, W), pixel by pixel."""
+    return torch.stack([torch.tensor(list(band.tobytes()), dtype=torch.uint8).view(band.height, band.width)
+                        for band in image.split()])
+
+
+def near(ours, pillows):
+    """Torch's resize against Pillow's: both round between their two passes, whose order differs."""
+    difference = (ours.int() - chw(pillows).int()).abs()
+    return ours.shape == chw(pillows).shape and difference.max() <= 4 and difference.float().mean() < 0.35
+
+
+def crop_by_hand(image, size, area, mode):
+    """A random part of a PIL image, which no try of ten may miss, drawn from Python's generator: its area, its aspect,
+    its place. Cut by Pillow, resized by torch to a square, as a PIL image.
+    """
+    for _ in range(10):
+        pixels = image.width * image.height * random.uniform(*area)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if width <= image.width and height <= image.height:
+            top, left = random.randint(0, image.height - height), random.randint(0, image.width - width)
+            part = tensor(image.crop((left, top, left + width, top + height)))
+            resized = F.interpolate(part[None].contiguous(), (size, size), mode=mode, antialias=True)[0]
+            return Image.fromarray(resized.permute(1, 2, 0).numpy())
+    raise AssertionError("ten tries missed")
 
 
 # Tables, runs and models

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import DataError, UnreadableImage
+from common.images import DataError, UnreadableImage
 from common.loader import Views, data_loader, seed_everything, step_batches
 from sec3_benchmark import scenes
 from sec3_benchmark.average_precision import as_coco, average_precision
@@ -21,7 +21,7 @@ from sec3_benchmark.coco import (
     targets_of,
 )
 from sec3_benchmark.mask_rcnn import mask_targets
-from tests.helpers import assert_close
+from tests.helpers import assert_close, tensor
 
 RECTANGLE = [[10, 5, 30, 5, 30, 20, 10, 20]]  # x from 10 to 30, y from 5 to 20
 LENGTHS = {"size": [40, 50], "counts": [2, 3, 1995]}  # column by column: rows 2 to 4 of the first one
@@ -58,9 +58,11 @@ def test_crowds_and_empty_images_are_no_training_targets_but_are_evaluated(folde
     train, val = load_coco(folder)
     assert train.ids == [8] and val.ids == [2, 5, 6, 8]
     assert train.classes == ["car", "bus", "kite"]  # by category number: labels 1, 2, 3
+    assert list(train.categories.items()) == [(3, "car"), (7, "bus"), (90, "kite")]
     image, annotations = train.read(0)
-    assert image.size == (50, 40) and [one["id"] for one in annotations] == [1, 2]
-    assert [objects(val.coco, i) for i in (2, 5, 6)] == [[], [], []]
+    assert image.shape == (3, 40, 50) and (image == 8).all() and [one["id"] for one in annotations] == [1, 2]
+    assert [val.read(i)[1] for i in range(3)] == [[], [], []] and val.read(3)[1] == annotations
+    assert [objects(val.coco.imgToAnns[i]) for i in (2, 5, 6)] == [[], [], []]
 
 
 def test_the_fingerprint_sees_the_annotations(folder):
@@ -169,7 +171,7 @@ def rectangle_scene(height, width, top, left, bottom, right):
     """A white rectangle on black, as an image and its annotation."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[top:bottom, left:right] = 255
-    return Image.fromarray(pixels), [scenes.annotation(1, 0, pixels[..., 0] > 0, 4)]
+    return tensor(pixels), [scenes.annotation(1, 0, pixels[..., 0] > 0, 4)]
 
 
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (64, 64)])
@@ -247,7 +249,7 @@ def test_scenes_have_exact_masks_and_boxes():
             assert entry["bbox"] == [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
             assert entry["area"] == mask.sum() > 0
             # 0.4 of the background's grey is at most 102, an object's colour is at least 60 and it differs in texture
-            assert np.asarray(image)[mask].min() >= 60
+            assert image[:, torch.from_numpy(mask)].min() >= 60
     assert counts == {1, 2, 3, 4}
 
 
@@ -314,12 +316,12 @@ def test_detections_go_back_to_the_original_image():
     """What a perfect detector would say of the resized view is a perfect answer on the original."""
     coco, found = ground_truth((100, 120)), []
     for image_id in (0, 1):
-        pixels = Image.new("RGB", (120, 100))
+        pixels, annotations = torch.zeros(3, 100, 120, dtype=torch.uint8), objects(coco.imgToAnns[image_id])
         views = DetectionViews(60, {1: 1, 2: 2}, (1.0, 1.0))
         torch.manual_seed(image_id)
         while True:  # until it is not flipped
-            view = views((pixels, objects(coco, image_id)))
-            if abs(view["boxes"][0, 0] - objects(coco, image_id)[0]["bbox"][0] / 2) < 1:
+            view = views((pixels, annotations))
+            if abs(view["boxes"][0, 0] - annotations[0]["bbox"][0] / 2) < 1:
                 break
         assert view["size"].tolist() == [50, 60]
         matched = torch.arange(len(view["boxes"]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter
 
 from appendix import dino, pretrain_dino
 from appendix.dino import DINO, Head, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
@@ -24,7 +24,7 @@ from common.vit import SIZES, build_vit
 from common.weights import read_weights
 from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.moco import half_cosine
-from tests.helpers import assert_close, assert_resumes_exactly, golden, parameter_count, tiny_run
+from tests.helpers import assert_close, assert_resumes_exactly, crop_by_hand, golden, parameter_count, tensor, tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(img_size=16, local_size=8, patch_size=4, num_heads=4, out_dim=10, hidden_dim=12, bottleneck_dim=6)
@@ -92,7 +92,7 @@ def test_each_tensor_is_clipped_by_itself():
 # Crops and the model
 
 def test_crops_of_the_paper_and_small_ones():
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 260, 3), dtype=np.uint8))
+    image = tensor(np.random.RandomState(0).randint(0, 256, (300, 260, 3), dtype=np.uint8))
     for size, local in ((224, 96), (64, 32), (36, 18), ((48, 32), 16)):
         views = MultiCrop(size, local, 8)(image)
         height, width = size if isinstance(size, tuple) else (size, size)
@@ -102,11 +102,11 @@ def test_crops_of_the_paper_and_small_ones():
 
 
 def by_hand(image, size, area, blur, solarize):
-    """The official order: crop, flip, jitter, grey, blur, solarise (PAPER 3.3); draws as torchvision's classes make."""
-    top, left, height, width = RandomResizedCrop.get_params(image, area, (3 / 4, 4 / 3))
-    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
-    done = []
-    if torch.rand(1) < 0.5:
+    """The official order: crop, flip, jitter, grey, blur, solarise (PAPER 3.3). Crop, flip and blur are drawn by
+    Python's generator, the rest by torch's.
+    """
+    image, done = crop_by_hand(image, size, area, "bicubic"), []
+    if random.random() < 0.5:
         image, done = ImageOps.mirror(image), ["flip"]
     if torch.rand(1) <= 0.8:
         image, done = ColorJitter(0.4, 0.4, 0.2, 0.1)(image), [*done, "jitter"]
@@ -116,7 +116,7 @@ def by_hand(image, size, area, blur, solarize):
         image, done = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))), [*done, "blur"]
     if torch.rand(1) < solarize:
         image, done = ImageOps.solarize(image), [*done, "solarize"]
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), done
+    return tensor(image), done
 
 
 @pytest.mark.parametrize(("which", "size", "area", "blur", "solarize"), [
@@ -127,7 +127,7 @@ def test_a_crop_is_made_in_the_official_order(which, size, area, blur, solarize)
     for seed in range(200):
         image = Image.fromarray(np.random.RandomState(seed).randint(0, 256, (10, 12, 3), np.uint8)).resize((50, 60))
         seed_everything("test", seed)
-        ours = crop(image)
+        ours = crop(tensor(image))
         seed_everything("test", seed)
         expected, done = by_hand(image, size, area, blur, solarize)
         assert torch.equal(ours, expected), (seed, done)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from common import tables
-from common.data import ImageSet
 from common.errors import UserError
+from common.images import ImageSet
 from sec3_benchmark import finetune, table1_pretraining_methods, table4_transfer
 from sec4_analysis import similarity, study
 from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation

@@ -3,23 +3,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from appendix import finetune_distilled
 from appendix.convert_checkpoint import export_timm
 from appendix.finetune_distilled import Distilled, DistilledViT, build_distilled
 from common import options, report
-from common.augment import eval_transform, to_uint8
-from common.data import ImageSet
+from common.augment import contiguous, eval_transform
 from common.errors import UserError
 from common.formats import load_model
+from common.images import ImageSet
 from common.mae import MAE
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
 from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.layer_decay import layer_groups
-from tests.helpers import assert_close, noisy
+from tests.helpers import assert_close, noisy, tensor
 
 SMALL = dict(img_size=12, patch_size=4, num_heads=4)
 
@@ -118,7 +117,7 @@ def test_a_run(tmp_path, monkeypatch):
     images = ImageSet("toy", pixels, np.arange(8) % 2, [0, 1])
     monkeypatch.setattr(finetune, "load_sets", lambda args: (images, images))
     monkeypatch.setattr(finetune_distilled, "load_sets", lambda args: (images, images))
-    monkeypatch.setattr(finetune, "TrainViews", lambda args: to_uint8)
+    monkeypatch.setattr(finetune, "TrainViews", lambda args: contiguous)
     row = dict(preset="demo", model="vit_demo", img_size=[4], patch_size=2, num_heads=2, batch_size=4, epochs=1,
                warmup_epochs=0, eval_every=0, device="cpu", workers=0, precision="fp32", output=str(tmp_path / "out"))
 
@@ -175,7 +174,7 @@ def test_an_evaluation_needs_no_teacher(tmp_path, monkeypatch):
     result = finetune_distilled.main(settings(
         init=str(tmp_path / "distilled.pt"), eval_only=True, teacher="no/where", precision="fp32", preset="small"))
     transform = eval_transform([12])
-    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    images = torch.stack([transform(tensor(image)) for image in pixels])
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         hits = vit((images - mean) / std).argmax(dim=1) == torch.arange(40) % 2

@@ -7,8 +7,8 @@ from PIL import Image
 from appendix import extract_features
 from common.augment import eval_transform
 from common.checkpoint import save_torch
-from common.data import ImageSet, read_image
 from common.errors import UserError
+from common.images import ImageSet, read_image
 from common.options import resolve
 from common.vit import build_vit
 from tests.helpers import assert_close

@@ -196,13 +196,6 @@ def test_nothing_touches_the_search_path(tmp_path):
     assert list(search_path_edits(tmp_path / "a.py"))
 
 
-def test_common_stays_small():
-    lines = {path.name: len(path.read_text().splitlines()) for path in sorted((ROOT / "common").rglob("*.py"))}
-    assert len(lines) > 15
-    assert {file: count for file, count in lines.items() if count > 250} == {}
-    assert sum(lines.values()) < 2850
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_pipelines_run_every_table_and_figure(section, tmp_path):
     """The demo runs all; elsewhere what needs data of its own is left out with a word, or told where they are."""

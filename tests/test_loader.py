@@ -10,7 +10,7 @@ from torchvision import transforms
 
 from common import distributed
 from common.augment import pretrain_transform
-from common.data import DataError, ImageSet, UnreadableImage
+from common.images import DataError, ImageSet, UnreadableImage
 from common.loader import (
     Views,
     data_loader,

@@ -21,9 +21,9 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as TF
 
 from common import distributed, options, report
-from common.data import ImageSet
 from common.errors import UserError
 from common.formats import load_model
+from common.images import ImageSet
 from common.loader import Views, seed_everything, to_device
 from common.mae import sincos_positions
 from common.optim import learning_rate
@@ -44,7 +44,7 @@ from sec3_benchmark.moco import (
     view_transform,
 )
 from sec3_benchmark.pretrain_mocov3 import MoCoMethod, MoCoViews, decay_everything
-from tests.helpers import assert_close, golden
+from tests.helpers import assert_close, crop_by_hand, golden, tensor
 
 CPU = torch.device("cpu")
 TINY = {"embed_dim": 16, "depth": 2}
@@ -153,17 +153,10 @@ def test_what_is_trained():
 # Views
 
 def by_hand(image, size, blur, solarize):
-    """The authors' order: crop, jitter, blur, grey, flip, solarise; draws as torchvision's classes make them."""
-    height, width = image.height, image.width
-    for _ in range(10):
-        area = height * width * torch.empty(1).uniform_(0.08, 1).item()
-        ratio = torch.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3))).item()
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = (torch.randint(0, n + 1, (1,)).item() for n in (height - h, width - w))
-            break
-    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
-    done = []
+    """The authors' order: crop, jitter, blur, grey, flip, solarise. Crop, blur and flip are drawn by Python's
+    generator, the rest by torch's.
+    """
+    image, done = crop_by_hand(image, size, (0.08, 1), "bilinear"), []
     if torch.rand(1) <= 0.8:
         image = ColorJitter(0.4, 0.4, 0.2, 0.1)(image)
         done.append("jitter")
@@ -173,13 +166,13 @@ def by_hand(image, size, blur, solarize):
     if torch.rand(1) < 0.2:
         image = TF.to_grayscale(image, num_output_channels=3)
         done.append("grey")
-    if torch.rand(1) < 0.5:
+    if random.random() < 0.5:
         image = ImageOps.mirror(image)
         done.append("flip")
     if torch.rand(1) < solarize:
         image = ImageOps.solarize(image)
         done.append("solarize")
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), done
+    return tensor(image), done
 
 
 @pytest.mark.parametrize(("name", "blur", "solarize"), [("view1", 1.0, 0.0), ("view2", 0.1, 0.2)])
@@ -190,7 +183,7 @@ def test_a_view_is_made_in_the_authors_order(name, blur, solarize):
         pixels = np.random.RandomState(seed).randint(0, 256, (10, 12, 3), dtype=np.uint8)
         image = Image.fromarray(pixels).resize((50, 60))
         seed_everything("test", seed)
-        ours = view(image)
+        ours = view(tensor(image))
         seed_everything("test", seed)
         expected, done = by_hand(image, 24, blur, solarize)
         assert torch.equal(ours, expected), (seed, done)
@@ -211,7 +204,7 @@ def test_the_loader_takes_two_views_of_an_image():
     moved = to_device(batch, CPU, mean, std)
     for name, value in raw.items():
         assert_close(moved[name], (value - mean.view(3, 1, 1)) / std.view(3, 1, 1), 1e-6)
-    grey = view_transform(8, blur=1.0, solarize=1.0)(Image.fromarray(np.zeros((9, 9), np.uint8)))
+    grey = view_transform(8, blur=1.0, solarize=1.0)(torch.zeros(1, 9, 9, dtype=torch.uint8))
     assert grey.shape == (1, 8, 8)
     with pytest.raises(UserError, match="--in-chans 4: .* 1 or 3"):
         MoCoViews(SimpleNamespace(img_size=[8], in_chans=4, crop_min=0.5, blur_sigma=1.0))

@@ -15,8 +15,8 @@ from appendix.knn_probe import knn_accuracy, vote
 from appendix.linear_probe import build_probe, fit_probe, probe_accuracy
 from common import distributed, options
 from common.augment import eval_transform
-from common.data import ImageSet
 from common.errors import UserError
+from common.images import ImageSet
 from common.mae import MAE
 from common.optim import set_learning_rate
 from common.vit import build_model

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from common import options
-from common.augment import to_uint8
-from common.data import ImageSet
+from common.augment import contiguous
 from common.formats import load_model
+from common.images import ImageSet
 from common.mae import MAE
 from common.vit import SIZES, build_model
 from common.weights import FormatError, read_weights
@@ -192,7 +192,7 @@ def test_finetune_takes_it_by_name_or_from_the_file(tmp_path, monkeypatch):
     pixels = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3), dtype=np.uint8)
     images = ImageSet("toy", pixels, np.arange(8) % 2, [0, 1])
     monkeypatch.setattr(finetune, "load_sets", lambda args: (images, images))
-    monkeypatch.setattr(finetune, "TrainViews", lambda args: to_uint8)
+    monkeypatch.setattr(finetune, "TrainViews", lambda args: contiguous)
     row = dict(preset="demo", img_size=[4], patch_size=2, num_heads=2, batch_size=4, epochs=1, warmup_epochs=0,
                eval_every=0, device="cpu", workers=0, precision="fp32", output=str(tmp_path))
 

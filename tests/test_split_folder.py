@@ -40,7 +40,7 @@ def test_every_image_is_on_one_side_and_read_from_there(classes, tmp_path, monke
     monkeypatch.chdir("/")  # the links hold from anywhere
     args = resolve(finetune.build_parser(), {}, explicit={"data": "folder", "data_path": str(tmp_path / "split")})
     sets = load_sets(args)
-    assert [len(images) for images in sets] == [29, 8] and sets[0].read(0).size == (4, 4)
+    assert [len(images) for images in sets] == [29, 8] and sets[0].read(0).shape == (3, 4, 4)
 
 
 def test_the_draw_is_of_names_and_seed(classes, tmp_path):

@@ -13,8 +13,9 @@ from torch import nn
 
 from common import options, report
 from common.augment import eval_transform
-from common.data import ImageSet, labelled_folder
+from common.data import labelled_folder
 from common.errors import UserError
+from common.images import ImageSet
 from common.vit import build_vit
 from sec3_benchmark import imagenet_variants as variants
 from sec3_benchmark import light_networks

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from common import checkpoint, distributed, options, report, training
-from common.augment import to_uint8
+from common.augment import contiguous
 from common.checkpoint import load_newest, steps_saved
-from common.data import ImageSet
 from common.errors import UserError
+from common.images import ImageSet
 from common.mae import DECODERS
 from common.optim import adamw, learning_rate, parameter_groups
 from common.runs import Run
@@ -95,7 +95,7 @@ def fit(folder, args, toy=None, evaluate=None):
     """Trains a Toy in a run's folder, or continues what lies there. Returns it, with `result` in it."""
     Path(folder).mkdir(exist_ok=True)
     toy = toy or Toy()
-    toy.result = train(Run(folder, vars(args)), args, toy, toy.optimizer, schedule, toy_images(), to_uint8,
+    toy.result = train(Run(folder, vars(args)), args, toy, toy.optimizer, schedule, toy_images(), contiguous,
                        torch.device("cpu"), evaluate and (lambda: evaluate(toy)))
     return toy
 

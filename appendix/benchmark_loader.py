@@ -1,0 +1,137 @@
+"""The loader of appendix/benchmark_throughput.py: from files to normalised batches, view by view, against ImageFolder.
+
+What it is compared with is torchvision's ImageFolder, which decodes by Pillow, with the same transforms on Pillow's
+images, in turns in the same run. Both read from the original files; a second row reads from copies that
+appendix/shrink_folder.py made of them, and is compared with ImageFolder on the originals.
+"""
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
+
+from appendix import pretrain_dino, shrink_folder
+from appendix.benchmarking import in_turns
+from common import options
+from common.augment import eval_transform, pretrain_transform
+from common.data import labelled_folder
+from common.distributed import print0
+from common.fractals import draw
+from common.loader import Views, data_loader, on_device, step_batches
+from sec3_benchmark import pretrain_mocov3
+from sec3_benchmark.moco import GaussianBlur, colour_jitter
+from sec3_benchmark.randaugment import RANDAUGMENT, rand_augment, train_transform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_CROPS = 8  # of DINO
+VIEWS = ("MAE", "evaluation", "fine-tuning impr.", "MoCo-v3", "DINO")
+
+
+def defaults(script, size):
+    """The paper's settings of a pre-training script, at another image size."""
+    return options.resolve(script.build_parser(), {}, explicit={"img_size": [size], "preset": "paper",
+                                                                "data_path": "here"})
+
+
+def our_views(size):
+    """{view: transform of ours}."""
+    dino = defaults(pretrain_dino, size)
+    dino.local_size = 96 * size // 224 // 16 * 16 or 16
+    return dict(zip(VIEWS, (pretrain_transform(size, interpolation="bicubic"), eval_transform(size),
+                            train_transform(size), pretrain_mocov3.MoCoViews(defaults(pretrain_mocov3, size)),
+                            pretrain_dino.crops_of(dino))))
+
+
+class Several:
+    """An image -> the results of several transforms; the picklable way to write it."""
+
+    def __init__(self, transforms_):
+        self.transforms = transforms_
+
+    def __call__(self, image):
+        return tuple(transform(image) for transform in self.transforms)
+
+
+def pillow_views(size):
+    """{view: the same on Pillow's images by torchvision, as the authors' code does it}."""
+    finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    flip, grey, small = transforms.RandomHorizontalFlip(), transforms.RandomGrayscale(0.2), 96 * size // 224 // 16 * 16
+
+    def crop(size, scale=(0.08, 1.0), mode="bicubic"):
+        return transforms.RandomResizedCrop(size, scale, interpolation=InterpolationMode(mode))
+
+    def moco(blur, solarize):
+        return transforms.Compose([crop(size, mode="bilinear"), colour_jitter(), GaussianBlur(blur), grey, flip,
+                                   transforms.RandomSolarize(128, solarize), *finish])
+
+    def dino(size, scale, blur, solarize):
+        return transforms.Compose([crop(size, scale), flip, colour_jitter(), grey, GaussianBlur(blur),
+                                   transforms.RandomSolarize(128, solarize), *finish])
+    large = [dino(size, (0.4, 1.0), 1.0, 0.0), dino(size, (0.4, 1.0), 0.1, 0.2)]
+    return dict(zip(VIEWS, (
+        transforms.Compose([crop(size), flip, *finish]),
+        transforms.Compose([transforms.Resize(round(size / 0.875), InterpolationMode.BICUBIC),
+                            transforms.CenterCrop(size), *finish]),
+        transforms.Compose([crop(size), flip, rand_augment(RANDAUGMENT, size), *finish]),
+        Several([moco(1.0, 0.0), moco(0.1, 0.2)]),
+        Several(large + [dino(small or 16, (0.05, 0.4), 0.5, 0.0)] * SMALL_CROPS))))
+
+
+def ours(folder, transform, count, args, device):
+    """A function that reads `count` images of a class folder as a training does."""
+    views = Views(labelled_folder(folder, 3, "folder"), transform, seed=0)
+    mean, std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
+
+    def read():
+        keys = step_batches(count, batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
+                            total_steps=count // args.batch_size)
+        for _ in on_device(data_loader(views, keys, args.workers, device), device, mean, std):
+            pass
+    return read
+
+
+def image_folders(folder, transform, count, args, device):
+    """The same by torchvision."""
+    images = Subset(datasets.ImageFolder(folder, transform), range(count))
+
+    def read():
+        for batch, _ in DataLoader(images, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True):
+            for part in batch if isinstance(batch, (list, tuple)) else [batch]:
+                part.to(device)
+    return read
+
+
+def generated_folder(folder, count=1000, size=256):
+    """A class folder of JPEGs of fractals, for a loader that must decode."""
+    for first in range(0, count, 50):
+        target = Path(folder) / f"class{first // 50:02d}"
+        target.mkdir(parents=True)
+        for index, image in enumerate(draw(0, [first // 50] * 50, list(range(50)), size, size)):
+            Image.fromarray(image).save(target / f"{index}.jpg", quality=90)
+    return folder
+
+
+def measure(args, device):
+    """Rows {"view", "source", "ours_images_per_second", "imagefolder_images_per_second", "ratio"}."""
+    with tempfile.TemporaryDirectory() as scratch:
+        full = args.data_path or generated_folder(f"{scratch}/full")
+        small = f"{scratch}/small"
+        shrink_folder.main(options.parse(shrink_folder.build_parser(),
+                                         argv=["--data-path", str(full), "--output", small]))
+        count = min(len(labelled_folder(full, 3, "folder")), 4000) // args.batch_size * args.batch_size
+        rows, mine, theirs = [], our_views(args.img_size), pillow_views(args.img_size)
+        for view in args.views or VIEWS:
+            times = in_turns({"full": ours(full, mine[view], count, args, device),
+                              "small": ours(small, mine[view], count, args, device),
+                              "ImageFolder": image_folders(full, theirs[view], count, args, device)}, args.pairs)
+            for source in ("full", "small"):
+                ratio = statistics.median(b / a for a, b in zip(times[source], times["ImageFolder"]))
+                rows.append({"view": view, "source": source, "ratio": ratio, "images": count,
+                             "ours_images_per_second": count / statistics.median(times[source]),
+                             "imagefolder_images_per_second": count / statistics.median(times["ImageFolder"])})
+                print0(rows[-1])
+    return rows
