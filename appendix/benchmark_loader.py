@@ -1,16 +1,16 @@
-"""The loader of appendix/benchmark_throughput.py: from files to normalised batches, view by view, against ImageFolder.
+"""The loader of appendix/benchmark_throughput.py: from files to batches, view by view, against ImageFolder.
 
 What it is compared with is torchvision's ImageFolder, which decodes by Pillow, with the same transforms on Pillow's
-images, in turns in the same run. Both read from the original files; a second row reads from copies that
-appendix/shrink_folder.py made of them, and is compared with ImageFolder on the originals.
+images, in turns in the same run. Each makes what it hands to the device: ours bytes, which are normalised there,
+ImageFolder normalised floats. Both read the original files; a second row reads copies that appendix/shrink_folder.py
+made of them, and is compared with ImageFolder on the originals.
 """
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
@@ -21,7 +21,7 @@ from common.augment import eval_transform, pretrain_transform
 from common.data import labelled_folder
 from common.distributed import print0
 from common.fractals import draw
-from common.loader import Views, data_loader, on_device, step_batches
+from common.loader import Views, data_loader, step_batches
 from sec3_benchmark import pretrain_mocov3
 from sec3_benchmark.moco import GaussianBlur, colour_jitter
 from sec3_benchmark.randaugment import RANDAUGMENT, rand_augment, train_transform
@@ -81,27 +81,26 @@ def pillow_views(size):
         Several(large + [dino(small or 16, (0.05, 0.4), 0.5, 0.0)] * SMALL_CROPS))))
 
 
-def ours(folder, transform, count, args, device):
-    """A function that reads `count` images of a class folder as a training does."""
+def ours(folder, transform, steps, args, device):
+    """A function that reads `steps` batches of a class folder as a training does, over as many epochs as they are."""
     views = Views(labelled_folder(folder, 3, "folder"), transform, seed=0)
-    mean, std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
 
     def read():
-        keys = step_batches(count, batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
-                            total_steps=count // args.batch_size)
-        for _ in on_device(data_loader(views, keys, args.workers, device), device, mean, std):
+        keys = step_batches(len(views.images), batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
+                            total_steps=steps)
+        for _ in data_loader(views, keys, args.workers, device):
             pass
     return read
 
 
-def image_folders(folder, transform, count, args, device):
-    """The same by torchvision."""
-    images = Subset(datasets.ImageFolder(folder, transform), range(count))
+def image_folders(folder, transform, steps, args):
+    """The same by torchvision; its loading processes start once here, as ours do."""
+    images = datasets.ImageFolder(folder, transform)
 
     def read():
-        for batch, _ in DataLoader(images, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True):
-            for part in batch if isinstance(batch, (list, tuple)) else [batch]:
-                part.to(device)
+        order = RandomSampler(images, num_samples=steps * args.batch_size)  # over several epochs too
+        for _ in DataLoader(images, args.batch_size, sampler=order, num_workers=args.workers):
+            pass
     return read
 
 
@@ -122,12 +121,13 @@ def measure(args, device):
         small = f"{scratch}/small"
         shrink_folder.main(options.parse(shrink_folder.build_parser(),
                                          argv=["--data-path", str(full), "--output", small]))
-        count = min(len(labelled_folder(full, 3, "folder")), 4000) // args.batch_size * args.batch_size
+        steps = -(-args.num_images // args.batch_size)
         rows, mine, theirs = [], our_views(args.img_size), pillow_views(args.img_size)
         for view in args.views or VIEWS:
-            times = in_turns({"full": ours(full, mine[view], count, args, device),
-                              "small": ours(small, mine[view], count, args, device),
-                              "ImageFolder": image_folders(full, theirs[view], count, args, device)}, args.pairs)
+            times = in_turns({"full": ours(full, mine[view], steps, args, device),
+                              "small": ours(small, mine[view], steps, args, device),
+                              "ImageFolder": image_folders(full, theirs[view], steps, args)}, args.pairs)
+            count = steps * args.batch_size
             for source in ("full", "small"):
                 ratio = statistics.median(b / a for a, b in zip(times[source], times["ImageFolder"]))
                 rows.append({"view": view, "source": source, "ratio": ratio, "images": count,

@@ -36,6 +36,7 @@ def build_parser():
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
     parser.add_argument("--workers", type=int, default=2, help="loading processes; 0: the speed of one core")
+    parser.add_argument("--num-images", type=int, default=1000, help="read in each turn of the loader")
     parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="of the loader; default: all")
     benchmarking.add_execution(parser)
     return parser
@@ -118,7 +119,7 @@ def write(args, device, steps, loader):
         texts += [f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs",
                   report.markdown(header, body)]
     if loader:
-        texts += [f"Loader, {args.workers} loading processes, {args.img_size} px, {loader[0]['images']} JPEGs, median "
+        texts += [f"Loader, {args.workers} loading processes, {args.img_size} px, {loader[0]['images']} images, median "
                   f"of {args.pairs} turns; small: copies by appendix/shrink_folder.py; both against ImageFolder on the "
                   f"originals", report.markdown(
                       ["view", "from", "ours img/s", "ImageFolder img/s", "ratio"],

@@ -9,13 +9,16 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 from common.distributed import print0
 from common.watch import STOPPED
 
 
 def groups(rows):
-    """Keys of rows in lists: those that begin with the same stage stay together, and train it once."""
+    """Keys of rows in lists: those that begin with the same stage stay together, and train it once. The longest, which
+    have most stages, come first, so that none of them is left for the end.
+    """
     found = []  # [keys, first stages]
     for row in rows:
         first = json.dumps(row.stages[0], sort_keys=True, default=str)
@@ -25,6 +28,10 @@ def groups(rows):
             found.append(home)
         home[0].append(row.key)
         home[1].add(first)
+    stages = Counter()
+    for row in rows:
+        stages[row.key] += len(row.stages)
+    found.sort(key=lambda group: -sum(stages[key] for key in dict.fromkeys(group[0])))
     return [list(dict.fromkeys(keys)) for keys, _ in found]
 
 

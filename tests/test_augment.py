@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from common import augment
 from sec3_benchmark import randaugment
-from tests.helpers import ks_uniform
+from tests.helpers import chw, ks_uniform, near, tensor
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -32,18 +32,6 @@ def seeded(seed, transform, image):
     return transform(image)
 
 
-def tensor(image):
-    """What the transforms take: uint8 (C, H, W), lying in memory as a decoder leaves it."""
-    array = np.array(image)
-    return torch.from_numpy(array[..., None] if array.ndim == 2 else array).permute(2, 0, 1)
-
-
-def near(ours, pillows):
-    """Torch's resize against Pillow's: both round between their two passes, whose order differs."""
-    difference = (ours.int() - chw(pillows).int()).abs()
-    return ours.shape == chw(pillows).shape and difference.max() <= 4 and difference.float().mean() < 0.35
-
-
 def pixels(height, width, channels=3, seed=0):
     """A smooth picture with some noise: interpolation modes and shifts all show. uint8 (H, W, C)."""
     rng = np.random.RandomState(seed)
@@ -53,12 +41,6 @@ def pixels(height, width, channels=3, seed=0):
 
 def picture(height, width, seed=0):
     return Image.fromarray(pixels(height, width, seed=seed))
-
-
-def chw(image):
-    """PIL RGB or L -> (C, H, W), pixel by pixel."""
-    return torch.stack([torch.tensor(list(band.tobytes()), dtype=torch.uint8).view(band.height, band.width)
-                        for band in image.split()])
 
 
 # Crop

@@ -72,3 +72,10 @@ def test_of_val_beside_train_the_unreadable_alone(tmp_path, capsys):
     assert result["mean"] == pytest.approx([0.2] * 3) and result["images"] == 1
     assert sorted(result["unreadable"]) == [str(path) for path in broken]
     assert "of train/ alone; 4 images of val/ were read too, 2 are unreadable" in capsys.readouterr().out
+
+
+def test_train_alone_needs_no_val_beside_it(tmp_path):
+    (tmp_path / "data" / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8), (51, 102, 255)).save(tmp_path / "data" / "train" / "a" / "1.png")
+    result = run(tmp_path / "data", tmp_path)
+    assert result["images"] == 1 and result["unreadable"] == []
