@@ -4,8 +4,8 @@ Bytes travel to the device and are normalised there. What one recipe alone has i
 sec3_benchmark/randaugment.py, moco.py, appendix/dino.py.
 
 Departure: the authors resize by Pillow (timm 0.4.12), here torch does it, bicubic or bilinear with antialiasing, on
-bytes too. Both round between their two passes, whose order differs; both are equally near to the exact result, 0.2 grey
-levels on average.
+bytes too. Both round between their two passes, whose order differs; both are equally near to the exact result, 0.3 grey
+levels of 255 on average.
 
 Every draw comes from the global generators of Python, NumPy and torch, which the loader seeds for each sample;
 a transform keeps no state of its own. All of them can be pickled.
