@@ -124,7 +124,7 @@ def run_rows(rows, args, demo, script):
     if scripts and args.data != "fractals" and not (args.dry_run and args.data_path):
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
-    ahead = getattr(args, "jobs", 1) != 0 and args.words is not None and not args.dry_run
+    ahead = getattr(args, "jobs", 0) != 0 and args.words is not None and not args.dry_run  # a figure has no --jobs
     if ahead and distributed.world_size() == 1 and (device.type == "cpu" or args.jobs):
         jobs.run_ahead(to_run, args)
     for number, row in enumerate(to_run, 1):

@@ -1,6 +1,7 @@
 """common/jobs.py: rows at once in processes, each row once, and a stop that reaches all of them."""
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from common import jobs
+from common.options import ROOT
 from common.tables import PREVIOUS, Row
 from sec3_benchmark import table1_pretraining_methods as table1
 
@@ -102,3 +104,14 @@ def test_a_signal_to_the_table_reaches_its_trainings(script):
         jobs.run_ahead(rows("waits", "waits2"), arguments(jobs=2))
         time.sleep(5)
     assert (script / "waits-0.saved").exists()
+
+
+@pytest.mark.parametrize("script", ["sec4_analysis/fig1_layer_similarity.py",
+                                    "sec3_benchmark/table1_pretraining_methods.py"])
+def test_tables_and_figures_start_from_the_command_line(script, tmp_path):
+    """As far as the first training that cannot run: a figure trains its rows itself, a table begins them at once."""
+    done = subprocess.run([sys.executable, script, "--preset", "demo", "--output", str(tmp_path), "--set",
+                           "finetune.batch_size=100000", "pretrain_mae.batch_size=100000"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert "100000" in done.stderr.splitlines()[-1]
