@@ -83,8 +83,8 @@ class FileNames(Packed):
 
 def list_images(root):
     """Paths of all images below a folder, sorted: regular files with a known ending, hidden names passed over, every
-    folder once, also where links lead, but no link back up. None where there is no such folder; DataError for one below
-    that cannot be read.
+    folder once, also where links lead, but no link back up. Empty where there is no such folder; DataError for one
+    below that cannot be read.
     """
     found, listed, waiting = [], set(), [os.fspath(root)] if os.path.isdir(root) else []
     while waiting:
