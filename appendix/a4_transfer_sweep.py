@@ -17,6 +17,7 @@ from sec3_benchmark.downstream_sets import FRACTALS, check_path, load_downstream
 
 PRETRAIN, TRANSFER = "sec3_benchmark.pretrain_mae", "sec3_benchmark.transfer"
 PRESETS = {"demo": dict(data="fractals", dataset="fractals-small", lrs=[0.03, 0.1, 0.3], layer_decays=[0.75]),
+           "laptop": dict(data="folder", dataset="folder", layer_decays=[0.75]),
            "small": dict(data="folder", dataset="folder")}
 
 

@@ -34,7 +34,7 @@ ROWS = [
     row("mocov3", "MoCo-v3", 76.8, "sec3_benchmark.pretrain_mocov3", "2, and 2 by the momentum encoder",
         **MOCO_FINETUNING),
     row("simmim", "SimMIM", 77.9, "appendix.pretrain_simmim", "1", pooling="avg"),
-    row("dino", "DINO", 77.2, "appendix.pretrain_dino", "2 and 8 small (demo: 4), and 2 by the teacher"),
+    row("dino", "DINO", 77.2, "appendix.pretrain_dino", "2 and 8 small (demo, laptop: 4), and 2 by the teacher"),
 ]
 COLUMNS = {
     "pre-training": lambda row: row["name"],

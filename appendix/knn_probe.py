@@ -18,6 +18,7 @@ from common.data import load_sets
 from common.errors import UserError
 
 PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
+           "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8),
            "small": dict(data="folder", img_size=[64], patch_size=8)}
 
 

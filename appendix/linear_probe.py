@@ -29,6 +29,7 @@ from common.optim import learning_rate, set_learning_rate
 
 PRESETS = {  # the official peak of 6.4 at smaller batches
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, batch_size=512, base_lr=3.2),
+    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, batch_size=512, base_lr=3.2),
     "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=512, base_lr=3.2),
 }
 RECIPES = {"official": {}, "quick": dict(epochs=20, batch_size=512, base_lr=5e-3, warmup_epochs=1)}

@@ -25,6 +25,9 @@ PRESETS = {
     "demo": dict(data="fractals", img_size=[36], local_size=18, model="vit_demo", patch_size=6, epochs=2,
                  batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=1024, hidden_dim=256,
                  bottleneck_dim=64, blur_sigma=0.5),
+    "laptop": dict(data="folder", img_size=[48], local_size=24, model="vit_demo", patch_size=8, epochs=6,
+                   batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=2048, hidden_dim=1024,
+                   bottleneck_dim=128, blur_sigma=0.45),
     # a quarter of the batch, fewer outputs; the blur shrinks with the image
     "small": dict(data="folder", img_size=[64], local_size=32, patch_size=8, batch_size=256, out_dim=4096,
                   blur_sigma=0.6),

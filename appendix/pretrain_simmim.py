@@ -24,6 +24,8 @@ from common.vit import MODELS
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=32,
                  base_lr=8e-3, warmup_epochs=1),
+    "laptop": dict(data="folder", img_size=[48], model="vit_demo_simmim", patch_size=8, epochs=30, batch_size=64,
+                   base_lr=4e-3, warmup_epochs=3),
     "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=256, base_lr=5e-4, warmup_epochs=20),
 }
 

@@ -25,7 +25,7 @@ from common.report import subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
 
-PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}
+PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
 
 
 def build_parser():

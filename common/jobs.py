@@ -1,81 +1,86 @@
-"""Rows of a table at the same time, each in a process of its own.
+"""Trainings at the same time, each in a process of its own.
 
 On a CPU two trainings with one thread each are faster than one after the other with two: the steps of small models are
 short, and in each of them threads wait for each other many times, busily. So one busy neighbour slows them down four
 times, where single threads just share the cores.
 """
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
-from collections import Counter
 
-from common.distributed import print0
-from common.watch import STOPPED
+from common.errors import STOPPED
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def groups(rows):
-    """Keys of rows in lists: those that begin with the same stage stay together, and train it once. The longest, which
-    have most stages, come first, so that none of them is left for the end.
+    """Rows of a table in lists: those that begin with the same stage stay together, and train it once. The longest,
+    which have most stages, come first, so that none of them is left for the end.
     """
-    found = []  # [keys, first stages]
+    found = []  # [(rows, their keys, their first stages)]
     for row in rows:
         first = json.dumps(row.stages[0], sort_keys=True, default=str)
-        same = [group for group in found if row.key in group[0] or len(row.stages) > 1 and first in group[1]]
-        home = same[0] if same else ([], set())
-        if not same:
-            found.append(home)
-        home[0].append(row.key)
-        home[1].add(first)
-    stages = Counter()
-    for row in rows:
-        stages[row.key] += len(row.stages)
-    found.sort(key=lambda group: -sum(stages[key] for key in dict.fromkeys(group[0])))
-    return [list(dict.fromkeys(keys)) for keys, _ in found]
+        home = next((group for group in found
+                     if row.key in group[1] or len(row.stages) > 1 and first in group[2]), None)
+        if home is None:
+            found.append(home := ([], set(), set()))
+        home[0].append(row)
+        home[1].add(row.key)
+        home[2].add(first)
+    return sorted((members for members, _, _ in found), key=lambda rows: -sum(len(row.stages) for row in rows))
 
 
-def run_ahead(rows, args):
-    """Train the rows, for every seed, in processes of this script, so that the table then finds them finished; returns
-    when all have ended. What fails in one is met again, and said, by the table itself.
+def run_at_once(tasks, limit=CORES):
+    """Call the functions of `tasks`, a list of (name, function, arguments), each in a new process, at most `limit` at
+    the same time; return when all have ended. Cores are shared out as threads; lines are printed with the name before
+    them. What fails in one is for the caller to meet again. One that was stopped by a signal stops all.
     """
-    waiting = [["--rows", *keys, "--seeds", str(seed)] for seed in args.seeds for keys in groups(rows)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    at_once = min(len(waiting), cores if args.jobs is None else args.jobs)
-    if at_once < 2:
-        return
-    threads = str(max(1, cores // at_once))
-    print0(f"{len(waiting)} trainings, {at_once} at once with {threads} threads each (--jobs 1: one after the other)")
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
-    workers = [] if "--workers" in args.words else ["--workers", "0"]
+    waiting, at_once = list(tasks), min(len(tasks), limit)
+    threads = max(1, CORES // at_once)
+    print(f"{len(waiting)} trainings, {at_once} at once with {threads} threads each (--jobs 1: one after the other)",
+          flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when a process imports torch; this one has
     running, ended = [], threading.Semaphore(0)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                words = waiting.pop(0)
-                running.append(start([*args.words, *words, "--jobs", "0", *workers], words[1], environment, ended))
+                running.append(start(*waiting.pop(0), ended))
             ended.acquire()
-            stopped = [process for process in running if process.poll() is not None]
+            stopped = [process for process in running if not process.is_alive()]
             running = [process for process in running if process not in stopped]
-            if any(process.returncode == STOPPED for process in stopped):
+            if any(process.exitcode == STOPPED for process in stopped):
                 raise SystemExit(STOPPED)
     finally:
         for process in running:
             process.terminate()  # it saves
         for process in running:
-            process.wait()
+            process.join()
 
 
-def start(words, name, environment, ended):
-    """A process of this script whose lines are printed with the row's name before them; `ended` hears of its end."""
-    process = subprocess.Popen([sys.executable, sys.argv[0], *words], env=environment, text=True, errors="replace",
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(name, function, arguments, ended):
+    """The process of one task; `ended` hears of its end."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=call, args=(there, function, arguments), name=name)
+    process.start()
+    there.close()
 
     def pass_on():
-        for line in process.stdout:
-            if line.strip():
-                print0(f"[{name}] {line.rstrip()}")
-        process.wait()
+        with os.fdopen(os.dup(here.fileno()), errors="replace") as lines:
+            for line in lines:
+                if line.strip():
+                    print(f"[{name}] {line.rstrip()}", flush=True)
+        here.close()
+        process.join()
         ended.release()
     threading.Thread(target=pass_on, daemon=True).start()
     return process
+
+
+def call(pipe, function, arguments):
+    """In the new process: what it prints goes to the one that started it."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(pipe.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)
+    function(*arguments)

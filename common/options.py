@@ -1,7 +1,7 @@
 """Command lines: groups of arguments that scripts share, and how presets, recipes and table rows meet.
 
 Precedence: explicit argument > table row > recipe > preset > default. A script's defaults are the paper's values; its
-`PRESETS` lists only what demo and small change.
+`PRESETS` lists only what the smaller presets change.
 """
 import argparse
 import difflib
@@ -11,13 +11,13 @@ import re
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import data, distributed
 from common.distributed import print0
-from common.errors import UserError
+from common.errors import STOPPED, UserError
 from common.vit import SIZES
-from common.watch import STOPPED
 
 
 class Settings(argparse.Namespace):
@@ -27,7 +27,7 @@ class Settings(argparse.Namespace):
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESET_NAMES = ("demo", "small", "paper")
+PRESET_NAMES = ("demo", "laptop", "small", "paper")
 
 
 def make_parser(description):
@@ -164,19 +164,32 @@ def parse(parser, presets=None, recipes=None, argv=None):
 def start(main, parser, *presets_and_recipes, parse=parse):
     """A script's entry: what the user can mend ends in one line instead of a traceback."""
     check_clone()
-    try:
+    with mishaps_in_one_line(parser.prog):
         args = parse(parser, *presets_and_recipes)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if "RANK" not in os.environ else ():
-            signal.signal(number, lambda *_: sys.exit(STOPPED))  # a training sees to them itself; ranks could not obey
+        if "RANK" not in os.environ:  # a rank could not obey without the others
+            stop_by(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
         announce(parser, args)
         result = main(args)
         if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
+
+
+def stop_by(*signals):
+    """Leave at these signals, as something that can be continued. A training sees to them itself."""
+    for number in signals:
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
+
+
+@contextmanager
+def mishaps_in_one_line(prog):
+    """End what the user can mend in one line instead of a traceback, and everything that was begun."""
+    try:
+        yield
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         text = str(error).strip()
         if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
             text = text.splitlines()[-1].split(": ", 1)[-1]
-        distributed.abandon(f"{parser.prog}: error: {' '.join(text.split())}")
+        distributed.abandon(f"{prog}: error: {' '.join(text.split())}")
     except Exception:
         if distributed.world_size() == 1:
             raise

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -126,8 +126,8 @@ def deliver(result, save_to):
 def open_run(script, name, args, fingerprints):
     """Yields the run of these settings; `run.result` is set if it is finished already.
 
-    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is an error that names
-    that process.
+    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is waited for, since
+    that process makes the same; with several ranks, who cannot wait for long, it is an error.
     """
     settings, save_to = vars(args), getattr(args, "save_to", None)
     if save_to and Path(save_to).is_dir():
@@ -168,20 +168,37 @@ def finished(folder):
         return {**json.loads(done.read_text()), "run": str(folder), "checkpoint": str(folder / WEIGHTS)}
 
 
+def _lock(folder):
+    """The folder's lock, held. It ends with the process that holds it, so that of a killed one is free."""
+    told = False
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+                    return lock  # else the holder has removed the folder, as nothing came of its run
+        except BlockingIOError:
+            lock.seek(0)
+            in_use = f"{folder} is in use by {lock.read().strip() or 'another process'}"
+            if distributed.world_size() > 1:
+                raise OSError(f"{in_use}: wait for it or stop it") from None
+            if not told:
+                told = True
+                print0(f"{in_use}, which trains the same: waiting for it")
+            time.sleep(1)
+        except OSError as error:  # Lustre without its flock option, some NFS
+            raise OSError(f"{folder} cannot be locked ({error}): choose an --output on a file system with locks"
+                          ) from None
+        lock.close()
+
+
 def _prepare(folder, fresh, settings):
     """Makes and locks the folder; the lock, to be closed, and the result of a finished run, which needs no lock."""
     if not fresh and (result := finished(folder)):
         return None, result
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        raise OSError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-    except OSError as error:  # Lustre without its flock option, some NFS
-        raise OSError(f"{folder} cannot be locked ({error}): choose an --output on a file system with locks") from None
+    lock = _lock(folder)
     os.register_at_fork(after_in_child=lock.close)  # else loading processes hold it for seconds after a kill -9
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")

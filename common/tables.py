@@ -3,10 +3,11 @@
 A row's settings name only what makes it that row; preset, device and the rest come from the table's command line.
 `--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
 """
+import argparse
 import importlib
 import json
 import shlex
-import sys
+import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from common.distributed import print0
 from common.errors import UserError
 from common.weights import HubError
 
-PRESETS = {"demo": {"data": "fractals"}, "small": {"data": "folder"}}  # as in every stage
+PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as in every stage
 NOTES = {
     "demo": "The demo's numbers come from generated images and minutes of training. They show that the chain works and "
             "say nothing about the paper's claims.",
-    "small": "Same chain on other images: compare the rows with each other, not with the published column.",
+    **dict.fromkeys(("laptop", "small"),
+                    "Same chain on other images: compare the rows with each other, not with the published column."),
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
 OWN_DATA = {"transfer", "detect"}  # stages that do not read --data-path
@@ -54,15 +56,15 @@ def make_parser(description, rows, demo):
 
 
 def add_rows(parser, rows=(), demo=()):
-    """--rows, --seeds, --set, --dry-run; without rows the last two alone."""
+    """--rows, --seeds, --jobs, --set, --dry-run; without rows the last three alone."""
     group = parser.add_argument_group("table")
     if rows:
         group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
                            help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
-        group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
-                           "default: on a CPU as many as cores, else 1; 0: train, and write no table")
+    group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
+                       "default: on a CPU as many as cores, else 1")
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="STAGE.KEY=VALUE",
                        help="any other setting of a stage, e.g. finetune.epochs=100")
     group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
@@ -72,14 +74,15 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     """A table's arguments. `args.given` holds what the user gave: every stage that has such a setting takes it, in
     place of the row's. `own` is the table's alone, although a stage has a setting of that name.
     """
-    words = sys.argv[1:] if argv is None else None  # else no command line, which another process could be given
     given = options.explicit_arguments(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.resolve(parser, presets, explicit=given)
     args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     args.rows = getattr(args, "rows", ["all"])  # a figure has no --rows: all of its own are run
-    args.per_stage, args.needs_weights, args.words = {}, {}, words
+    args.per_stage, args.needs_weights = {}, {}
+    if argv is not None and args.jobs is None:  # part of another program, whose processes are its own affair
+        args.jobs = 1
     for text in args.set:
         stage, dot, rest = text.partition(".")
         key, equals, value = rest.partition("=")
@@ -124,9 +127,9 @@ def run_rows(rows, args, demo, script):
     if scripts and args.data != "fractals" and not (args.dry_run and args.data_path):
         load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
         load(args)
-    ahead = getattr(args, "jobs", 0) != 0 and args.words is not None and not args.dry_run  # a figure has no --jobs
-    if ahead and distributed.world_size() == 1 and (device.type == "cpu" or args.jobs):
-        jobs.run_ahead(to_run, args)
+    at_once = args.jobs or (jobs.CORES if device.type == "cpu" else 1)
+    if at_once > 1 and distributed.world_size() == 1 and not args.dry_run:
+        run_ahead(to_run, args, script, at_once)
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
@@ -139,9 +142,26 @@ def run_rows(rows, args, demo, script):
                 break
     if args.dry_run:
         print0("\n# then this command without --dry-run: it finds these runs by their content")
-    if getattr(args, "jobs", None) == 0:
-        raise SystemExit(0)
     return {key: columns.get("", columns) for key, columns in results.items()}
+
+
+def run_ahead(rows, args, script, at_once):
+    """Trains the rows in processes of their own, so that the table then finds them finished."""
+    own = argparse.Namespace(**{**vars(args), "given": {"workers": 0, **args.given}})  # a core each is all they have
+    tasks = [(group[0].key, train_rows, (group, seed, own, script))
+             for seed in args.seeds for group in jobs.groups(rows)]
+    if len(tasks) > 1:
+        jobs.run_at_once(tasks, at_once)
+
+
+def train_rows(rows, seed, args, script):
+    """What one of these processes does. What fails is met again, and said, by the table itself."""
+    with options.mishaps_in_one_line(script):
+        options.stop_by(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        done = {}
+        for row in rows:
+            with suppress(HubError):
+                run_row(row, seed, args, script, done)
 
 
 def stage_settings(name, explicit=None, row=None):

@@ -9,12 +9,12 @@ from common import distributed, report
 from common.checkpoint import Snapshot, save_torch
 from common.data import statistics
 from common.distributed import print0
-from common.errors import UserError
+from common.errors import STOPPED, UserError
 from common.loader import Views, data_loader, on_device, seed_everything, step_batches
 from common.memory import keep_decoded
 from common.optim import set_learning_rate, steps_per_epoch
 from common.vit import choose_attention
-from common.watch import STOPPED, BadImages, Guard, Meter, StopSignals, explain_memory
+from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
 
 
 class Method:

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.distributed import print0
+from common.errors import STOPPED
 from common.images import DataError
 
 BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
-STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): a run is saved, the same command goes on
 
 
 class StopSignals:

@@ -36,7 +36,10 @@ PRESETS = {
     "demo": dict(img_size=[96], model="vit_demo", patch_size=6, position_size=[36], window=4, channels=64, hidden=256,
                  anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
                  warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
-    # for weights of the small pre-trainings: their patches and positions
+    # for weights of the laptop and small pre-trainings: their patches and positions
+    "laptop": dict(img_size=[192], model="vit_demo", patch_size=8, position_size=[48], window=6, channels=64,
+                   hidden=256, anchors=64, rois=64, proposals=100, iterations=2000, batch_size=8, base_lr=4e-3,
+                   jitter=[0.5, 1.5], warmup_iterations=100),
     "small": dict(img_size=[256], patch_size=8, position_size=[64], iterations=3000, batch_size=16, base_lr=4e-4,
                   jitter=[0.5, 1.5]),
 }

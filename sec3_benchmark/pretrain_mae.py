@@ -18,7 +18,10 @@ from sec3_benchmark import subsets
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=10, batch_size=32,
                  base_lr=8e-3, warmup_epochs=1),
-    # for some 10,000 to 100,000 images: small batches, hence a higher base rate than 1.5e-4
+    # for some 20,000 images, on a CPU: half the width; as below, small batches, hence a higher base rate than 1.5e-4
+    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, batch_size=64,
+                   base_lr=4e-3, warmup_epochs=3),
+    # for some 10,000 to 100,000 images
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
                   warmup_epochs=20),
 }

@@ -32,6 +32,7 @@ from sec3_benchmark.light_networks import DISTILLED, NETWORKS, THREE_HEADS, buil
 
 PRESETS = {
     "demo": dict(batch_size=8, warmup=1, repeats=3),
+    "laptop": dict(batch_size=16, warmup=2, repeats=5),
     "small": dict(batch_size=64, warmup=3, repeats=10),
 }
 DEMO = ("mobilenetv2_100", "efficientnet_b0", "levit_128s", "deit_tiny_patch16_224", "scratch", "mae-300", "mae-1000")

@@ -33,7 +33,7 @@ NAMES = {"1": "1 %", "10": "10 %", "lt": "long-tailed", "full": "all", "in21k": 
 DEMO = tuple(f"{method}-{data}" for method in METHODS for data in ("10", "full"))
 ROWS = [Row(f"{method}-{data}", f"{name}, {NAMES[data]}", None,
             ((module, {"subset": subset}), (FINETUNE, {"init": PREVIOUS, **finetuning})),
-            presets=("small", "paper") if data == "1" else options.PRESET_NAMES,  # the demo has too few images for 1 %
+            presets=("laptop", "small", "paper") if data == "1" else options.PRESET_NAMES,  # of the demo too few
             extra={"method": name, "part": data})
         for method, (name, module, finetuning) in METHODS.items() for data, subset in DATA.items()]
 

@@ -30,6 +30,8 @@ from sec3_benchmark.layer_decay import layer_groups
 
 PRESETS = {
     "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
+    "laptop": dict(dataset="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, warmup_epochs=3,
+                   batch_size=64, lr=0.1, crop_min=0.35),
     # for some 1,000 to 10,000 images: a few steps make an epoch of 512
     "small": dict(dataset="folder", img_size=[64], patch_size=8, epochs=100, warmup_epochs=10, batch_size=128, lr=0.1),
 }

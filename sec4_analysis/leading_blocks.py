@@ -18,7 +18,8 @@ from common.weights import read_weights
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
 from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles, start
 
-PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "small": {"data": "folder"}}
+PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "laptop": {"data": "folder", "blocks": [0, 6, 12]},
+           "small": {"data": "folder"}}
 METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
 DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
 

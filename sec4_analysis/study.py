@@ -24,7 +24,7 @@ from common.weights import fingerprint
 from sec4_analysis.features import check_plain
 from sec4_analysis.images import batches, draw_images, preprocessing, validation_images
 
-PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "small": {"data": "folder"}}
+PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
 PRETRAIN, MOCO, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
 # The preset's own models; the paper calls them DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
 SUPERVISED = Row("supervised", "supervised", None, ((FINETUNE, {}),))

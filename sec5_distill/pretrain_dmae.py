@@ -32,6 +32,8 @@ from sec5_distill.distillation import (
 PRESETS = {
     "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=6, batch_size=32,
                  base_lr=8e-3, warmup_epochs=1, teacher="own", teacher_model="vit_tiny"),
+    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, batch_size=64,
+                   base_lr=4e-3, warmup_epochs=3, teacher="own", teacher_model="vit_tiny"),
     "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
                   warmup_epochs=20, teacher="own", teacher_model="vit_small"),
 }

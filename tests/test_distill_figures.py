@@ -75,7 +75,7 @@ def test_figure_7_is_drawn_from_its_numbers_alone(asked, tmp_path):
 
 
 def test_figure_7_takes_settings_of_stages_that_the_chosen_layers_do_not_have(asked, tmp_path):
-    """So that one set of them, as that of appendix/narrow.sh, serves any choice."""
+    """So that one set of them serves any choice."""
     run(fig7_distilled_layer, tmp_path, "--layers", "12", "--set", "pretrain_mae.epochs=3", "pretrain_dmae.epochs=4",
         "finetune.epochs=5", parse=tables.parse)
     assert [(name, settings["epochs"]) for name, settings in asked] == [("pretrain_dmae", 4), ("finetune", 5)]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,16 +403,52 @@ def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):
             pass
 
 
-def test_a_run_in_use_names_the_other_process_and_is_left_alone(tmp_path):
+def test_a_run_in_use_is_waited_for(tmp_path, capsys):
+    """And then found finished: both wanted the same."""
+    weights = torch.nn.Linear(1, 1)
+    weights.config = {}
+    found = []
+
+    def second():
+        with open_run("script", "name", run_settings(tmp_path), {}) as run:
+            found.append(run.result)
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(1.5)
+        assert other.is_alive() and not found
+        run.finish({"top1": 1.0}, weights)
+    other.join()
+    assert found[0]["top1"] == 1.0
+    assert f"{run.folder} is in use by process {os.getpid()} on " in capsys.readouterr().out
+
+
+def test_a_run_in_use_of_which_nothing_came_is_begun_anew(tmp_path):
+    """Its folder, with the lock that was waited for, is gone."""
+    entered = []
+
+    def second():
+        with open_run("script", "name", run_settings(tmp_path), {}) as run:
+            entered.append(run.folder.joinpath("settings.json").exists())
+            run.log({"step": 1})
+    with pytest.raises(ZeroDivisionError):
+        with open_run("script", "name", run_settings(tmp_path), {}):
+            other = threading.Thread(target=second)
+            other.start()
+            other.join(0.5)
+            raise ZeroDivisionError
+    other.join()
+    assert entered == [True]
+
+
+def test_ranks_do_not_wait_for_a_run_in_use(tmp_path, monkeypatch):
     with open_run("script", "name", run_settings(tmp_path), {}) as run:
         run.log({"step": 1})
+        monkeypatch.setattr(runs.distributed, "world_size", lambda: 2)
         for fresh in (False, True):
-            with pytest.raises(UserError, match=f"{run.folder} is in use by process {os.getpid()} on .*stop it"):
-                with open_run("script", "name", run_settings(tmp_path, fresh=fresh), {}):
-                    pass
+            with pytest.raises(OSError, match=f"{run.folder} is in use by process {os.getpid()} on .*stop it"):
+                runs._prepare(run.folder, fresh, {})
         assert run.log_path.exists()
-    with open_run("script", "name", run_settings(tmp_path), {}):
-        pass  # free again
 
 
 def test_an_error_frees_the_run_and_does_not_finish_it(tmp_path):
@@ -449,7 +486,7 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "a folder as file": ("pretrain_mae --save-to DATA", "is a folder: name a file in it"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
                             "patches of 16 px do not tile an image of 30 x 30 px: choose --img-size as multiples of"),
-    "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'small', 'paper')"),
+    "unknown preset": ("pretrain_mae --preset tiny", "'tiny' (choose from 'demo', 'laptop', 'small', 'paper')"),
     "nothing to evaluate": ("finetune --data folder --data-path DATA --eval-only",
                             "--eval-only needs --init, the weights to evaluate"),
 }
