@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
-[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][lsp]* ]] && demo="" || demo=yes
 for table in a1_recipes a2_mae_settings a3_mocov3_settings b5_dino_simmim; do
     $run "appendix/$table.py" "$@" ${SEEDS:-}
 done

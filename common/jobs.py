@@ -22,8 +22,7 @@ def groups(rows):
     found = []  # [(rows, their keys, their first stages)]
     for row in rows:
         first = json.dumps(row.stages[0], sort_keys=True, default=str)
-        home = next((group for group in found
-                     if row.key in group[1] or len(row.stages) > 1 and first in group[2]), None)
+        home = next((group for group in found if row.key in group[1] or first in group[2]), None)
         if home is None:
             found.append(home := ([], set(), set()))
         home[0].append(row)

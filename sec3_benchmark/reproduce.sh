@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
-[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][lsp]* ]] && demo="" || demo=yes
 $run sec3_benchmark/table1_pretraining_methods.py "$@" ${SEEDS:-}
 [[ " $*" == *" --dry-run"* ]] || python sec3_benchmark/table2_sota_networks.py ${TABLE2:-}  # trains nothing
 $run sec3_benchmark/table3_pretraining_data.py "$@" ${SEEDS:-} ${TABLE3:-}

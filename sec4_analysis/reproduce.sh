@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
-[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][lsp]* ]] && demo="" || demo=yes
 for figure in fig1_layer_similarity fig3_fourier fig5_attention attention_maps; do
     $run "sec4_analysis/$figure.py" "$@" ${IMAGES:-}
 done

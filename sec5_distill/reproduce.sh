@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}
-[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][sp]* ]] && demo="" || demo=yes
+[[ " $*" == *" --data-path"* || " $*" == *" --preset"[\ =][lsp]* ]] && demo="" || demo=yes
 $run sec5_distill/fig6_distilled_similarity.py "$@" ${IMAGES:-}
 $run sec5_distill/fig7_distilled_layer.py "$@" ${SEEDS:-}
 if [[ -n $demo || -n ${TRANSFER:-} ]]; then

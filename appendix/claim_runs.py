@@ -1,0 +1,149 @@
+"""The runs behind appendix/claims.py: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7, and their numbers."""
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from appendix.evidence import Measured
+from common import distributed, options, tables
+from common.tables import PREVIOUS
+from sec3_benchmark import downstream
+from sec3_benchmark import table1_pretraining_methods as table1
+from sec3_benchmark import table3_pretraining_data as table3
+from sec4_analysis import fig1_layer_similarity as fig1
+from sec4_analysis import fig3_fourier as fig3
+from sec4_analysis import fig5_attention as fig5
+from sec4_analysis import leading_blocks, study
+from sec5_distill import fig7_distilled_layer as fig7
+from sec5_distill import table5_distillation as table5
+
+HALF = {"mae-6": ("MAE", study.PRETRAIN), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
+TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
+ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8"}  # distilled in this block, as in Figure 7
+MODELS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
+FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
+THIRD = 4  # layers of twelve
+
+
+def half_of(run, stage, settings):
+    """The row of a start from six leading blocks, as in Figures 2 and 4."""
+    name, pretraining = HALF[run]
+    return leading_blocks.point_row(stage, settings, "", name, 6, ((pretraining, {}),), PREVIOUS, {})
+
+
+def fine_tuned(run, args):
+    """The row that ends with fine-tuning on all of the data."""
+    if run in HALF:
+        return half_of(run, study.FINETUNE, {})
+    if run in ONE_BLOCK:
+        return fig7.row_of(ONE_BLOCK[run], args.preset)
+    if run in TENTH:
+        own = tables.parse(table3.build_parser(), ["--rows", *TENTH, *words_for(table3.build_parser(), args)])
+        return next(row for row in table3.planned(own) if row.key == run)
+    return next(row for row in table1.ROWS if row.key == run)
+
+
+def transferred(run, dataset):
+    """The row that ends with transfer to a small set."""
+    if run in HALF:
+        return half_of(run, downstream.TRANSFER[0], {"dataset": dataset})
+    return downstream.cell(next(row for row in table5.ROWS if row.key == run), dataset)
+
+
+def words_for(parser, args):
+    """What was given on the command line, as far as another script knows it."""
+    known = options.defaults(parser)
+    return options.words({name: value for name, value in args.given.items() if name in known})
+
+
+def rows_for(needed, args, sets):
+    """Rows of all runs that the (kind, run) of `needed` come from."""
+    rows = []
+    for kind, run in needed:
+        if kind == "top1":
+            rows.append(replace(fine_tuned(run, args), key=f"top1-{run}"))
+        elif kind == "small":
+            rows += [replace(transferred(run, name), key=f"small-{run}-{name}", name=f"{run}, {downstream.title(name)}",
+                             column="") for name in sets]
+    if any(kind not in ("top1", "small") for kind, _ in needed):
+        rows += [replace(row, key=f"look-{row.key}") for row in MODELS]
+    return rows
+
+
+def measure(needed, args):
+    """Runs or finds everything; returns ([a Measured for each seed], [what to know about each run]), or None on ranks
+    that are not needed any more, and after a dry run.
+    """
+    sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in needed) else []
+    rows = rows_for(needed, args, sets)
+    results = tables.run_rows(rows, args, (), "claims")
+    if args.dry_run:
+        return None
+    tables.require_weights(args)
+    seeds = []
+    for number, seed in enumerate(args.seeds):
+        final = {key: stages[number][-1] for key, stages in results.items()}
+        values, errors = accuracies(needed, final, sets)
+        if any(key.startswith("look") for key in final):
+            values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in MODELS}, args, seed)
+        seeds.append(Measured(values, errors))
+    return (seeds, [about for row in rows for about in provenance(row, results[row.key], args)]) \
+        if distributed.is_main() else None
+
+
+def accuracies(needed, final, sets):
+    """Two dicts by (kind, run): accuracies in %, and their standard errors by the number of images."""
+    def error(result):
+        return math.sqrt(result["top1"] * (100 - result["top1"]) / result["last"]["images"])
+    values, errors = {}, {}
+    for kind, run in needed:
+        if kind in ("top1", "small"):
+            found = [final[f"top1-{run}"]] if kind == "top1" else [final[f"small-{run}-{name}"] for name in sets]
+            values[kind, run] = statistics.mean(result["top1"] for result in found)
+            errors[kind, run] = math.hypot(*map(error, found)) / len(found)
+    return values, errors
+
+
+def looks(checkpoints, args, seed):
+    """What Figures 1, 3 and 5 measure of the models {name: checkpoint} of a seed, by (measure and part, name). They are
+    written and drawn too, into a folder of that seed.
+    """
+    arrays = {}
+    for item, figure in FIGURES.items():
+        parser = figure.build_parser()
+        words = ["--models", *(f"{name}={file}" for name, file in checkpoints.items()), *words_for(parser, args),
+                 "--output", str(Path(args.output) / "claims" / f"seed{seed}"), "--seed", str(seed)]
+        arrays[item] = figure.main(study.parse(parser, words))
+    if not distributed.is_main():
+        return {}
+    return {key: value for name in checkpoints
+            for key, value in numbers(name, *(arrays[item][name] for item in FIGURES)).items()}
+
+
+def numbers(name, similarity, amplitudes, attention):
+    """One model's: CKA with the supervised model in equal layers; high frequencies lost in the first layer; distance
+    and entropy of attention as a share of those of uniform attention, and how much the heads differ in distance.
+    """
+    equal_layers = np.diagonal(similarity)[1:]  # index 0 is before the first block
+    heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]
+    distance, entropy = heads / uniform  # each (layers, heads)
+    found = {("lost all", name): amplitudes[0, 0, -1] - amplitudes[0, 1, -1]}
+    for part, layers in (("low", slice(0, THIRD)), ("high", slice(-THIRD, None))):
+        found |= {(f"cka {part}", name): equal_layers[layers].mean(),
+                  (f"distance {part}", name): distance[layers].mean(),
+                  (f"entropy {part}", name): entropy[layers].mean(),
+                  (f"diversity {part}", name): distance[layers].std(axis=1).mean()}
+    return {key: float(value) for key, value in found.items()}
+
+
+def provenance(row, results, args):
+    """For each seed of a row: its last stage's command, with the run that it starts from, its run and number."""
+    *before, (module, settings) = row.stages
+    for seed, stages in zip(args.seeds, results):
+        given = {**settings, **({"init": Path(stages[-2]["run"]).name} if before else {}), "preset": args.preset,
+                 "seed": seed}
+        yield {"key": row.key, "seed": seed, "command": tables.command_line(module, given),
+               "run": "/".join(Path(stages[-1]["run"]).parts[-2:]), "top1": stages[-1].get("top1"),
+               "minutes": stages[-1]["seconds"] / 60}

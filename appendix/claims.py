@@ -1,0 +1,229 @@
+"""The paper's claims, one by one: is it seen, with three seeds, at a cost that one can pay?
+
+    python appendix/claims.py                                               # demo: shows that it works, proves nothing
+    python appendix/claims.py --preset laptop --data-path DIR --dataset-path ROOT --datasets A B C --seeds 0 1 2
+    python appendix/claims.py ... --claims C1 C2         # some of them; --dry-run: the commands of all trainings
+    python appendix/claims.py --from-numbers outputs/claims/claims.json     # draw the picture anew
+
+DIR holds train/<class>/ and val/<class>/; ROOT holds the small sets, see sec3_benchmark/downstream_sets.py. Runs are
+those of the tables and figures, and are found if they are there. A claim is an effect that is positive if it holds; how
+its interval and its verdict come about: appendix/evidence.py. One seed never gives a verdict. Writes claims.json, .md
+and draws claims.png; the figures of Section 4 for each seed lie beside them.
+"""
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from appendix import claim_runs, evidence
+from appendix.evidence import CONTRARY, OPEN, SEEN
+from common import distributed, options, report, tables
+from common.errors import UserError
+from sec3_benchmark import downstream
+
+POINTS = "points"  # percentage points of top-1
+
+
+@dataclass
+class Claim:
+    key: str
+    where: str  # in the paper
+    statement: str
+    effect: Callable  # of an evidence.Measured
+    unit: str = POINTS
+    beyond: float = 0.0  # seen if the effect is larger
+    within: float | None = None  # an equivalence instead: seen if it lies inside ± this
+
+
+def of_both(effect):
+    """The smaller effect of two models that are said to be alike in this."""
+    return lambda m: min(effect(m, "supervised"), effect(m, "MAE, fine-tuned"))
+
+
+def low_to_high(measure):
+    return lambda m, model: m.look(measure, model, "high") - m.look(measure, model, "low")
+
+
+def without_high_blocks(measured, run):
+    """What leaving out the pre-trained blocks 7 to 12 costs on small sets more than on all of the data."""
+    return (measured.small(run) - measured.small(f"{run}-6")) - (measured.top1(run) - measured.top1(f"{run}-6"))
+
+
+def gap_to_supervised(measured, model, part):
+    return abs(measured.look("distance", model, part) - measured.look("distance", "supervised", part))
+
+
+CLAIMS = [
+    Claim("C1", "Section 3.1, Table 1", "With enough labels, MAE pre-training is better than training from scratch",
+          lambda m: m.top1("mae") - m.top1("scratch")),
+    Claim("C1b", "Section 3.1, Table 1", "With enough labels, MAE is better than MoCo-v3",
+          lambda m: m.top1("mae") - m.top1("mocov3")),
+    Claim("C2", "Section 3.2, Table 4", "On small sets, a supervised start is better than MAE",
+          lambda m: m.small("supervised") - m.small("mae")),
+    Claim("C2b", "Section 3.2, Table 4", "On small sets, MoCo-v3 is better than MAE",
+          lambda m: m.small("mocov3") - m.small("mae")),
+    Claim("C3a", "Section 4.1, Figure 2", "With enough labels, MAE's first six blocks bring more than half of its gain",
+          lambda m: m.top1("mae-6") - (m.top1("mae") + m.top1("scratch")) / 2),
+    Claim("C3b", "Section 4.1, Figure 2", "With enough labels, MoCo-v3's blocks 7 to 12 do harm",
+          lambda m: m.top1("mocov3-6") - m.top1("mocov3")),
+    Claim("C3c", "Section 4.1, Figure 4", "MAE's blocks 7 to 12 matter more on small sets than with enough labels",
+          lambda m: without_high_blocks(m, "mae")),
+    Claim("C3d", "Section 4.1, Figure 4", "MoCo-v3's blocks 7 to 12 matter more on small sets than with enough labels",
+          lambda m: without_high_blocks(m, "mocov3")),
+    Claim("C4", "Section 4.1, Figure 1", "In the last four layers, MoCo-v3 is more like the supervised model than MAE",
+          lambda m: m.look("cka", "MoCo-v3", "high") - m.look("cka", "MAE", "high"), "CKA"),
+    Claim("C4b", "Section 4.1, Figure 1", "MAE is more like the supervised model in its first four layers than in its "
+          "last", lambda m: m.look("cka", "MAE", "low") - m.look("cka", "MAE", "high"), "CKA"),
+    Claim("C5", "Section 4.1, Figure 3", "MoCo-v3 loses high frequencies in its first layer",
+          lambda m: m.look("lost", "MoCo-v3"), "log amplitude"),
+    Claim("C5b", "Section 4.1, Figure 3", "MAE loses less of them than MoCo-v3",
+          lambda m: m.look("lost", "MoCo-v3") - m.look("lost", "MAE"), "log amplitude"),
+    Claim("C6", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more local than in the supervised "
+          "model's", lambda m: m.look("distance", "supervised", "high") - m.look("distance", "MAE", "high"),
+          "of uniform distance"),
+    Claim("C6b", "Section 4.2, Figure 5", "It is also more concentrated",
+          lambda m: m.look("entropy", "supervised", "high") - m.look("entropy", "MAE", "high"), "of uniform entropy"),
+    Claim("C6c", "Section 4.2, Figure 5", "In the supervised model and in the fine-tuned MAE, heads differ more in low "
+          "layers than in high ones", of_both(lambda m, model: -low_to_high("diversity")(m, model)),
+          "of uniform distance"),
+    Claim("C6d", "Section 4.2, Figure 5", "In both, high layers attend more globally than low ones",
+          of_both(low_to_high("distance")), "of uniform distance"),
+    Claim("C6e", "Section 4.2, Figure 5", "In both, high layers attend more broadly than low ones",
+          of_both(low_to_high("entropy")), "of uniform entropy"),
+    Claim("C6f", "Section 4.2, Figure 5", "MAE attends like the supervised model in low layers more than in high ones",
+          lambda m: gap_to_supervised(m, "MAE", "high") - gap_to_supervised(m, "MAE", "low"), "of uniform distance"),
+    Claim("C7", "Section 5, Figure 7", "Of single layers, the last is the best to distil (here of 4, 8 and 12)",
+          lambda m: m.top1("dmae") - max(m.top1("dmae-4"), m.top1("dmae-8"))),
+    Claim("C8", "Section 5, Table 5", "With enough labels, distilling attention (D-MAE) improves MAE",
+          lambda m: m.top1("dmae") - m.top1("mae")),
+    Claim("C8b", "Section 5, Table 5", "On small sets, D-MAE improves MAE",
+          lambda m: m.small("dmae") - m.small("mae")),
+    Claim("C8c", "Section 5, Table 5", "D-MAE improves MAE more on small sets than with enough labels",
+          lambda m: (m.small("dmae") - m.small("mae")) - (m.top1("dmae") - m.top1("mae"))),
+    Claim("C9", "Section 3.1, Table 3", "MAE from a tenth of the images is as good as from all, within a point",
+          lambda m: m.top1("mae-10") - m.top1("mae"), within=1.0),
+    Claim("C9b", "Section 3.1, Table 3", "MoCo-v3 from a tenth of the images is worse than from all by more "
+          "than a point", lambda m: m.top1("mocov3") - m.top1("mocov3-10"), beyond=1.0),
+]
+
+
+def build_parser():
+    parser = options.make_parser(__doc__)
+    options.add_data(parser)
+    downstream.add_datasets(parser)
+    parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], metavar="C",
+                        default=[claim.key for claim in CLAIMS], help="some of them: C1, C1b, C2, ... C9b")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every run is made once per seed")
+    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
+    tables.add_rows(parser)
+    options.add_execution(parser)
+    return parser
+
+
+def judge(claim, seeds):
+    """A row of the table: the claim, its effect and what it says."""
+    effect = evidence.estimate(claim.effect, seeds)
+    return {"claim": claim.key, "where": claim.where, "statement": claim.statement, "unit": claim.unit,
+            "beyond": claim.beyond, "within": claim.within, "effect": vars(effect),
+            "verdict": evidence.verdict(effect, claim.beyond, claim.within),
+            "measured": [{f"{kind}: {run}": measured.get(kind, run) for kind, run in evidence.needs([claim.effect])}
+                         for measured in seeds]}
+
+
+def in_words(row):
+    """The effect with its interval."""
+    effect, digits = row["effect"], 1 if row["unit"] == POINTS else 2
+    unit = row["unit"]
+    if effect["low"] is None:
+        return f"{effect['mean']:+.{digits}f} {unit} (one seed)"
+    return f"{effect['mean']:+.{digits}f} ({effect['low']:+.{digits}f} to {effect['high']:+.{digits}f}) {unit}"
+
+
+def table(rows):
+    return report.markdown(["", "claim", "paper", "effect (95 % interval)", "verdict"],
+                           [[row["claim"], row["statement"], row["where"], in_words(row), row["verdict"]]
+                            for row in rows])
+
+
+STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#888888", "s"), CONTRARY: (report.COLOURS[1], "X")}
+
+
+def draw(rows, path):
+    """A forest plot: a line a claim, its effect and interval, right of zero if the claim holds. Points of top-1 share
+    an axis; each other measure is drawn to its own scale, which its numbers tell.
+    """
+    groups = [[row for row in rows if (row["unit"] == POINTS) is points] for points in (True, False)]
+    groups = [group for group in groups if group]
+    figure, axes = report.subplots(len(groups), 1, figsize=(10, 0.8 + 0.42 * len(rows)), squeeze=False,
+                                   gridspec_kw={"height_ratios": [len(group) + 0.5 for group in groups]})
+    for axis, group in zip(axes[:, 0], groups):
+        forest(axis, group)
+    figure.savefig(path)
+
+
+def forest(axis, rows):
+    """One panel of it."""
+    points = rows[0]["unit"] == POINTS
+    for place, row in enumerate(rows):
+        effect, (colour, marker) = row["effect"], STYLES[row["verdict"]]
+        low, mean, high = (effect["mean"] if effect[key] is None else effect[key] for key in ("low", "mean", "high"))
+        scale = 1.0 if points else 1 / (max(abs(low), abs(high)) or 1)
+        axis.plot([low * scale, high * scale], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axis.plot(mean * scale, place, marker, color=colour, markersize=7)
+        axis.plot([value * scale for value in effect["values"]], [place + 0.25] * len(effect["values"]), "|",
+                  color=colour, markersize=5)
+        for bound in (-row["within"], row["within"]) if row["within"] else (row["beyond"],) if row["beyond"] else ():
+            axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=1, linestyle=":")
+        axis.annotate(f"{in_words(row)}   {row['verdict']}", (1.01, place), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=8, color=colour, annotation_clip=False)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [textwrap.fill(f"{row['statement']} ({row['claim']})", 62) for row in rows],
+                    fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    if points:
+        axis.set_xlabel("effect in points of top-1: right of 0, as the paper says; dotted: the bound where it is not 0")
+    else:
+        axis.set_xlim(-1.1, 1.1)
+        axis.set_xticks([0])
+        axis.set_xlabel("effect, each to its own scale: right of 0, as the paper says")
+
+
+def conclusion(args, rows):
+    """What stands below the table."""
+    count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (SEEN, OPEN, CONTRARY)}
+    sets = ", ".join(map(downstream.title, downstream.chosen_sets(args)))
+    return "\n\n".join([
+        f"Of {len(rows)} claims {', '.join(f'{number} {verdict}' for verdict, number in count.items())}. Seeds: "
+        f"{', '.join(map(str, args.seeds))}; small sets: {sets}. An effect is positive if the claim holds; its "
+        f"interval is the wider of that over seeds and that from the number of validation images.",
+        tables.NOTES[args.preset]])
+
+
+def main(args):
+    """Runs what is needed, judges, writes claims.json and .md, draws claims.png; returns the rows."""
+    path = Path(args.from_numbers or Path(args.output) / "claims" / "claims.json")
+    if path.suffix != ".json":
+        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
+    if not args.from_numbers:
+        distributed.start("cpu" if args.dry_run else args.device)
+        claims = [claim for claim in CLAIMS if claim.key in args.claims]
+        measured = claim_runs.measure(evidence.needs(claim.effect for claim in claims), args)
+        if measured is None:
+            return []
+        seeds, runs = measured
+        rows = [judge(claim, seeds) for claim in claims]
+        report.write_text(path.parent, "claims", {
+            "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
+            "small_sets": downstream.chosen_sets(args), "rows": rows, "runs": runs},
+            f"claims, preset {args.preset}, data {args.data}\n\n{table(rows)}\n\n{conclusion(args, rows)}")
+    if not distributed.is_main():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    draw(rows, path.with_suffix(".png"))
+    print(f"drawn: {path.with_suffix('.png')}")
+    return rows
+
+
+if __name__ == "__main__":
+    options.start(main, build_parser(), parse=tables.parse)
