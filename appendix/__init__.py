@@ -1,1 +1,1 @@
-"""The paper's appendix, and the tools around the tables."""
+"""The paper's appendix, its claims, and tools."""

@@ -90,8 +90,8 @@ def read_teacher(args, device):
     weights = read_weights(args.teacher)
     take_statistics(args, weights)
     if weights.model is None:
-        raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/convert_checkpoint.py "
-                        f"makes one from a checkpoint)")
+        raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/tools/"
+                        f"convert_checkpoint.py makes one from a checkpoint)")
     teacher = eval_mode(weights.model, device).requires_grad_(False)
     try:
         teacher(torch.zeros(1, args.in_chans, *pair(args.img_size), device=device))

@@ -30,7 +30,7 @@ def labelled_folder(root, in_chans, name):
     """<root>/<class>/...: every class folder needs an image."""
     if not Path(root).is_dir():
         raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
-                        f"val/ alone); appendix/split_folder.py makes both of a folder of classes")
+                        f"val/ alone); appendix/tools/split_folder.py makes both of a folder of classes")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     files = [list_images(os.path.join(root, folder)) for folder in classes]
     if empty := [folder for folder, found in zip(classes, files) if not found]:

@@ -235,7 +235,7 @@ def words(settings):
 def check_clone():
     """Stops if the `common` that Python found belongs to another clone than the script that was started."""
     script = Path(getattr(sys.modules["__main__"], "__file__", "") or ".").resolve()
-    clone = script.parent.parent
-    if (clone / "common" / "vit.py").is_file() and clone != ROOT:
+    clone = next((folder for folder in script.parents if (folder / "common" / "vit.py").is_file()), ROOT)
+    if clone != ROOT:
         raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {ROOT}.\n"
                          f"Run `pip install -e {clone}`, or set PYTHONPATH={clone}, and start again.")

@@ -23,14 +23,14 @@ from common.runs import open_run
 from common.training import Method, train, wrap
 from common.vit import SIZES, build_vit
 from common.weights import FormatError, Weights, fingerprint, own_config, read_file, read_weights
-from sec3_benchmark.average_precision import evaluator
-from sec3_benchmark.coco import DetectionViews, targets_of
-from sec3_benchmark.draw_detections import draw
+from sec3_benchmark.detection.average_precision import evaluator
+from sec3_benchmark.detection.coco import DetectionViews, targets_of
+from sec3_benchmark.detection.draw_detections import draw
+from sec3_benchmark.detection.mask_rcnn import MaskRCNN
+from sec3_benchmark.detection.scenes import load_detection_sets
+from sec3_benchmark.detection.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 from sec3_benchmark.evaluate import check_classes, check_readable
 from sec3_benchmark.initial_weights import alike, load_encoder, take_config
-from sec3_benchmark.mask_rcnn import MaskRCNN
-from sec3_benchmark.scenes import load_detection_sets
-from sec3_benchmark.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 
 PRESETS = {
     "demo": dict(img_size=[96], model="vit_demo", patch_size=6, position_size=[36], window=4, channels=64, hidden=256,

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from appendix import benchmark_cka, benchmark_distillation, benchmark_throughput, benchmarking
+from appendix.tools import benchmark_cka, benchmark_distillation, benchmark_throughput, benchmarking
 from common import options
 
 

@@ -1,9 +1,9 @@
-"""appendix/compare_runs.py: which reference belongs to a run, and how far the two are apart."""
+"""appendix/tools/compare_runs.py: which reference belongs to a run, and how far the two are apart."""
 import json
 
 import pytest
 
-from appendix import compare_runs
+from appendix.tools import compare_runs
 from common import options, tables
 from common.errors import UserError
 from common.runs import identity

@@ -1,4 +1,4 @@
-"""appendix/convert_checkpoint.py: what goes out computes what came in, through timm's own loading too."""
+"""appendix/tools/convert_checkpoint.py: what goes out computes what came in, through timm's own loading too."""
 import json
 
 import pytest
@@ -6,8 +6,8 @@ import safetensors.torch
 import timm
 import torch
 
-from appendix import convert_checkpoint
-from appendix.convert_checkpoint import export_timm
+from appendix.tools import convert_checkpoint
+from appendix.tools.convert_checkpoint import export_timm
 from common.errors import UserError
 from common.formats import load_model
 from common.options import resolve

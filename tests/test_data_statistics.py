@@ -1,9 +1,9 @@
-"""appendix/data_statistics.py against NumPy on all pixels at once."""
+"""appendix/tools/data_statistics.py against NumPy on all pixels at once."""
 import numpy as np
 import pytest
 from PIL import Image
 
-from appendix import data_statistics
+from appendix.tools import data_statistics
 from common.errors import UserError
 from common.options import resolve
 

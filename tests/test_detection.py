@@ -1,4 +1,4 @@
-"""sec3_benchmark/vitdet.py and mask_rcnn.py by brute force: attention, pyramid, anchors, pooling, losses, masks."""
+"""vitdet.py and mask_rcnn.py by brute force: attention, pyramid, anchors, pooling, losses, masks."""
 import itertools
 import math
 
@@ -10,8 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from common.vit import build_vit
 from common.weights import read_weights
-from sec3_benchmark.initial_weights import load_encoder
-from sec3_benchmark.mask_rcnn import (
+from sec3_benchmark.detection.mask_rcnn import (
     AlignedPool,
     Anchors,
     MaskRCNN,
@@ -22,7 +21,15 @@ from sec3_benchmark.mask_rcnn import (
     mask_targets,
     paste,
 )
-from sec3_benchmark.vitdet import GridAttention, SimplePyramid, TopDownPyramid, ViTBackbone, partition, unpartition
+from sec3_benchmark.detection.vitdet import (
+    GridAttention,
+    SimplePyramid,
+    TopDownPyramid,
+    ViTBackbone,
+    partition,
+    unpartition,
+)
+from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import assert_close
 
 

@@ -1,4 +1,4 @@
-"""sec3_benchmark/coco.py, average_precision.py, scenes.py: annotations of every kind, jitter, AP of known answers."""
+"""coco.py, average_precision.py, scenes.py: annotations of every kind, jitter, AP of known answers."""
 import json
 import math
 from types import SimpleNamespace
@@ -10,9 +10,9 @@ from PIL import Image
 
 from common.images import DataError, UnreadableImage
 from common.loader import Views, data_loader, seed_everything, step_batches
-from sec3_benchmark import scenes
-from sec3_benchmark.average_precision import as_coco, average_precision
-from sec3_benchmark.coco import (
+from sec3_benchmark.detection import scenes
+from sec3_benchmark.detection.average_precision import as_coco, average_precision
+from sec3_benchmark.detection.coco import (
     DetectionViews,
     in_memory,
     load_coco,
@@ -20,7 +20,7 @@ from sec3_benchmark.coco import (
     objects,
     targets_of,
 )
-from sec3_benchmark.mask_rcnn import mask_targets
+from sec3_benchmark.detection.mask_rcnn import mask_targets
 from tests.helpers import assert_close, tensor
 
 RECTANGLE = [[10, 5, 30, 5, 30, 20, 10, 20]]  # x from 10 to 30, y from 5 to 20

@@ -18,10 +18,11 @@ from PIL import Image
 from common import options, tables
 from common.errors import UserError
 from common.vit import build_model
-from sec3_benchmark import detect, scenes, table4_transfer
-from sec3_benchmark.average_precision import detect_all
-from sec3_benchmark.mask_rcnn import MaskRCNN
-from sec3_benchmark.scenes import load_detection_sets
+from sec3_benchmark import detect, table4_transfer
+from sec3_benchmark.detection import scenes
+from sec3_benchmark.detection.average_precision import detect_all
+from sec3_benchmark.detection.mask_rcnn import MaskRCNN
+from sec3_benchmark.detection.scenes import load_detection_sets
 from sec5_distill import table5_distillation
 from tests.helpers import assert_same, log_rows
 

@@ -12,7 +12,7 @@ from PIL import Image
 from straightforward_dmae import StraightforwardDMAE
 from timm.models import VisionTransformer
 
-from appendix.convert_checkpoint import export_timm
+from appendix.tools.convert_checkpoint import export_timm
 from common import mae as mae_module
 from common import options, tables
 from common.checkpoint import load_newest

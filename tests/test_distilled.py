@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from appendix import finetune_distilled
-from appendix.convert_checkpoint import export_timm
 from appendix.finetune_distilled import Distilled, DistilledViT, build_distilled
+from appendix.tools.convert_checkpoint import export_timm
 from common import options, report
 from common.augment import contiguous, eval_transform
 from common.errors import UserError

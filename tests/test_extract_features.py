@@ -1,10 +1,10 @@
-"""appendix/extract_features.py: rows belong to their files, and are what the model itself gives."""
+"""appendix/tools/extract_features.py: rows belong to their files, and are what the model itself gives."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from appendix import extract_features
+from appendix.tools import extract_features
 from common.augment import eval_transform
 from common.checkpoint import save_torch
 from common.errors import UserError

@@ -163,17 +163,18 @@ def test_every_command_in_the_documentation_exists_and_every_script_is_documente
     assert {command for command in shown if not (ROOT / command).is_file()} == set()
     scripts = [path for path in FILES if '__name__ == "__main__"' in path.read_text()]
     assert len(scripts) > 30
-    assert [name(path) for path in scripts if path.name not in readmes[path.parent / "README.md"]] == []
+    assert [path for path in map(name, scripts)
+            if Path(path).name not in readmes[ROOT / Path(path).parts[0] / "README.md"]] == []
 
 
 def test_the_readme_s_map_names_what_there_is():
     """`file.py`: `name`, `Class.method` in a table, and every path of a script or pipeline."""
     text = (ROOT / "README.md").read_text()
-    named = [(file, name) for file, names in re.findall(r"`(\w+/\w+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
+    named = [(file, name) for file, names in re.findall(r"`((?:\w+/)+\w+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
              for name in re.findall(r"`(?:\w+\.)?(\w+)`", names)]
     assert len(named) > 12
     assert [one for one in named if not re.search(rf"\b(def|class) {one[1]}\b", (ROOT / one[0]).read_text())] == []
-    paths = re.findall(rf"\b(?:common|{'|'.join(SECTIONS)})/\w+\.(?:py|sh|md)\b", text)
+    paths = re.findall(rf"\b(?:common|{'|'.join(SECTIONS)})/(?:\w+/)*\w+\.(?:py|sh|md)\b", text)
     assert len(paths) > 40 and [path for path in paths if not (ROOT / path).is_file()] == []
 
 

@@ -4,7 +4,7 @@ import torch
 from straightforward_mae import StraightforwardMAE
 from torch import nn
 
-from appendix.reconstruct import predict_all
+from appendix.tools.reconstruct import predict_all
 from common import mae as mae_module
 from common.mae import MAE, normalise_patches
 from common.vit import SIZES

@@ -1,4 +1,4 @@
-"""appendix/predict.py: the classes of a classifier of ours by name, and the accuracy that its own evaluation had."""
+"""appendix/tools/predict.py: classes by name, and the accuracy that the classifier's own evaluation had."""
 import csv
 import os
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from appendix import convert_checkpoint, predict
+from appendix.tools import convert_checkpoint, predict
 from common import tables
 from common.checkpoint import save_torch
 from common.errors import UserError

@@ -1,11 +1,11 @@
-"""appendix/reconstruct.py: what is drawn is what the model saw and predicted."""
+"""appendix/tools/reconstruct.py: what is drawn is what the model saw and predicted."""
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from appendix import reconstruct
+from appendix.tools import reconstruct
 from common import checkpoint, options
 from common.mae import MAE
 from common.vit import build_vit

@@ -1,11 +1,11 @@
-"""appendix/report_page.py: every item appears once, with its numbers, picture and origin; nothing from outside."""
+"""appendix/tools/report_page.py: every item once, with its numbers, picture and origin; nothing from outside."""
 import json
 from argparse import Namespace
 from html.parser import HTMLParser
 
 import pytest
 
-from appendix import report_page
+from appendix.tools import report_page
 from common import report
 from common.errors import UserError
 from common.options import resolve

@@ -1,4 +1,4 @@
-"""appendix/shrink_folder.py against Pillow by hand; stopped anywhere, it ends in the same bytes."""
+"""appendix/tools/shrink_folder.py against Pillow by hand; stopped anywhere, it ends in the same bytes."""
 import os
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from appendix import shrink_folder
+from appendix.tools import shrink_folder
 from common.data import labelled_folder, load_sets
 from common.errors import UserError
 from common.options import resolve
@@ -155,7 +155,7 @@ def test_killed_anywhere_and_repeated_it_ends_in_the_same_folder(tmp_path):
         os.link(tmp_path / "photos/0/0.jpg", tmp_path / f"photos/{i % 7}/{i}.jpg")
     (tmp_path / "photos/3/broken.png").write_bytes(b"no image")
     small, whole = tmp_path / "small", tmp_path / "whole"
-    command = [sys.executable, str(ROOT / "appendix/shrink_folder.py"), "--data-path", str(tmp_path / "photos"),
+    command = [sys.executable, str(ROOT / "appendix/tools/shrink_folder.py"), "--data-path", str(tmp_path / "photos"),
                "--output", str(small), "--short-side", str(SIDE), "--workers", "2"]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         end = time.monotonic() + WAIT

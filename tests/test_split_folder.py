@@ -1,10 +1,10 @@
-"""appendix/split_folder.py: every image on one side, the same again, and smaller draws as parts of larger ones."""
+"""appendix/tools/split_folder.py: each image on one side, the same again, and smaller draws as parts of larger ones."""
 import os
 
 import pytest
 from PIL import Image
 
-from appendix import split_folder
+from appendix.tools import split_folder
 from common.data import load_sets
 from common.errors import UserError
 from common.options import resolve

@@ -1,20 +1,20 @@
 """How fast is the similarity of 13 x 13 layers? Against a loop over pairs of layers, in the same run.
 
-    python appendix/benchmark_cka.py                # a minute on one CPU core; run it alone
-    python appendix/benchmark_cka.py --device cuda
+    python appendix/tools/benchmark_cka.py                # a minute on one CPU core; run it alone
+    python appendix/tools/benchmark_cka.py --device cuda
 
 Features of ViT-Tiny's size (196 patches, 192 wide) of 1,024 images in mini-batches of 128, drawn at random before the
 clock starts. The loop is the definition as it reads: per pair of layers the matrix of the second and three HSIC. It
-needs all layers of a batch at once, ours one layer at a time. Both take turns; memory: appendix/benchmarking.py. Writes
-benchmark_cka.json and .md.
+needs all layers of a batch at once, ours one layer at a time. Both take turns; memory: benchmarking.py beside
+this file. Writes benchmark_cka.json and .md.
 """
 import time
 from pathlib import Path
 
 import torch
 
-from appendix import benchmarking
-from appendix.benchmarking import resident, synchronize
+from appendix.tools import benchmarking
+from appendix.tools.benchmarking import resident, synchronize
 from common import distributed, options, report
 from common.errors import UserError
 from common.runs import identity

@@ -1,7 +1,7 @@
 """One page of every table and figure there is, in outputs/ and in the sections' results/: a file to open or to send.
 
-    python appendix/report_page.py                        # writes outputs/report.html; seconds
-    python appendix/report_page.py --folders DIR --output-file page.html
+    python appendix/tools/report_page.py                        # writes outputs/report.html; seconds
+    python appendix/tools/report_page.py --folders DIR --output-file page.html
 
 One part is what was made here, in outputs/, the other what the repository keeps in results/, each in the order of the
 paper; with --folders each of them is a part. An item shows where it lies, its table or picture, when, by which command,

@@ -1,13 +1,13 @@
 """How fast is the MAE-Tiny/16 step at 224 px, and the loader? Against straightforward versions, in the same run.
 
-    python appendix/benchmark_throughput.py                        # 2 minutes on 2 CPU cores; run it alone
-    python appendix/benchmark_throughput.py --device cuda --batch-size 1024 --compile
-    python appendix/benchmark_throughput.py --parts loader --data-path DIR --workers 0
+    python appendix/tools/benchmark_throughput.py                        # 2 minutes on 2 CPU cores; run it alone
+    python appendix/tools/benchmark_throughput.py --device cuda --batch-size 1024 --compile
+    python appendix/tools/benchmark_throughput.py --parts loader --data-path DIR --workers 0
 
 The straightforward step is tests/straightforward_mae.py: every patch is embedded, un-shuffled, predicted and compared,
 with timm's own choice of attention and PyTorch's default AdamW. FLOPs are those of our step's matrix products, compared
-with the rate that one large product reaches here. Clock and memory: appendix/benchmarking.py. Writes benchmark.json and
-benchmark.md.
+with the rate that one large product reaches here. Clock and memory: benchmarking.py beside this file. Writes
+benchmark.json and benchmark.md.
 """
 import statistics
 from pathlib import Path
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from appendix import benchmark_loader, benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
+from appendix.tools import benchmark_loader, benchmarking
+from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
 from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -120,7 +120,7 @@ def write(args, device, steps, loader):
                   report.markdown(header, body)]
     if loader:
         texts += [f"Loader, {args.workers} loading processes, {args.img_size} px, {loader[0]['images']} images, median "
-                  f"of {args.pairs} turns; small: copies by appendix/shrink_folder.py; both against ImageFolder on the "
+                  f"of {args.pairs} turns; small: copies by shrink_folder.py; both against ImageFolder on the "
                   f"originals", report.markdown(
                       ["view", "from", "ours img/s", "ImageFolder img/s", "ratio"],
                       [[r["view"], r["source"], f"{r['ours_images_per_second']:.0f}",

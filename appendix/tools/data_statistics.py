@@ -1,7 +1,7 @@
 """Mean and standard deviation of a folder's images per channel, and which of them cannot be read, and why.
 
-    python appendix/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
-    python appendix/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
+    python appendix/tools/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
+    python appendix/tools/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
 
 Below DIR (its train/ if there is one) every image is read as training would read it; of val/ beside train/ only the
 unreadable files are listed, as mean and deviation are those of train/ alone. Pass the printed line to the pre-training

@@ -1,8 +1,8 @@
 """Is a run like the one that is kept as its reference? The loss step by step, the last evaluation, a picture of both.
 
-    python appendix/compare_runs.py                                        # every run in outputs/ that has a reference
-    python appendix/compare_runs.py --runs outputs/pretrain_mae/RUN --tolerance 0.01
-    python appendix/compare_runs.py --runs outputs/pretrain_mae/RUN --write sec3_benchmark/results/reference_NAME.jsonl
+    python appendix/tools/compare_runs.py                                  # every run in outputs/ that has a reference
+    python appendix/tools/compare_runs.py --runs outputs/pretrain_mae/RUN --tolerance 0.01
+    python appendix/tools/compare_runs.py --runs outputs/pretrain_mae/RUN --write appendix/results/reference_NAME.jsonl
 
 A reference is a run's log, thinned to some 30 rows, below a line with its settings and where it was made. It serves all
 runs of the same settings. On the same kind of processor, with the same precision and threads, the curves are equal;

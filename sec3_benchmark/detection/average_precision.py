@@ -10,9 +10,9 @@ from pycocotools.cocoeval import COCOeval
 from common import distributed
 from common.data import statistics
 from common.loader import on_device
-from sec3_benchmark.coco import DetectionViews
+from sec3_benchmark.detection.coco import DetectionViews
+from sec3_benchmark.detection.mask_rcnn import paste
 from sec3_benchmark.evaluate import eval_loader
-from sec3_benchmark.mask_rcnn import paste
 
 MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # where COCOeval.stats keeps them
 

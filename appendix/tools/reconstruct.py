@@ -1,7 +1,7 @@
 """What an MAE reconstructs: input, masked input, reconstruction, side by side.
 
-    python appendix/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt --data-path DIR      # any images
-    python appendix/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt                  # generated ones
+    python appendix/tools/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt --data-path DIR  # any images
+    python appendix/tools/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt              # generated ones
 
 Seconds. Any MAE file that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With normalised targets
 the network predicts each patch without its mean and contrast; the picture puts those of the true patch back and says

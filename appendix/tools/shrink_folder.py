@@ -1,7 +1,7 @@
 """Makes a small copy of a folder of images, read more than twice as fast: short side 256 px, none enlarged.
 
-    python appendix/shrink_folder.py --data-path DIR --output SMALL                   # all as JPEG
-    python appendix/shrink_folder.py --data-path DIR --output SMALL --format keep     # PNG, BMP, TIFF, ... become PNG
+    python appendix/tools/shrink_folder.py --data-path DIR --output SMALL                # as JPEG
+    python appendix/tools/shrink_folder.py --data-path DIR --output SMALL --format keep  # PNG, BMP, TIFF become PNG
 
 SMALL has the folders and names of DIR and takes its place as --data-path. Its images are upright, 8 bit, RGB or grey as
 before. A JPEG that is all this already, and every .npy file, is copied byte for byte; what is no image is left out. The

@@ -1,8 +1,8 @@
 """Features of a folder of images from any checkpoint: one row an image, in an .npz with the file names.
 
-    python appendix/extract_features.py --init outputs/pretrain_mae/RUN/weights.pt --preset small --data-path DIR
-    python appendix/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
-    torchrun --nproc-per-node=8 appendix/extract_features.py --init timm:NAME --data-path DIR
+    python appendix/tools/extract_features.py --init outputs/pretrain_mae/RUN/weights.pt --preset small --data-path DIR
+    python appendix/tools/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
+    torchrun --nproc-per-node=8 appendix/tools/extract_features.py --init timm:NAME --data-path DIR
 
 Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
 `np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, and "about", what

@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import roi_align
 
-from sec3_benchmark.vitdet import LEVELS
+from sec3_benchmark.detection.vitdet import LEVELS
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 ANCHOR = 8  # their side in strides: 32 px at stride 4 to 512 px at stride 64, for patches of 16 px

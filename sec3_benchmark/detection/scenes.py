@@ -12,7 +12,7 @@ from pycocotools import mask as run_lengths
 from common.fractals import fractal_set
 from common.images import DataError
 from common.vit import pair
-from sec3_benchmark.coco import coco_set, in_memory, load_coco
+from sec3_benchmark.detection.coco import coco_set, in_memory, load_coco
 
 SHAPES = {  # u, v: coordinates around the centre, turned, in radii -> inside?
     "disc": lambda u, v: u**2 + v**2 <= 1,

@@ -1,9 +1,9 @@
-"""The loader of appendix/benchmark_throughput.py: from files to batches, view by view, against ImageFolder.
+"""The loader of appendix/tools/benchmark_throughput.py: from files to batches, view by view, against ImageFolder.
 
 What it is compared with is torchvision's ImageFolder, which decodes by Pillow, with the same transforms on Pillow's
 images, in turns in the same run. Each makes what it hands to the device: ours bytes, which are normalised there,
-ImageFolder normalised floats. Both read the original files; a second row reads copies that appendix/shrink_folder.py
-made of them, and is compared with ImageFolder on the originals.
+ImageFolder normalised floats. Both read the original files; a second row reads copies that shrink_folder.py made
+of them, and is compared with ImageFolder on the originals.
 """
 import statistics
 import tempfile
@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from appendix import pretrain_dino, shrink_folder
-from appendix.benchmarking import in_turns
+from appendix import pretrain_dino
+from appendix.tools import shrink_folder
+from appendix.tools.benchmarking import in_turns
 from common import options
 from common.augment import eval_transform, pretrain_transform
 from common.data import labelled_folder

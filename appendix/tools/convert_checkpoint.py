@@ -1,8 +1,8 @@
 """A checkpoint in another project's format: read any, write one, and compare what both compute before saying done.
 
-    python appendix/convert_checkpoint.py --checkpoint FILE --to timm --output FOLDER   # for timm's local-dir:FOLDER
-    python appendix/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth # {"model": public names}
-    python appendix/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.pth.tar  # module.base_encoder.*
+    python appendix/tools/convert_checkpoint.py --checkpoint FILE --to timm --output FOLDER  # for timm's local-dir:
+    python appendix/tools/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth  # {"model": public names}
+    python appendix/tools/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.tar  # module.base_encoder.*
 
 Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models with relative positions. A file
 of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). What is written does,

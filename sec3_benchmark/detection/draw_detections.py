@@ -9,8 +9,8 @@ from common import distributed, report
 from common.checkpoint import save_json
 from common.distributed import print0
 from common.images import to_pillow
-from sec3_benchmark.average_precision import detect_all
-from sec3_benchmark.coco import object_mask
+from sec3_benchmark.detection.average_precision import detect_all
+from sec3_benchmark.detection.coco import object_mask
 
 SHOWN = 0.4  # lowest score of a detection that is drawn
 PER_ROW = 4

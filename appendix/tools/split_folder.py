@@ -1,7 +1,7 @@
 """Makes train/ and val/ of a folder of classes: DIR/<class>/... becomes SPLIT/train/<class>/... and SPLIT/val/...
 
-    python appendix/split_folder.py --data-path DIR --split-path SPLIT                 # a tenth of each class to val/
-    python appendix/split_folder.py --data-path DIR --split-path SPLIT --num-classes 20 --per-class 50   # a small set
+    python appendix/tools/split_folder.py --data-path DIR --split-path SPLIT              # a tenth of each to val/
+    python appendix/tools/split_folder.py --data-path DIR --split-path SPLIT --num-classes 20 --per-class 50 # small
 
 SPLIT gets symbolic links, so DIR stays as it is and must stay where it is. Which images go where depends on their names
 and --seed alone: each image has its place in a fixed order of its class, from whose front val/ is filled. The same

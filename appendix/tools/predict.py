@@ -1,7 +1,7 @@
 """What does a classifier say of images? The most likely class of every image in a folder, and how often it is right.
 
-    python appendix/predict.py --init classifier.pt --data-path FOLDER       # any tree of images, or one image
-    python appendix/predict.py --init classifier.pt --data-path DIR/val      # DIR/val/<class>/: accuracy of each class
+    python appendix/tools/predict.py --init classifier.pt --data-path FOLDER  # any tree of images, or one image
+    python appendix/tools/predict.py --init classifier.pt --data-path DIR/val # DIR/val/<class>/: accuracy per class
 
 Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
 of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.

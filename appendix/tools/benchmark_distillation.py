@@ -1,20 +1,20 @@
 """What does distillation cost? The D-MAE step against the MAE step and a straightforward D-MAE, in the same run.
 
-    python appendix/benchmark_distillation.py                        # some 5 minutes on 2 CPU cores; run it alone
-    python appendix/benchmark_distillation.py --device cuda --batch-size 512
+    python appendix/tools/benchmark_distillation.py                        # some 5 minutes on 2 CPU cores; run it alone
+    python appendix/tools/benchmark_distillation.py --device cuda --batch-size 512
 
 Student ViT-Tiny/16, teacher ViT-Base (random weights, which cost what trained ones do), 224 px. The straightforward
 version (tests/straightforward_dmae.py) has explicit attention in every block of both networks, runs the teacher to its
-end and casts its weights in every step. `all` distils all twelve blocks. Clock and memory: appendix/benchmarking.py.
-Writes benchmark_distillation.json and .md.
+end and casts its weights in every step. `all` distils all twelve blocks. Clock and memory: benchmarking.py
+beside this file. Writes benchmark_distillation.json and .md.
 """
 import statistics
 from pathlib import Path
 
 import torch
 
-from appendix import benchmarking
-from appendix.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
+from appendix.tools import benchmarking
+from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
 from common import distributed, options, report
 from common.distributed import print0
 from common.mae import MAE

@@ -1,0 +1,1 @@
+"""What is no part of the paper: tools for data, weights and runs, and benchmarks."""
