@@ -9,39 +9,38 @@ are only the ends (74.5 -> 75.8 from scratch, 76.1 -> 78.0 from MAE) and the lon
 appendix says of the steps between is in no source that we read.
 """
 from common import options, tables
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
-PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
-CHANGES = [  # key, what changes, settings of finetune.py; applied one upon the other, the last is the improved recipe
-    ("ori", "ori. recipe", {}),
-    ("randaugment", "+ RandAugment m9 -> m10", {"randaugment": "rand-m10-mstd0.5-inc1"}),
-    ("erasing", "+ no random erasing", {"erasing": 0.0}),
-    ("mixup", "+ mixup 0.8 -> 0.2, no CutMix", {"mixup": 0.2, "cutmix": 0.0}),
-    ("smoothing", "+ no label smoothing", {"smoothing": 0.0}),
-    ("impr", "+ no drop path = impr. recipe", {"drop_path": 0.0}),
+MAE = "sec3_benchmark/pretrain_mae.py"
+SCRATCH, FINETUNE = "sec3_benchmark/finetune.py", "sec3_benchmark/finetune.py --init {previous}"
+CHANGES = [  # key, what changes, words; applied one upon the other, the last is the improved recipe
+    ("ori", "ori. recipe", "--recipe ori"),
+    ("randaugment", "+ RandAugment m9 -> m10", "--randaugment rand-m10-mstd0.5-inc1"),
+    ("erasing", "+ no random erasing", "--erasing 0"),
+    ("mixup", "+ mixup 0.8 -> 0.2, no CutMix", "--mixup 0.2 --cutmix 0"),
+    ("smoothing", "+ no label smoothing", "--smoothing 0"),
+    ("impr", "+ no drop path = impr. recipe", "--drop-path 0"),
 ]
 PUBLISHED = {"scratch-ori": 74.5, "scratch-impr": 75.8, "mae-ori": 76.1, "mae-impr": 78.0}
 DEMO = ("scratch-ori", "scratch-mixup", "scratch-impr")
 
 
-def rows_from(start, before, given):
-    """The rows of CHANGES for one start: stages `before` the fine-tuning, and what they give it."""
-    settings = {"recipe": "ori", **given}
-    for key, name, change in CHANGES:
-        settings = {**settings, **change}
-        stages = (*before, (FINETUNE, {"recipe": "impr", **given} if key == "impr" else settings))  # Table 1's run
-        yield Row(f"{start}-{key}", f"{start}: {name}", PUBLISHED.get(f"{start}-{key}"), stages)
+def rows_from(start, *lines):
+    """Return the rows of CHANGES for one start, whose last line is the fine-tuning."""
+    *before, tuning = lines
+    changes = [" ".join(words for *_, words in CHANGES[:n]) for n in range(1, len(CHANGES))] + [""]  # Table 1's run
+    return [Row(f"{start}-{key}", f"{start}: {name}", PUBLISHED.get(f"{start}-{key}"),
+                [*before, f"{tuning} {words}".rstrip()]) for (key, name, _), words in zip(CHANGES, changes)]
 
 
-MAE = ((PRETRAIN, {}),)
 ROWS = [
-    *rows_from("scratch", (), {}),
-    Row("scratch-no-layer-decay", "scratch: impr. recipe, no layer decay", None, ((FINETUNE, {"layer_decay": 1.0}),),
+    *rows_from("scratch", SCRATCH),
+    Row("scratch-no-layer-decay", "scratch: impr. recipe, no layer decay", None, [f"{SCRATCH} --layer-decay 1"],
         note="which layer decay the paper's runs from scratch had is not stated; 0.85 is the default of its code"),
-    *rows_from("mae", MAE, {"init": PREVIOUS}),
+    *rows_from("mae", MAE, FINETUNE),
     *(Row(f"mae-{epochs}", f"mae: impr. recipe, {epochs} epochs of fine-tuning", published,
-          (*MAE, (FINETUNE, {"init": PREVIOUS, "epochs": epochs})), presets=("paper",))
+          [MAE, f"{FINETUNE} --epochs {epochs}"], presets=("paper",))
       for epochs, published in ((100, None), (1000, 78.5))),
 ]
 

@@ -9,26 +9,27 @@ layer decay 0.75 and averages the patch tokens; arXiv v1's code read the class t
 is in a source that we read.
 """
 from common import options, tables
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
-PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
 DEMO = ("base", "stop-grad", "token")
 
 
-def row(key, name, published=None, pretrain=None, presets=options.PRESET_NAMES, **finetune):
-    stages = ((PRETRAIN, pretrain or {}), (FINETUNE, {"init": PREVIOUS, **MOCO_FINETUNING, **finetune}))
-    return Row(key, name, published, stages, presets=presets)
+def row(key, name, pretraining="", tuning="", **more):
+    """Return a row with words for the pre-training, and for the fine-tuning behind what MoCo-v3's always has."""
+    lines = [f"sec3_benchmark/pretrain_mocov3.py {pretraining}".rstrip(),
+             f"sec3_benchmark/finetune.py --init {{previous}} {MOCO_FINETUNING} {tuning}".rstrip()]
+    return Row(key, name, more.pop("published", None), lines, **more)
 
 
 ROWS = [
-    row("base", "chosen: trainable patch embedding, layer decay 0.75, average pooling", 76.8),
-    row("stop-grad", "patch embedding frozen", pretrain={"stop_grad_conv1": True}),
-    row("decay-0.65", "layer decay 0.65 in fine-tuning", layer_decay=0.65),
-    row("decay-0.85", "layer decay 0.85 in fine-tuning", layer_decay=0.85),
-    row("token", "class token instead of average pooling", global_pool="token"),
-    row("100ep", "100 epochs of pre-training", pretrain={"epochs": 100}, presets=("small", "paper")),
+    row("base", "chosen: trainable patch embedding, layer decay 0.75, average pooling", published=76.8),
+    row("stop-grad", "patch embedding frozen", "--stop-grad-conv1"),
+    row("decay-0.65", "layer decay 0.65 in fine-tuning", tuning="--layer-decay 0.65"),
+    row("decay-0.85", "layer decay 0.85 in fine-tuning", tuning="--layer-decay 0.85"),
+    row("token", "class token instead of average pooling", tuning="--global-pool token"),
+    row("100ep", "100 epochs of pre-training", "--epochs 100", presets=("small", "paper")),
 ]
 
 

@@ -9,13 +9,14 @@ The sources give the settings of CIFAR-100 alone (lr 0.1, layer decay 0.75, 50 e
 to find them. The sets have no images to choose on, so rows are compared on the test images: the best is a little too
 good, and Table 4 should then be run with other seeds. Winners belong into SETTINGS of sec3_benchmark/downstream.py.
 """
+import shlex
+
 from common import distributed, options, tables
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import PUBLISHED, title
 from sec3_benchmark.downstream_sets import FRACTALS, check_path, load_downstream
 
-PRETRAIN, TRANSFER = "sec3_benchmark.pretrain_mae", "sec3_benchmark.transfer"
 PRESETS = {"demo": dict(data="fractals", dataset="fractals-small", lrs=[0.03, 0.1, 0.3], layer_decays=[0.75]),
            "laptop": dict(data="folder", dataset="folder", layer_decays=[0.75]),
            "small": dict(data="folder", dataset="folder")}
@@ -42,22 +43,23 @@ def parse(parser, argv=None):
 
 
 def rows_of(args):
-    """A row for each pair of rate and layer decay."""
-    before, init = (((), args.init) if args.init else (((PRETRAIN, {}),), PREVIOUS))
+    """Return a row for each pair of rate and layer decay."""
+    before, init = ([], args.init) if args.init else (["sec3_benchmark/pretrain_mae.py"], "{previous}")
+    transfer = f"sec3_benchmark/transfer.py --dataset {shlex.quote(args.dataset)} --init {shlex.quote(init)}"
     for lr in dict.fromkeys(args.lrs):
         for decay in dict.fromkeys(args.layer_decays):
             chosen = args.dataset == "cifar100" and (lr, decay) == (0.1, 0.75) and not args.init  # published from MAE
-            settings = {"dataset": args.dataset, "init": init, "lr": lr, "layer_decay": decay}
             yield Row(f"{lr}-{decay}", f"{title(args.dataset)}, lr {lr}, layer decay {decay}",
-                      PUBLISHED["mae"]["cifar100"] if chosen else None, (*before, (TRANSFER, settings)))
+                      PUBLISHED["mae"]["cifar100"] if chosen else None,
+                      [*before, f"{transfer} --lr {lr} --layer-decay {decay}"])
 
 
 def main(args):
     """Writes a4.json and a4.md; returns the rows."""
-    distributed.start("cpu" if args.dry_run else args.device)
+    distributed.start_process_group("cpu" if args.dry_run else args.device)
     check_path(args.dataset, args.dataset_path)
     if args.dataset not in FRACTALS and not args.dry_run:  # looked at now rather than after a long pre-training
-        load_downstream(args)
+        load_downstream(options.settle(args))
     return accuracy_table("a4", list(rows_of(args)), (), args)
 
 

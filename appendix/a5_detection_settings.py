@@ -13,15 +13,14 @@ from common import options, report, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import duration
 
-DETECT = "sec3_benchmark.detect"
+DETECT = "sec3_benchmark/detect.py"
 PUBLISHED = {"box_ap": 39.9, "mask_ap": 35.4}  # from MAE-Tiny (ICML slides, code page), with ViTDet's settings
-FORM = dict(pyramid="topdown", schedule="cosine", drop_path=0.1, weight_decay=0.1)
-LI_2021 = {  # a quarter of an epoch of 118,000 images is 461 iterations
-    **FORM, "img_size": [1024], "window": 16, "base_lr": 8e-5, "warmup_iterations": 461}
+FORM = f"{DETECT} --pyramid topdown --schedule cosine --drop-path 0.1 --weight-decay 0.1"
 ROWS = [
-    Row("vitdet", "ViTDet (released code)", PUBLISHED, ((DETECT, {}),)),
-    Row("li2021", "Li et al. 2021", {}, ((DETECT, LI_2021),), presets=("paper",)),
-    Row("li2021-form", "Li et al. 2021, at the preset's size and rate", {}, ((DETECT, FORM),),
+    Row("vitdet", "ViTDet (released code)", PUBLISHED, [DETECT]),
+    Row("li2021", "Li et al. 2021", {},  # a quarter of an epoch of 118,000 images is 461 iterations
+        [f"{FORM} --img-size 1024 --window 16 --base-lr 8e-5 --warmup-iterations 461"], presets=("paper",)),
+    Row("li2021-form", "Li et al. 2021, at the preset's size and rate", {}, [FORM],
         presets=("demo", "laptop", "small")),
 ]
 NOTES = {"demo": tables.NOTES["demo"], **dict.fromkeys(
@@ -41,7 +40,7 @@ def build_parser():
 
 
 def column(key):
-    return lambda row: f"{row['published'].get(key, '-')} / {report.spread(row['measured'][key])}"
+    return lambda row: f"{row['published'].get(key, '-')} / {report.mean_std(row['measured'][key])}"
 
 
 COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mask AP": column("mask_ap"),
@@ -50,10 +49,10 @@ COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mas
 
 def main(args):
     """Runs the chosen rows and writes a5_detection.json and .md; returns the rows."""
-    args.data, args.data_path = "coco" if args.dataset_path else "scenes", None  # what the table says of its data
-    if "img_size" in args.given:  # here it is the canvas, which tables with other stages leave alone
-        args.per_stage.setdefault("detect", {}).setdefault("img_size", args.img_size)
-    results = tables.run_rows(ROWS, args, DEMO, "a5_detection")
+    canvas = [f"detect.img_size=[{','.join(map(str, args.img_size))}]"] if "img_size" in args.given else []
+    args = options.replaced(args, data="coco" if args.dataset_path else "scenes",  # what the table says of its data
+                            data_path=None, set=[*canvas, *args.set])  # the canvas comes by --set alone, see detect.py
+    results, without = tables.run_rows(ROWS, args, DEMO, "a5_detection")
     if args.dry_run:
         return []
     rows = []
@@ -63,7 +62,7 @@ def main(args):
         published = row.published if final else ", ".join(f"{key} {value}" for key, value in row.published.items())
         rows.append({"name": row.name, "published": published, "measured": measured, "seeds": len(final),
                      "seconds": [result["seconds"] for result in final], "run": [result["run"] for result in final],
-                     "status": "run" if final else args.needs_weights.get(row.key, "not chosen")})
+                     "status": "run" if final else without.get(row.key, "not chosen")})
     report.write_table("a5_detection", args, COLUMNS, rows,
                        notes=["Each cell: published (MAE-Tiny, COCO val2017) / measured.", NOTES.get(args.preset)])
     return rows

@@ -8,7 +8,6 @@ Figure 1's similarities again, a setting changed at a time. The paper's claim: l
 low-passed features is that of all of them. Its numbers are in no source that we read, nor its cut-off: ours is half of
 the highest frequency (--cut-off). Writes a6.npz, .json, .md and a6.png.
 """
-import argparse
 from functools import partial
 
 import numpy as np
@@ -39,8 +38,9 @@ def build_parser():
 
 
 def band_pass(tokens, grid, band, cut_off):
-    """The part of patch tokens (B, L, C) on `grid` whose spatial frequencies are, on both axes, below the cut-off (1:
-    an alternating pattern), or for "high" the rest: both parts add up to the tokens.
+    """Return the part of patch tokens (B, L, C) on `grid` whose spatial frequencies are low or high.
+
+    Low: on both axes below the cut-off (1: an alternating pattern). High: the rest; both add up to the tokens.
     """
     B, L, C = tokens.shape
     frequencies = [torch.fft.fftfreq(n, device=tokens.device).abs() * 2 for n in grid]
@@ -50,44 +50,37 @@ def band_pass(tokens, grid, band, cut_off):
 
 
 def variant(args, change):
-    """The arguments of one variant."""
+    """Return the arguments of one variant."""
     change = {name: value for name, value in change.items() if name != "band"}
     if "num_images" in change:
         change["num_images"] = int(change["num_images"] * args.num_images)
     if "image_seed" in change:
         change["image_seed"] += args.seed if args.image_seed is None else args.image_seed
-    return argparse.Namespace(**{**vars(args), **change})
+    return options.replaced(args, **change)
 
 
-def measure(args):
-    """{"model: variant": CKA (layers, layers of the first)} and what to know about it, or nothing where it leaves."""
-    if args.order == "authors" or args.models and len(args.models) < 2:
-        raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
-    checkpoints = study.sources(args, ROWS, "a6")
-    if args.dry_run:
-        return None
+def compare_variants(args, models, images):
+    """Measure every variant: {"model: variant": CKA (layers, layers of the first)}, {variant: what to know of it}."""
     arrays, about = {}, {}
     for name, change in VARIANTS.items():
         band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
+        changed = variant(args, change)
         print0(f"\n# {name}")
-        try:  # every rank takes part in every variant, as they read the data together
-            done = similarity.similarities(variant(args, change), checkpoints, band)
+        try:
+            found = similarity.similarities(changed, models, images, band)
         except UserError as error:
             if not change:
                 raise
             about[name] = f"left out: {error}"  # too few images for the authors' order, say
             print0(about[name])
             continue
-        if done:
-            arrays |= {f"{model}: {name}": array for model, array in done[0].items()}
-            about[name] = done[1]
-    if not arrays:
-        return None
-    return arrays, {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": about}
+        arrays |= {f"{model}: {name}": array for model, array in found.items()}
+        about[name] = similarity.about(changed, models, images)
+    return arrays, about
 
 
 def by_model(arrays):
-    """{model: {variant: array}} without the reference, which is first."""
+    """Return {model: {variant: array}} without the reference, which is first."""
     split = {}
     for key, array in arrays.items():
         model, name = key.rsplit(": ", 1)
@@ -96,7 +89,7 @@ def by_model(arrays):
 
 
 def describe(arrays):
-    """For each model and variant: mean of the diagonal, and the largest change of any pair of layers."""
+    """Return for each model and variant, as Markdown, the mean of the diagonal and the largest change of a pair."""
     rows = []
     for model, variants in by_model(arrays).items():
         usual = next(iter(variants.values()))
@@ -106,8 +99,8 @@ def describe(arrays):
         ["model", "setting", "mean of the diagonal", "largest change of a pair"], rows)
 
 
-def draw(arrays, path):
-    """A panel a model: its diagonal for every variant."""
+def draw_diagonals(arrays):
+    """Draw a panel a model: its diagonal for every variant."""
     models = by_model(arrays)
     figure, axes = report.subplots(1, len(models), figsize=(3.2 * len(models) + 2, 2.8), sharey=True, squeeze=False)
     styles = ("-", "--", ":", "-.")
@@ -118,12 +111,25 @@ def draw(arrays, path):
         panel.set(title=model, xlabel="layer", ylim=(0, 1), xticks=range(0, 13, 3))
     axes[0, 0].set_ylabel("CKA with the first model")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
+    return figure
 
 
 def main(args):
-    """Measures every variant, writes and draws; returns {"model: variant": CKA}, {} where this rank leaves."""
-    return study.figure(args, "a6", lambda: measure(args), describe, draw)
+    """Measure every variant, write and draw; return {"model: variant": CKA}, {} where this rank leaves."""
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        if args.order == "authors" or args.models and len(args.models) < 2:
+            raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
+        models = study.load_all(args, study.models(args, ROWS, "a6"))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays, variants = compare_variants(args, models, images)
+        about = {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": variants}
+        study.save(args, "a6", arrays, about, describe(arrays))
+    study.save_picture(args, "a6", draw_diagonals(arrays))
+    return arrays
 
 
 if __name__ == "__main__":

@@ -20,13 +20,27 @@ def build_parser():
     return study.make_parser(__doc__)
 
 
-def main(args):
-    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
+def rows_of(args):
+    """Return Figure 1's rows behind a wider supervised reference."""
     model = WIDER[args.preset]
-    settings = {"model": model, **({"layer_decay": 0.75} if model == "vit_small" else {})}  # as the authors trained it
-    reference = Row("stronger", f"supervised {model}", None, ((study.FINETUNE, settings),))
-    rows = (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
-    return similarity.figure(args, "b1", lambda: study.sources(args, rows, "b1"))
+    decay = " --layer-decay 0.75" if model == "vit_small" else ""  # as the authors trained it
+    reference = Row("stronger", f"supervised {model}", None, [f"sec3_benchmark/finetune.py --model {model}{decay}"])
+    return (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
+
+
+def main(args):
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        models = study.load_all(args, study.models(args, rows_of(args), "b1"))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays = similarity.similarities(args, models, images)
+        study.save(args, "b1", arrays, similarity.about(args, models, images), similarity.describe(arrays))
+    study.save_picture(args, "b1", similarity.draw_heat_maps(arrays))
+    return arrays
 
 
 if __name__ == "__main__":

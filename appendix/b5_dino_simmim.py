@@ -13,37 +13,37 @@ differ in what an epoch costs: "crops" is what the encoder sees of an image in a
 are those of Table 1. Writes b5.json and b5.md.
 """
 from common import options, report, tables
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
-FINETUNE, KNN, LINEAR = "sec3_benchmark.finetune", "appendix.knn_probe", "appendix.linear_probe"
 DEMO = ("mae", "simmim", "dino")
 
 
-def row(key, name, published, pretrain, crops, pooling="token", linear=None, **finetune):
-    """Pre-training, then kNN and linear probe of its weights, which they hand on, then fine-tuning."""
-    probe = {"init": PREVIOUS, "pooling": pooling}
-    return Row(key, name, published, ((pretrain, {}), (KNN, probe), (LINEAR, probe),
-                                      (FINETUNE, {"init": PREVIOUS, **finetune})),
+def row(key, name, published, pretraining, crops, pooling="token", linear=None, tuning=""):
+    """Return pre-training, then kNN and linear probe of its weights, which they hand on, then fine-tuning."""
+    probe = "--init {previous} --pooling " + pooling
+    return Row(key, name, published, [pretraining, f"appendix/knn_probe.py {probe}",
+                                      f"appendix/linear_probe.py {probe}",
+                                      f"sec3_benchmark/finetune.py --init {{previous}} {tuning}".rstrip()],
                extra={"crops": crops, "published_linear": linear})
 
 
 ROWS = [
-    row("mae", "MAE", 78.0, "sec3_benchmark.pretrain_mae", "1, a quarter of it", linear=23.4),
-    row("mocov3", "MoCo-v3", 76.8, "sec3_benchmark.pretrain_mocov3", "2, and 2 by the momentum encoder",
-        **MOCO_FINETUNING),
-    row("simmim", "SimMIM", 77.9, "appendix.pretrain_simmim", "1", pooling="avg"),
-    row("dino", "DINO", 77.2, "appendix.pretrain_dino", "2 and 8 small (demo, laptop: 4), and 2 by the teacher"),
+    row("mae", "MAE", 78.0, "sec3_benchmark/pretrain_mae.py", "1, a quarter of it", linear=23.4),
+    row("mocov3", "MoCo-v3", 76.8, "sec3_benchmark/pretrain_mocov3.py", "2, and 2 by the momentum encoder",
+        tuning=MOCO_FINETUNING),
+    row("simmim", "SimMIM", 77.9, "appendix/pretrain_simmim.py", "1", pooling="avg"),
+    row("dino", "DINO", 77.2, "appendix/pretrain_dino.py", "2 and 8 small (demo, laptop: 4), and 2 by the teacher"),
 ]
 COLUMNS = {
     "pre-training": lambda row: row["name"],
     "crops": lambda row: row["crops"],
     "published": lambda row: row["published"],
-    "fine-tuned": lambda row: report.spread(row["measured"]),
+    "fine-tuned": lambda row: report.mean_std(row["measured"]),
     "published, linear": lambda row: row["published_linear"] or "",
-    "linear": lambda row: report.spread(row["linear"]),
-    "kNN": lambda row: report.spread(row["knn"]),
+    "linear": lambda row: report.mean_std(row["linear"]),
+    "kNN": lambda row: report.mean_std(row["knn"]),
     "seeds": lambda row: row["seeds"] or "",
     "pre-training time": lambda row: duration(row["pretrain_hours"]),
 }
@@ -55,12 +55,12 @@ def build_parser():
 
 def main(args):
     """Runs the chosen rows and writes the table; returns its rows."""
-    results = tables.run_rows(ROWS, args, DEMO, script="b5")
+    results, _ = tables.run_rows(ROWS, args, DEMO, script="b5")
     if args.dry_run:
         return []
     rows = [{**summary(named(row, args), results.get(row.key, [])),
-             "knn": [stages[1]["top1"] for stages in results.get(row.key, [])],
-             "linear": [stages[2]["top1"] for stages in results.get(row.key, [])]} for row in ROWS]
+             "knn": [lines[1]["top1"] for lines in results.get(row.key, [])],
+             "linear": [lines[2]["top1"] for lines in results.get(row.key, [])]} for row in ROWS]
     report.write_table("b5", args, COLUMNS, rows, notes=[
         "Probes read the class token after the last norm; of SimMIM, whose loss leaves it idle, the mean of the "
         "patches. MoCo-v3 is fine-tuned with layer decay 0.75, as the authors did.", tables.NOTES[args.preset]])

@@ -1,5 +1,6 @@
 """The runs behind appendix/claims.py: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7, and their numbers."""
 import math
+import shlex
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from sec4_analysis import leading_blocks, study
 from sec5_distill import fig7_distilled_layer as fig7
 from sec5_distill import table5_distillation as table5
 
-HALF = {"mae-6": ("MAE", study.PRETRAIN), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
+HALF = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
 TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
 ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8"}  # distilled in this block, as in Figure 7
 MODELS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
@@ -27,16 +28,16 @@ FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
 THIRD = 4  # layers of twelve
 
 
-def half_of(run, stage, settings):
-    """The row of a start from six leading blocks, as in Figures 2 and 4."""
+def half_of(run, tuning):
+    """Return the row of a start from six leading blocks, as in Figures 2 and 4."""
     name, pretraining = HALF[run]
-    return leading_blocks.point_row(stage, settings, "", name, 6, ((pretraining, {}),), PREVIOUS, {})
+    return leading_blocks.point_row(tuning, "", name, 6, [pretraining], PREVIOUS)
 
 
 def fine_tuned(run, args):
     """The row that ends with fine-tuning on all of the data."""
     if run in HALF:
-        return half_of(run, study.FINETUNE, {})
+        return half_of(run, "sec3_benchmark/finetune.py")
     if run in ONE_BLOCK:
         return fig7.row_of(ONE_BLOCK[run], args.preset)
     if run in TENTH:
@@ -48,7 +49,7 @@ def fine_tuned(run, args):
 def transferred(run, dataset):
     """The row that ends with transfer to a small set."""
     if run in HALF:
-        return half_of(run, downstream.TRANSFER[0], {"dataset": dataset})
+        return half_of(run, f"sec3_benchmark/transfer.py --dataset {shlex.quote(dataset)}")
     return downstream.cell(next(row for row in table5.ROWS if row.key == run), dataset)
 
 
@@ -78,13 +79,13 @@ def measure(needed, args):
     """
     sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in needed) else []
     rows = rows_for(needed, args, sets)
-    results = tables.run_rows(rows, args, (), "claims")
+    results, without = tables.run_rows(rows, args, (), "claims")
     if args.dry_run:
         return None
-    tables.require_weights(args)
+    tables.require_weights(without)
     seeds = []
     for number, seed in enumerate(args.seeds):
-        final = {key: stages[number][-1] for key, stages in results.items()}
+        final = {key: lines[number][-1] for key, lines in results.items()}
         values, errors = accuracies(needed, final, sets)
         if any(key.startswith("look") for key in final):
             values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in MODELS}, args, seed)
@@ -139,11 +140,9 @@ def numbers(name, similarity, amplitudes, attention):
 
 
 def provenance(row, results, args):
-    """For each seed of a row: its last stage's command, with the run that it starts from, its run and number."""
-    *before, (module, settings) = row.stages
-    for seed, stages in zip(args.seeds, results):
-        given = {**settings, **({"init": Path(stages[-2]["run"]).name} if before else {}), "preset": args.preset,
-                 "seed": seed}
-        yield {"key": row.key, "seed": seed, "command": tables.command_line(module, given),
-               "run": "/".join(Path(stages[-1]["run"]).parts[-2:]), "top1": stages[-1].get("top1"),
-               "minutes": stages[-1]["seconds"] / 60}
+    """For each seed of a row: its last command, with the run that it starts from, its run and number."""
+    for seed, lines in zip(args.seeds, results):
+        start = Path(lines[-2]["run"]).name if len(lines) > 1 else PREVIOUS
+        command = f"python {row.lines[-1].replace(PREVIOUS, start)} --preset {args.preset} --seed {seed}"
+        yield {"key": row.key, "seed": seed, "command": command, "run": "/".join(Path(lines[-1]["run"]).parts[-2:]),
+               "top1": lines[-1].get("top1"), "minutes": lines[-1]["seconds"] / 60}

@@ -42,7 +42,7 @@ def of_both(effect):
 
 
 def low_to_high(measure):
-    return lambda m, model: m.look(measure, model, "high") - m.look(measure, model, "low")
+    return lambda m, model: m.stat(measure, model, "high") - m.stat(measure, model, "low")
 
 
 def without_high_blocks(measured, run):
@@ -51,7 +51,7 @@ def without_high_blocks(measured, run):
 
 
 def gap_to_supervised(measured, model, part):
-    return abs(measured.look("distance", model, part) - measured.look("distance", "supervised", part))
+    return abs(measured.stat("distance", model, part) - measured.stat("distance", "supervised", part))
 
 
 CLAIMS = [
@@ -72,18 +72,18 @@ CLAIMS = [
     Claim("C3d", "Section 4.1, Figure 4", "MoCo-v3's blocks 7 to 12 matter more on small sets than with enough labels",
           lambda m: without_high_blocks(m, "mocov3")),
     Claim("C4", "Section 4.1, Figure 1", "In the last four layers, MoCo-v3 is more like the supervised model than MAE",
-          lambda m: m.look("cka", "MoCo-v3", "high") - m.look("cka", "MAE", "high"), "CKA"),
+          lambda m: m.stat("cka", "MoCo-v3", "high") - m.stat("cka", "MAE", "high"), "CKA"),
     Claim("C4b", "Section 4.1, Figure 1", "MAE is more like the supervised model in its first four layers than in its "
-          "last", lambda m: m.look("cka", "MAE", "low") - m.look("cka", "MAE", "high"), "CKA"),
+          "last", lambda m: m.stat("cka", "MAE", "low") - m.stat("cka", "MAE", "high"), "CKA"),
     Claim("C5", "Section 4.1, Figure 3", "MoCo-v3 loses high frequencies in its first layer",
-          lambda m: m.look("lost", "MoCo-v3"), "log amplitude"),
+          lambda m: m.stat("lost", "MoCo-v3"), "log amplitude"),
     Claim("C5b", "Section 4.1, Figure 3", "MAE loses less of them than MoCo-v3",
-          lambda m: m.look("lost", "MoCo-v3") - m.look("lost", "MAE"), "log amplitude"),
+          lambda m: m.stat("lost", "MoCo-v3") - m.stat("lost", "MAE"), "log amplitude"),
     Claim("C6", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more local than in the supervised "
-          "model's", lambda m: m.look("distance", "supervised", "high") - m.look("distance", "MAE", "high"),
+          "model's", lambda m: m.stat("distance", "supervised", "high") - m.stat("distance", "MAE", "high"),
           "of uniform distance"),
     Claim("C6b", "Section 4.2, Figure 5", "It is also more concentrated",
-          lambda m: m.look("entropy", "supervised", "high") - m.look("entropy", "MAE", "high"), "of uniform entropy"),
+          lambda m: m.stat("entropy", "supervised", "high") - m.stat("entropy", "MAE", "high"), "of uniform entropy"),
     Claim("C6c", "Section 4.2, Figure 5", "In the supervised model and in the fine-tuned MAE, heads differ more in low "
           "layers than in high ones", of_both(lambda m, model: -low_to_high("diversity")(m, model)),
           "of uniform distance"),
@@ -127,7 +127,7 @@ def judge(claim, seeds):
     return {"claim": claim.key, "where": claim.where, "statement": claim.statement, "unit": claim.unit,
             "beyond": claim.beyond, "within": claim.within, "effect": vars(effect),
             "verdict": evidence.verdict(effect, claim.beyond, claim.within),
-            "measured": [{f"{kind}: {run}": measured.get(kind, run) for kind, run in evidence.needs([claim.effect])}
+            "measured": [{f"{kind}: {run}": measured.get(kind, run) for kind, run in evidence.required([claim.effect])}
                          for measured in seeds]}
 
 
@@ -206,9 +206,9 @@ def main(args):
     if path.suffix != ".json":
         raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not args.from_numbers:
-        distributed.start("cpu" if args.dry_run else args.device)
+        distributed.start_process_group("cpu" if args.dry_run else args.device)
         claims = [claim for claim in CLAIMS if claim.key in args.claims]
-        measured = claim_runs.measure(evidence.needs(claim.effect for claim in claims), args)
+        measured = claim_runs.measure(evidence.required(claim.effect for claim in claims), args)
         if measured is None:
             return []
         seeds, runs = measured

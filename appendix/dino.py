@@ -1,8 +1,8 @@
 """DINO (Caron et al. 2021) for the paper's ViTs: crops, model, loss, schedules, in the order of a step (Appendix B.5).
 
-A student sees two large and several small crops of an image, a teacher the large ones only, and the student predicts
-the teacher's output of each other crop. The teacher is an average of past students; centring and a low temperature keep
-its output from collapsing.
+The student processes two large and several small crops of an image, the teacher only the large ones. For each crop the
+student predicts the teacher's output for every other large crop. The teacher's weights are a moving average of the
+student's; centring and a low temperature keep its output from collapsing.
 """
 import copy
 
@@ -20,14 +20,17 @@ from sec3_benchmark.moco import GaussianBlur, colour_jitter
 # Crops
 
 def crop_transform(size, scale, *, blur, solarize=0.0, sigma=2.0):
-    """One crop, in the order of the official code, which flips first and blurs last."""
+    """Build the transform of one crop, in the order of the official code: flip before colours, blur near the end.
+
+    blur, solarize: probabilities. uint8 tensor (C, H, W) -> contiguous uint8 tensor (C, *size).
+    """
     return Compose([RandomResizedCrop(size, scale, interpolation="bicubic"), RandomFlip(), to_pillow, colour_jitter(),
                     RandomGrayscale(p=0.2), GaussianBlur(blur, sigma), RandomSolarize(threshold=128, p=solarize),
                     from_pillow])
 
 
 class MultiCrop:
-    """An image -> its two large crops (2, C, H, W) and its small ones (n, C, h, w), uint8."""
+    """Transform an image to {"large": (2, C, H, W), "small": (n, C, h, w)}, uint8; no "small" if local_crops is 0."""
 
     def __init__(self, size, local_size, local_crops, global_min=0.4, local_scale=(0.05, 0.4), sigma=2.0):
         self.large = [crop_transform(size, (global_min, 1.0), blur=1.0, sigma=sigma),
@@ -42,8 +45,9 @@ class MultiCrop:
 # The model
 
 class NormLinear(nn.Module):
-    """A Linear without bias whose rows have length weight_g, here 1 and fixed: (B, C) -> (B, out). Names are those of
-    PyTorch's weight norm, which cannot be copied.
+    """Linear layer without bias, its weight rows normalised to length weight_g, here fixed to 1: (B, C) -> (B, out).
+
+    Parameter names are those of PyTorch's weight norm, which itself cannot be deep-copied.
     """
 
     def __init__(self, in_dim, out_dim):
@@ -55,8 +59,8 @@ class NormLinear(nn.Module):
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
-class Head(nn.Module):
-    """Class tokens (B, D) -> (B, out_dim): three layers, onto the unit sphere, and the last layer."""
+class DINOHead(nn.Module):
+    """DINO's projection head: class tokens (B, D) -> MLP of three layers -> L2 norm -> last layer (B, out_dim)."""
 
     def __init__(self, in_dim, out_dim, hidden_dim, bottleneck_dim):
         super().__init__()
@@ -84,7 +88,7 @@ class DINO(nn.Module):
         backbone = build_vit(model, drop_path=drop_path, **settings)
         self.config = backbone.config
         self.student = nn.ModuleDict({"backbone": backbone,
-                                      "head": Head(backbone.embed_dim, out_dim, hidden_dim, bottleneck_dim)})
+                                      "head": DINOHead(backbone.embed_dim, out_dim, hidden_dim, bottleneck_dim)})
         self.teacher = nn.ModuleDict({"backbone": build_vit(model, **settings),  # without drop path
                                       "head": copy.deepcopy(self.student["head"])})
         self.teacher.load_state_dict(self.student.state_dict())
@@ -93,13 +97,14 @@ class DINO(nn.Module):
         self.register_buffer("resize", matrix, persistent=False)
 
     def forward(self, large, small=None):
-        """large (B, 2, C, H, W), small (B, n, C, h, w) -> outputs of the student for all crops ((2 + n) B, K) and of
-        the teacher for the large ones (2 B, K), crop by crop.
+        """Compute the student's outputs for all crops, ((2 + n) B, K), and the teacher's for the large ones, (2 B, K).
+
+        large: (B, 2, C, H, W); small: (B, n, C, h, w). Outputs are ordered by crop, then by image.
         """
-        large = by_crop(large)
+        large = crops_first(large)
         tokens = [self.class_tokens(self.student, large)]
         if small is not None:
-            tokens.append(self.class_tokens(self.student, by_crop(small), self.resize))
+            tokens.append(self.class_tokens(self.student, crops_first(small), self.resize))
         student = self.student["head"](torch.cat(tokens))
         with torch.no_grad():
             teacher = self.teacher["head"](self.class_tokens(self.teacher, large))
@@ -107,7 +112,10 @@ class DINO(nn.Module):
 
     @staticmethod
     def class_tokens(network, crops, resize=None):
-        """Crops (B, C, h, w) -> class tokens after the norm (B, D); `resize` brings the positions to a smaller grid."""
+        """Encode crops to class tokens after the final norm: (B, C, h, w) -> (B, D).
+
+        resize: the matrix of `resize_matrix` that resizes the position embedding to the grid of small crops.
+        """
         vit = network["backbone"]
         x = vit.patch_embed.proj(crops).flatten(2).transpose(1, 2)  # (B, L, D)
         positions = vit.pos_embed
@@ -119,18 +127,20 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m):
-        """Every parameter becomes m * itself + (1 - m) * the student's."""
+        """Update all parameters: teacher = m * teacher + (1 - m) * student."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - m)
 
 
-def by_crop(crops):
-    """(B, n, C, H, W) -> (n B, C, H, W), all images' first crops first."""
+def crops_first(crops):
+    """Flatten crops, ordered by crop, then by image: (B, n, C, H, W) -> (n B, C, H, W)."""
     return crops.transpose(0, 1).flatten(0, 1)
 
 
 def resize_matrix(old, new):
-    """Bicubic resizing of a grid of values as a matrix (h * w, H * W): as a product its gradient is deterministic on
-    every device. The official code scales by (h + 0.1) / H instead of h / H.
+    """Compute bicubic resizing from grid `old` (H, W) to `new` (h, w) as a matrix (h * w, H * W).
+
+    As a matrix product its gradient is deterministic on every device. Departure: the official code scales by
+    (h + 0.1) / H instead of h / H.
     """
     unit = torch.eye(old[0] * old[1]).view(-1, 1, *old)
     matrix = F.interpolate(unit, size=tuple(new), mode="bicubic", align_corners=False).flatten(1).T
@@ -140,33 +150,34 @@ def resize_matrix(old, new):
 # The loss
 
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
-    """Mean cross-entropy of the student's crops against the teacher's two, equal crops aside, in float32.
+    """Compute the mean cross-entropy between teacher and student over all pairs of different crops, in float32.
 
-    student (n B, K) and teacher (2 B, K), crop by crop; center (1, K).
+    student (n B, K), teacher (2 B, K): ordered by crop, then by image; center (1, K) -> scalar.
     """
     B = len(teacher) // 2
     targets = ((teacher.float() - center) / teacher_temp).softmax(dim=1).view(2, B, -1)
     logs = (student.float() / student_temp).log_softmax(dim=1).view(-1, B, targets.shape[2])
     pairs = [-(target * log).sum(dim=1).mean() for t, target in enumerate(targets) for s, log in enumerate(logs)
-             if s != t]  # elementwise: autocast would make a product of matrices bf16
+             if s != t]  # not as a matrix product, which autocast would do in bf16
     return torch.stack(pairs).mean()
 
 
 def update_center(center, teacher_sum, rows, momentum=0.9):
-    """The moving average of the teacher's mean output; teacher_sum (K,) over `rows` rows, those of all ranks."""
+    """Update the moving average of the teacher's outputs; teacher_sum: (K,), the sum of `rows` outputs of all ranks."""
     return momentum * center + (1 - momentum) * teacher_sum / rows
 
 
 # Schedules and gradients
 
 def teacher_temperature(epoch, start, end, warmup_epochs):
-    """Of a 0-based epoch: linear from `start`, reaching `end` in the last epoch of the warm-up."""
+    """Compute the temperature of a 0-based epoch: linear from `start` to `end` in the last epoch of the warm-up."""
     return start + (end - start) * epoch / max(1, warmup_epochs - 1) if epoch < warmup_epochs else end
 
 
 def clip_each(parameters, limit):
-    """Scales each parameter's gradient to at most `limit`, by itself, as the official code does. No norm travels to the
-    host, which would make the device wait once for every parameter.
+    """Clip the gradient norm of each parameter separately to `limit`, as the official code does.
+
+    Norms stay on the device: reading them would synchronise it once per parameter.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     scales = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]

@@ -1,59 +1,61 @@
-"""From measured numbers, one set of them for each seed, to a verdict on a claim.
+"""Statistics of the claims: from measurements with several seeds to an effect, its 95 % interval and a verdict.
 
-The effect of a claim is a difference that is positive if the claim holds. It is computed for each seed from the runs of
-that seed, so that what a seed does to both sides falls out (paired). Its 95 % interval is the wider of two:
+A claim's effect is a difference that is positive if the claim holds. It is computed for each seed from that seed's runs
+(paired), so that influences of a seed on both sides cancel. Its 95 % interval is the wider of two:
 
     mean ± t(0.975, seeds - 1) * standard deviation over seeds / sqrt(seeds)
     mean ± 1.96 * standard error from the number of validation images
 
-The second does not shrink with seeds, which are all evaluated on the same images. It takes accuracies as independent,
-although models err on the same images: it is rather too wide.
+The second does not shrink with more seeds, because all are evaluated on the same images. It treats accuracies as
+independent; as models tend to fail on the same images, it is too wide rather than too narrow.
 """
 import math
 import statistics
 from dataclasses import dataclass
 
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t(0.975) for 1 to 9 degrees of freedom
-SEEN, OPEN, CONTRARY = "seen", "not decided", "contrary"
-STEP = 1e-4  # of the numerical derivative
+SEEN, OPEN, CONTRARY = "seen", "not decided", "contrary"  # verdicts
+STEP = 1e-4  # of the finite difference in standard_error
 
 
 class Measured:
-    """The numbers of one seed. A claim's effect is a function of it: lambda m: m.top1("mae") - m.top1("scratch").
+    """The measurements of one seed; an effect is a function of it: lambda m: m.top1("mae") - m.top1("scratch").
 
-    values {(kind, run): number or array}, errors {(kind, run): standard error of an accuracy}.
+    values: {(kind, run): number or array}; errors: {(kind, run): standard error of an accuracy}.
     """
 
     def __init__(self, values, errors=()):
         self.values, self.errors = values, dict(errors)
 
     def get(self, kind, run):
+        """Return one measurement."""
         return self.values[kind, run]
 
     def top1(self, run):
-        """Accuracy on all of the data after fine-tuning, %."""
+        """Return the accuracy after fine-tuning on the full data set, %."""
         return self.get("top1", run)
 
     def small(self, run):
-        """Accuracy after transfer, the mean over the small data sets, %."""
+        """Return the accuracy after transfer, averaged over the small data sets, %."""
         return self.get("small", run)
 
-    def look(self, measure, run, part="all"):
-        """What a figure of Section 4 measures: "cka", "kept", "distance", "entropy", "diversity"; in "low" or "high"
-        layers, a third of them each.
+    def stat(self, measure, run, part="all"):
+        """Return a statistic of Section 4's figures: "cka", "distance", "entropy" and so on.
+
+        part: "low" or "high" for the lowest or highest third of the layers, "all" for all.
         """
         return self.get(f"{measure} {part}", run)
 
     def standard_error(self, effect):
-        """Of effect(self), from those of the accuracies, by its derivative with respect to each of them."""
+        """Propagate the accuracies' standard errors to effect(self), by its derivatives (finite differences)."""
         def derivative(key):
             moved = Measured({**self.values, key: self.values[key] + STEP})
             return (effect(moved) - effect(self)) / STEP
         return math.sqrt(sum((derivative(key) * error) ** 2 for key, error in self.errors.items()))
 
 
-class Asked(Measured):
-    """Notes what an effect asks for, in place of numbers."""
+class RecordingMeasured(Measured):
+    """Records which measurements an effect reads and returns placeholder numbers for them."""
 
     def __init__(self):
         super().__init__({})
@@ -62,28 +64,31 @@ class Asked(Measured):
         return self.values.setdefault((kind, run), float(len(self.values)))
 
 
-def needs(effects):
-    """{(kind, run)} that these functions of a Measured ask for, in their order."""
-    asked = Asked()
+def required(effects):
+    """List the (kind, run) that these effects read, in order of first use."""
+    recorded = RecordingMeasured()
     for effect in effects:
-        effect(asked)
-    return list(asked.values)
+        effect(recorded)
+    return list(recorded.values)
 
 
 @dataclass
 class Effect:
-    """Mean over seeds with its 95 % interval, which one seed does not have (None)."""
+    """Mean of an effect over seeds with its 95 % interval (None with a single seed)."""
 
-    values: list  # one for each seed
+    values: list  # one per seed
     mean: float
     low: float | None
     high: float | None
-    by_seeds: float | None  # half widths, of which the larger one counts
-    by_images: float
+    by_seeds: float | None  # half width of the interval from the spread over seeds
+    by_images: float  # half width of the interval from the number of validation images
 
 
-def estimate(effect, seeds):
-    """The Effect of a function of a Measured over a list of these."""
+def estimate(effect, seeds) -> Effect:
+    """Compute the Effect of a function of Measured over a list of Measured, one per seed.
+
+    Raises FloatingPointError if a value is not finite.
+    """
     values = [float(effect(measured)) for measured in seeds]
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"an effect is not finite: {values}")
@@ -96,9 +101,10 @@ def estimate(effect, seeds):
     return Effect(values, mean, mean - half, mean + half, by_seeds, by_images)
 
 
-def verdict(effect, beyond=0.0, within=None):
-    """Is the effect larger than `beyond`? Or, for an equivalence, inside ± `within`? Where the whole interval says so,
-    the claim is seen, where it says the opposite, contrary.
+def verdict(effect: Effect, beyond=0.0, within=None) -> str:
+    """Decide a claim: is the effect larger than `beyond`, or, for an equivalence, within ± `within`?
+
+    SEEN if this holds for the whole interval, CONTRARY if its opposite does, else, or with a single seed, OPEN.
     """
     if effect.low is None:
         return OPEN

@@ -12,14 +12,14 @@ import torch
 from common import distributed, options
 from common.augment import eval_transform
 from common.checkpoint import save_torch
-from common.data import statistics, take_statistics
+from common.data import statistics
 from common.distributed import print0
 from common.errors import UserError
+from common.filling import load_encoder
 from common.loader import on_device
+from common.pretrained import read_weights
 from common.vit import MODELS, build_model, eval_mode
-from common.weights import read_weights
 from sec3_benchmark.evaluate import eval_loader
-from sec3_benchmark.initial_weights import load_encoder, take_config
 
 POOLING = ("token", "avg")
 
@@ -30,11 +30,11 @@ def add_arguments(parser):
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("features")
     group.add_argument("--init", metavar="CHECKPOINT", help="weights: ours, which say their size and model themselves, "
-                                                            "or another project's (common/weights.py)")
+                                                            "or another project's (common/pretrained.py)")
     group.add_argument("--layer", type=int, default=0, help="block whose output is taken, from 1; 0: the last one, "
                                                             "followed by the final norm")
-    group.add_argument("--pooling", choices=POOLING, default="token", help="class token, or mean of the patch tokens; "
-                                                                            "a classifier of the mean says so itself")
+    group.add_argument("--pooling", choices=POOLING, help="class token, the default, or mean of the patch tokens; a "
+                                                          "classifier of the mean says so itself")
     return parser
 
 
@@ -53,14 +53,14 @@ def add_execution(parser, save_to, kept=True):
 
 
 def build_encoder(args, device):
-    """The network of --init without its head, and the fingerprint of its weights; `args` learns what our file says."""
+    """The network of --init without its head, the fingerprint of its weights, and settings as these say."""
     if not args.init:
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
     pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
-    said = {"pooling": "avg"} if pool == "avg" else {}  # other projects' files too; of MAE and the rest, the default
-    take_config(args, {**(weights.config or {}), **said})
-    take_statistics(args, weights)
+    args = options.settle(args, weights)
+    if pool == "avg" and args.pooling is None:
+        print0("as the weights say: --pooling avg")
     if pool == "avg" and args.pooling == "token" and not args.layer:
         raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: leave --pooling token out, or "
                         f"take a block's output (--layer)")
@@ -69,7 +69,7 @@ def build_encoder(args, device):
     print0(load_encoder(vit, weights))
     if not 0 <= args.layer <= len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
-    return eval_mode(vit, device), weights.fingerprint
+    return eval_mode(vit, device), weights.fingerprint, options.replaced(args, pooling=args.pooling or pool)
 
 
 def features(vit, images, layer=0, pooling="token"):

@@ -17,16 +17,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common import distributed, options
-from common.data import load_sets, take_statistics
+from common.data import load_sets, with_statistics
 from common.distributed import print0
 from common.errors import UserError
+from common.pretrained import read_weights
 from common.vit import SIZES, build_vit, eval_mode, pair
-from common.weights import read_weights
 from sec3_benchmark import finetune
 from sec3_benchmark.evaluate import check_classes
-from sec3_benchmark.initial_weights import SHAPE, take_config
 
-PRESETS, RECIPES = finetune.PRESETS, finetune.RECIPES
+READS, PRESETS, RECIPES = finetune.READS, finetune.PRESETS, finetune.RECIPES
 
 
 def build_parser():
@@ -56,7 +55,7 @@ class DistilledViT(VisionTransformer):
 
 
 def build_distilled(args, num_classes, weights, keep_head=False, drop_path=0.0):
-    if args.global_pool != "avg":
+    if args.global_pool == "token":
         raise UserError("--global-pool token: the class token serves the teacher's head, so the other head reads the "
                         "mean of the patches; leave --global-pool out")
     return finetune.build_classifier(args, num_classes, weights, keep_head, drop_path,
@@ -84,11 +83,10 @@ class Distilled(finetune.Supervised):
 
 
 def read_teacher(args, device):
-    """The teacher, ready to be asked, and its Weights; it and the student see the same images."""
-    if args.init:  # may say which size
-        take_config(args, read_weights(args.init).config, SHAPE)
+    """The teacher, ready to be asked, its Weights, and settings in which the student sees the same images."""
+    args = options.settle(args, read_weights(args.init) if args.init else None)  # may say which size
     weights = read_weights(args.teacher)
-    take_statistics(args, weights)
+    args = with_statistics(args, weights)
     if weights.model is None:
         raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/tools/"
                         f"convert_checkpoint.py makes one from a checkpoint)")
@@ -98,14 +96,14 @@ def read_teacher(args, device):
     except (AssertionError, RuntimeError) as error:  # a ViT of another size, other channels
         raise UserError(f"--teacher {args.teacher} cannot read images of {args.in_chans} x "
                         f"{' x '.join(map(str, pair(args.img_size)))}: {error}") from error
-    return teacher, weights
+    return teacher, weights, args
 
 
 def main(args):
     """Runs or continues the training; returns what finetune.py returns."""
     if args.eval_only:  # nothing is learnt, so no teacher is fetched or decides how images are normalised
         return finetune.train_classifier(args, "finetune_distilled", build_distilled, Distilled)
-    teacher, weights = read_teacher(args, distributed.start(args.device))
+    teacher, weights, args = read_teacher(args, distributed.start_process_group(args.device))
     if not args.teacher.startswith("timm:"):  # the hub's names of classes are words, the data's those of folders
         check_classes(weights, load_sets(args)[0])
     print0(f"teacher {args.teacher}, {sum(p.numel() for p in teacher.parameters()):,} parameters")

@@ -17,9 +17,8 @@ from common import distributed, options
 from common.data import load_sets
 from common.errors import UserError
 
-PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
-           "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8),
-           "small": dict(data="folder", img_size=[64], patch_size=8)}
+READS = "labels"
+PRESETS = {"demo": dict(data="fractals"), "laptop": dict(data="folder"), "small": dict(data="folder")}
 
 
 def build_parser():
@@ -61,8 +60,8 @@ def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature
 def main(args):
     """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
     check_save_to(args)
-    device = distributed.start(args.device)
-    encoder, fingerprint = build_encoder(args, device)
+    device = distributed.start_process_group(args.device)
+    encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
     if not 0 < args.k <= len(train_set):
         raise UserError(f"--k {args.k}: the training set has {len(train_set)} images")

@@ -27,10 +27,11 @@ from common.errors import UserError
 from common.loader import epoch_order, seed_everything
 from common.optim import learning_rate, set_learning_rate
 
+READS = "labels"
 PRESETS = {  # the official peak of 6.4 at smaller batches
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, batch_size=512, base_lr=3.2),
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, batch_size=512, base_lr=3.2),
-    "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=512, base_lr=3.2),
+    "demo": dict(data="fractals", batch_size=512, base_lr=3.2),
+    "laptop": dict(data="folder", batch_size=512, base_lr=3.2),
+    "small": dict(data="folder", batch_size=512, base_lr=3.2),
 }
 RECIPES = {"official": {}, "quick": dict(epochs=20, batch_size=512, base_lr=5e-3, warmup_epochs=1)}
 
@@ -99,8 +100,8 @@ def probe_accuracy(probe, val, targets):
 def main(args):
     """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
     check_save_to(args)
-    device = distributed.start(args.device)
-    encoder, fingerprint = build_encoder(args, device)
+    device = distributed.start_process_group(args.device)
+    encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
     compute = partial(cached_features, encoder, fingerprint, args=args, device=device)
     crop = pretrain_transform(args.img_size, interpolation="bicubic")

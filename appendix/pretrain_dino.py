@@ -21,16 +21,14 @@ from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.moco import half_cosine
 
+READS = "images"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], local_size=18, model="vit_demo", patch_size=6, epochs=2,
-                 batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=1024, hidden_dim=256,
-                 bottleneck_dim=64, blur_sigma=0.5),
-    "laptop": dict(data="folder", img_size=[48], local_size=24, model="vit_demo", patch_size=8, epochs=6,
-                   batch_size=128, base_lr=1e-3, warmup_epochs=1, local_crops=4, out_dim=2048, hidden_dim=1024,
-                   bottleneck_dim=128, blur_sigma=0.45),
+    "demo": dict(data="fractals", local_size=18, epochs=2, batch_size=128, base_lr=1e-3, warmup_epochs=1,
+                 local_crops=4, out_dim=1024, hidden_dim=256, bottleneck_dim=64, blur_sigma=0.5),
+    "laptop": dict(data="folder", local_size=24, epochs=6, batch_size=128, base_lr=1e-3, warmup_epochs=1,
+                   local_crops=4, out_dim=2048, hidden_dim=1024, bottleneck_dim=128, blur_sigma=0.45),
     # a quarter of the batch, fewer outputs; the blur shrinks with the image
-    "small": dict(data="folder", img_size=[64], local_size=32, patch_size=8, batch_size=256, out_dim=4096,
-                  blur_sigma=0.6),
+    "small": dict(data="folder", local_size=32, batch_size=256, out_dim=4096, blur_sigma=0.6),
 }
 
 
@@ -137,7 +135,8 @@ def regularised_groups(model):
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
+    args = options.settle(args)
     images = load_images(args)
     crops = crops_of(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"

@@ -16,17 +16,16 @@ from common.data import load_images
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
-from common.optim import adamw, epoch_in_words, parameter_groups, steps_per_epoch
+from common.optim import adamw, describe_epoch, parameter_groups, steps_per_epoch
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS
 
+READS = "images"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo_simmim", patch_size=6, epochs=5, batch_size=32,
-                 base_lr=8e-3, warmup_epochs=1),
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo_simmim", patch_size=8, epochs=30, batch_size=64,
-                   base_lr=4e-3, warmup_epochs=3),
-    "small": dict(data="folder", img_size=[64], patch_size=8, batch_size=256, base_lr=5e-4, warmup_epochs=20),
+    "demo": dict(data="fractals", model="vit_demo_simmim", epochs=5, batch_size=32, base_lr=8e-3, warmup_epochs=1),
+    "laptop": dict(data="folder", model="vit_demo_simmim", epochs=30, batch_size=64, base_lr=4e-3, warmup_epochs=3),
+    "small": dict(data="folder", batch_size=256, base_lr=5e-4, warmup_epochs=20),
 }
 
 
@@ -82,7 +81,7 @@ def schedule_of(args, images):
     """The schedule as a function of the step; prints the arithmetic."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
     drop_step = round(args.drop_at * args.epochs * per_epoch)
-    print0(f"{epoch_in_words(images, args.batch_size)}; peak lr {peak:.3g} = {args.base_lr:g} x "
+    print0(f"{describe_epoch(images, args.batch_size)}; peak lr {peak:.3g} = {args.base_lr:g} x "
            f"{args.batch_size} / 256, a tenth of it from step {drop_step}")
     return lambda step: step_decay(step, peak=peak, warmup_lr=args.warmup_lr, drop_step=drop_step,
                                    warmup_steps=args.warmup_epochs * per_epoch)
@@ -99,7 +98,8 @@ def check_masking(args, grid):
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
+    args = options.settle(args)
     images = load_images(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_simmim", name, args, {"data": images.fingerprint()}) as run:

@@ -1,4 +1,4 @@
-"""What the probes share besides the features: the file of a result."""
+"""Shared by the linear and the kNN probe: writing the result."""
 from pathlib import Path
 
 from common import distributed
@@ -9,15 +9,16 @@ from common.runs import deliver, environment, settings_hash
 
 
 def check_save_to(args):
-    """Before any work: --save-to hands on the probed weights, which must then be a file."""
+    """Raise UserError before any work if --save-to cannot copy the probed weights, because --init is not a file."""
     if args.save_to and args.init and (args.init.startswith("timm:") or Path(args.init).is_dir()):
         raise UserError(f"--save-to {args.save_to} copies the weights of --init, and {args.init} is not a file: leave "
                         f"--save-to out")
 
 
 def write_result(script, args, fingerprint, data, result):
-    """Writes outputs/<script>/<data>-<model>-<weights>-<hash>.json and prints the accuracy. Returns the result with
-    `checkpoint`, the weights that were probed: what a row's next stage starts from.
+    """Write <output>/<script>/<data>-<model>-<weights>-<hash>.json and print the accuracy.
+
+    Returns the result with "run", that file, and "checkpoint", the probed weights, where a row's next stage starts.
     """
     folder = Path(args.output) / script
     prints = {"init": fingerprint, "data": [images.fingerprint() for images in data]}

@@ -1,7 +1,7 @@
-"""SimMIM (Xie et al. 2022) on a ViT: hide units of patches behind one token, predict their pixels (Appendix B.5).
+"""SimMIM (Xie et al. 2022) on a ViT: replace masked patches by a mask token and predict their pixels (Appendix B.5).
 
-Unlike MAE's, the encoder sees every token, hidden ones included, and the decoder is one 1x1 convolution. Names are the
-official ones: `encoder.*`, `decoder.0.*`.
+Unlike MAE's, the encoder processes all tokens, masked ones included, and the decoder is a single 1x1 convolution.
+Parameter names are the official ones: `encoder.*`, `decoder.0.*`.
 """
 import math
 
@@ -14,8 +14,10 @@ from common.vit import VARIANTS, build_model, init_relative_vit, patch_grid
 
 
 class SimMIM(nn.Module):
-    """`model` vit_*_simmim is SimMIM's own encoder: one table of relative positions for all blocks, no absolute ones,
-    LayerScale. A plain ViT (vit_tiny) keeps its absolute positions and has neither.
+    """SimMIM; its forward returns the loss.
+
+    Models vit_*_simmim are SimMIM's own encoder: one relative position bias table for all blocks, no absolute
+    positions, LayerScale. A plain ViT (vit_tiny) keeps its absolute positions and has neither of the others.
     """
 
     def __init__(self, model="vit_tiny_simmim", *, img_size=224, patch_size=16, in_chans=3, num_heads=12,
@@ -29,22 +31,22 @@ class SimMIM(nn.Module):
         self.encoder.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder = nn.Sequential(nn.Conv2d(dim, patch_size**2 * in_chans, kernel_size=1),
                                      nn.PixelShuffle(patch_size))
-        # of the encoder as reading our file gives it, the table then in every block (common/weights.py)
+        # the encoder as it is loaded from a file, when common/pretrained.py has copied the table into every block
         self.config = {**self.encoder.config, **({"shared_table": False} if relative else {})}
         self.grid, self.patch_size, self.in_chans = patch_grid(img_size, patch_size), patch_size, in_chans
         if relative:
-            init_relative_vit(self.encoder, cut=0.02)  # SimMIM cuts its normals at one standard deviation
+            init_relative_vit(self.encoder, cut=0.02)  # SimMIM truncates at one standard deviation
         trunc_normal_(self.encoder.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, images, mask):
-        """The loss: images (B, C, H, W) normalised; mask (B, h, w) bool over patches, True where hidden."""
+        """Compute the loss: images (B, C, H, W), normalised; mask (B, h, w) bool over patches, True: masked."""
         return masked_l1(images, self.decoder(self.forward_encoder(images, mask)), mask, self.patch_size)
 
     def forward_encoder(self, images, mask):
-        """-> features of all patches, (B, D, h, w)."""
+        """Encode images with masked patches to features of all patches: (B, D, h, w)."""
         encoder, B = self.encoder, len(images)
         x = encoder.patch_embed(images)  # (B, L, D)
-        x = torch.where(mask.flatten(1).unsqueeze(-1), encoder.mask_token.to(x.dtype), x)  # before the positions
+        x = torch.where(mask.flatten(1).unsqueeze(-1), encoder.mask_token.to(x.dtype), x)  # before positions are added
         x = torch.cat([encoder.cls_token.expand(B, -1, -1), x], dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
@@ -56,23 +58,25 @@ class SimMIM(nn.Module):
 
 
 def masked_l1(images, reconstruction, mask, patch_size):
-    """Mean |difference| over the hidden pixels, in float32: (B, C, H, W) twice, mask (B, h, w) of patches -> scalar."""
+    """Compute the mean absolute error over masked pixels in float32: images (B, C, H, W), mask (B, h, w) -> scalar."""
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1).float()
     difference = (images.float() - reconstruction.float()).abs() * pixels
     return difference.sum() / (pixels.sum() + 1e-5) / images.shape[1]
 
 
 def unit_grid(grid, unit):
-    """Rows and columns of mask units, each of unit x unit patches; an error if they do not tile the patches."""
+    """Return (rows, columns) of mask units of unit x unit patches. Raises UserError if they do not tile the patches."""
     if grid[0] % unit or grid[1] % unit:
         raise UserError(f"mask units of {unit} x {unit} patches do not tile {grid[0]} x {grid[1]} patches: "
                         f"choose another --mask-unit or --img-size")
     return grid[0] // unit, grid[1] // unit
 
 
-def random_mask(grid, unit=2, ratio=0.6):
-    """The mask of one image over its patches, (h, w) bool: ceil(ratio * units) whole units are hidden, 30 of 49 at
-    224 px. A unit is two patches wide: 32 px at patch size 16, the official unit; less at smaller patches.
+def random_mask(grid, unit=2, ratio=0.6) -> torch.Tensor:
+    """Sample the mask of one image over its patches: (h, w) bool, True: masked.
+
+    Masks ceil(ratio * units) units of unit x unit patches: 30 of 49 at 224 px. The official unit is 32 px, two patches
+    of 16 px; with smaller patches the default unit is smaller too.
     """
     rows, columns = unit_grid(grid, unit)
     mask = torch.zeros(rows * columns, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Crash-safe files, and what a run is continued from: a checkpoint is whole or absent, and the one before stays until
-the next is whole.
+"""Crash-safe files and the checkpoints that a run resumes from.
 
-Tensors, numbers, strings, lists and dicts only, so that every file loads with `weights_only=True`.
+A file is written completely or not at all, and a checkpoint is deleted only once newer ones are complete. Checkpoints
+hold tensors, numbers, strings, lists and dicts only, so that every file loads with `weights_only=True`.
 """
 import json
 import os
@@ -16,13 +16,13 @@ from common import distributed
 from common.distributed import print0
 from common.errors import UserError
 
-KEEP = 2  # the newest, and the one before in case the newest is damaged
+KEEP = 2  # checkpoints per run: the newest, and the previous one in case the newest is damaged
 
 
 def write_atomically(path, write):
-    """`write(file)` into a temporary neighbour, flush it to the disk, rename it, flush the folder's entry.
+    """Call write(file) on a temporary file in the same folder, flush it to disk, and rename it to path.
 
-    An error (a full disk, say) removes the temporary file and leaves what was there before untouched.
+    An error (a full disk, say) removes the temporary file and leaves an existing file at path untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -43,6 +43,7 @@ def write_atomically(path, write):
 
 
 def save_torch(path, content):
+    """Write a torch file atomically. Raises OSError with a remedy if it cannot be written."""
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
@@ -51,26 +52,31 @@ def save_torch(path, content):
 
 
 def save_json(path, content):
+    """Write a JSON file atomically."""
     write_atomically(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
 
 
 def steps_saved(folder):
-    """Steps that have a checkpoint in a run's folder, newest first."""
+    """Return the steps that have a checkpoint in a run's folder, newest first."""
     return sorted((int(path.stem[5:]) for path in Path(folder).glob(f"step-{'[0-9]' * 8}.pt")), reverse=True)
 
 
 def save_step(folder, step, state):
-    """Writes step-<step>.pt and then removes all but the newest `KEEP`."""
+    """Write step-<step>.pt, then delete all checkpoints but the newest `KEEP`."""
     folder = Path(folder)
-    for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while it saved
+    for leftover in folder.glob(".step-*.tmp"):  # from a process that was killed while saving
         leftover.unlink(missing_ok=True)
     save_torch(folder / f"step-{step:08d}.pt", state)
     for old in steps_saved(folder)[KEEP:]:
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
 
 
-def read_whole(path):
-    """A torch file whose every record passes its checksum and says that it is a file; whatever else is raises."""
+def load_verified(path):
+    """Verify the CRC of every record of a torch (zip) file, then load it onto the CPU. OSError if corrupt.
+
+    torch.load does not check the CRC. Nor does the CRC cover a record's attributes, which torch writes as 0: a flipped
+    directory flag makes torch.load return uninitialised memory. Damage elsewhere may raise any other exception.
+    """
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip() or next((r.filename for r in archive.infolist() if r.external_attr), None):
             raise OSError(f"record {bad} is not as it was written")
@@ -78,15 +84,16 @@ def read_whole(path):
 
 
 def load_newest(folder):
-    """The newest whole checkpoint of a run, or None if it has none. A damaged one is named and passed over; that all
-    are damaged is an error.
+    """Load the newest intact checkpoint of a run, or None if it has no checkpoint.
+
+    Damaged ones are reported and skipped. Raises UserError if all are damaged.
     """
     steps = steps_saved(folder)
     for step in steps:
         path = Path(folder) / f"step-{step:08d}.pt"
         try:
-            return read_whole(path)
-        except Exception as error:  # flipped bytes raise anything
+            return load_verified(path)
+        except Exception as error:  # damaged bytes can raise any exception
             print0(f"{path} is damaged ({type(error).__name__}: {error}): falling back to the checkpoint before it")
     if steps:
         raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): delete it to start this run again")
@@ -94,7 +101,7 @@ def load_newest(folder):
 
 
 class Snapshot:
-    """All that a checkpoint holds, saved and restored together; `progress` is what the loop itself remembers."""
+    """The complete state of a training run, saved to and restored from checkpoints; `progress` is the loop's part."""
 
     def __init__(self, run, method, optimizer, engine):
         self.run, self.method, self.optimizer, self.engine = run, method, optimizer, engine
@@ -102,7 +109,11 @@ class Snapshot:
         self.saved_at = time.perf_counter()
 
     def restore(self):
-        """Puts everything back as the newest whole checkpoint has it, the log included. Returns the step to do next."""
+        """Restore the newest intact checkpoint, log included. Returns the number of steps done, 0 without a checkpoint.
+
+        Raises UserError if ranks read different checkpoints, or, without --allow-inexact, if the run cannot be
+        continued bit by bit on this machine (another device, number of ranks, threads, precision).
+        """
         saved = load_newest(self.run.folder)
         step = saved["progress"]["step"] if saved else 0
         newest, oldest = distributed.all_max(step, -step)
@@ -122,7 +133,7 @@ class Snapshot:
         self.method.model.load_state_dict(saved["model"])
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where it was not used, as in float32
+        if saved["scaler"]:  # empty unless fp16
             engine.scaler.load_state_dict(saved["scaler"])
         engine.meter.restore(saved["meter"], engine.device)
         self.progress.update(saved["progress"])
@@ -130,20 +141,22 @@ class Snapshot:
         return self.progress["step"]
 
     def save(self, step):
+        """Save a checkpoint after `step` steps. All ranks call it; rank 0 writes."""
         self.progress.update(step=step, seconds=self.seconds())
         self.saved_at = time.perf_counter()
-        meter = self.engine.meter.state()  # of all ranks
+        meter = self.engine.meter.state()  # collective: every rank takes part
         if distributed.is_main():
             save_step(self.run.folder, step, {
                 **self.run.weights(self.method.model), "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.engine.scaler.state_dict(),
                 "meter": meter, "progress": self.progress,
                 "execution": self.engine.execution(), "log_size": self.run.log_size()})
-        distributed.barrier()  # a rank that left now would have torchrun stop the one that writes
+        distributed.barrier()  # if a rank exited now, torchrun would kill rank 0 while it writes
 
     def seconds(self):
-        """Seconds spent so far, evaluating too: up to the last checkpoint, also before a resume, and since."""
+        """Return the seconds spent so far, evaluations and the time before a resume included."""
         return self.progress["seconds"] + time.perf_counter() - self.saved_at
 
-    def due(self):
+    def is_due(self):
+        """Return whether the last checkpoint is older than --save-minutes."""
         return time.perf_counter() - self.saved_at > 60 * self.engine.args.save_minutes

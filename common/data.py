@@ -5,6 +5,7 @@
     imagenet           the same layout, and exactly 1,000 classes
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """
+import argparse
 import os
 from pathlib import Path
 
@@ -124,21 +125,21 @@ def statistics(args):
     return tuple(torch.tensor(values) * 255 for values in usual.values())
 
 
-def take_statistics(args, weights):
-    """Uses the mean and std that the weights were trained with, if their file says them. If the user, or a teacher
-    before, asked for others, that is a DataError. With weights None nothing happens.
+def with_statistics(args, weights):
+    """Return new settings with the mean and std of the images that the Weights learnt from, where they say them. A
+    DataError if the user, or a teacher before, asked for others. With weights None nothing changes.
     """
     theirs = weights.statistics if weights else None
     if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # grey as colour, or the other way round
         theirs = {name: [round(sum(values) / len(values), 6)] * args.in_chans for name, values in theirs.items()}
     if not theirs or len(theirs["mean"]) != args.in_chans:
-        return
+        return args
+    taken = {}
     for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():
         if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
             if getattr(args, name):
-                remedy = f"leave --{name} out to take theirs" if name in getattr(args, "explicit", (name,)) else \
-                    "choose a teacher and initial weights that agree"
                 raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
-                                f"{remedy}")
+                                f"leave --{name} out to take theirs, or choose a teacher and weights that agree")
             print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
-            setattr(args, name, theirs[name])
+            taken[name] = theirs[name]
+    return argparse.Namespace(**{**vars(args), **taken})

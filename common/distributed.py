@@ -1,6 +1,6 @@
-"""One process or a torchrun group: rank, world size, devices, and the few collectives the project needs.
+"""One process or a torchrun group: rank, world size, device, and the few collectives that the project needs.
 
-With one process every function here is a plain no-op, so that scripts read the same on a laptop and on a cluster.
+In a single process the collectives return their input, so scripts read the same on a laptop and on a cluster.
 """
 import os
 import sys
@@ -13,14 +13,15 @@ import torch.distributed as dist
 from common.errors import UserError
 
 
-def start(device="auto"):
-    """Joins the torchrun group if there is one and returns this rank's device. Called once, safe to call again.
+def start_process_group(device="auto") -> torch.device:
+    """Choose this rank's device, join the torchrun group if there is one, and return the device.
 
-    CPU tensors travel by gloo and GPU tensors by nccl, so control messages never wait for the GPU.
+    device: auto, cpu, cuda or cuda:N. Safe to call again. CPU tensors are exchanged by gloo and GPU tensors by nccl, so
+    control messages never wait for the GPU. Raises UserError if the device cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user hid the GPU on purpose
         if device == "cpu" and os.path.exists("/dev/nvidia0") and not hidden:
             raise UserError("there is an NVIDIA GPU, but PyTorch cannot use it: is its driver too old for this PyTorch "
                             "(`python -c 'import torch; torch.zeros(1).cuda()'` says)? --device cpu goes on without")
@@ -40,7 +41,7 @@ def start(device="auto"):
                              f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also where the environment says otherwise
+        torch.backends.cudnn.allow_tf32 = False  # true float32, whatever the environment sets
         torch.set_float32_matmul_precision("highest")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -48,14 +49,17 @@ def start(device="auto"):
     return device
 
 
-def stop():
+def stop_process_group():
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def abandon(text):
-    """Ends this process with exit code 1. One of several ranks leaves at once and torchrun ends the others: to take the
-    group down in order, nccl would wait for them, and they wait for this rank.
+def abort(text):
+    """Print the text to stderr and end this process with exit code 1.
+
+    One of several ranks exits at once, without destroying the group; torchrun then ends the others. Destroying it could
+    deadlock: nccl would wait for ranks that are waiting for this one.
     """
     if world_size() == 1:
         raise SystemExit(text)
@@ -63,31 +67,34 @@ def abandon(text):
     os._exit(1)
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))  # before the group, torchrun's
+def rank() -> int:
+    """Return this process's rank; before the group is joined, the one that torchrun assigned."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
+    """Return the number of processes in the group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
 def print0(*args, **kwargs):
-    """Prints on rank 0 alone."""
+    """Print on rank 0 only."""
     if is_main():
         print(*args, **kwargs, flush=True)
 
 
 def barrier():
-    """Returns when every rank has arrived (through gloo, as a barrier on nccl would use the GPU)."""
+    """Wait until every rank has arrived. Goes through gloo, because an nccl barrier would use the GPU."""
     all_max(0)
 
 
-def gather(value):
-    """Every rank's value (any picklable object), in a list."""
+def gather(value) -> list:
+    """Collect a picklable object from every rank: a list in order of rank, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -96,12 +103,12 @@ def gather(value):
 
 
 def broadcast_object(value):
-    """Rank 0's value, on every rank (any picklable object)."""
+    """Return rank 0's value, a picklable object, on every rank."""
     return gather(value)[0]
 
 
-def all_max(*flags):
-    """Element-wise maximum over ranks of a few small numbers (CPU): how ranks agree to stop or to save."""
+def all_max(*flags) -> list[int]:
+    """Take the maximum over ranks of each integer, on the CPU: how ranks agree to stop or to save."""
     if not dist.is_initialized():
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int64)
@@ -109,8 +116,8 @@ def all_max(*flags):
     return tensor.tolist()
 
 
-def all_sum(tensor):
-    """Sum over ranks, in place, on the tensor's own device."""
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over ranks, in place, on its own device. Returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -118,7 +125,10 @@ def all_sum(tensor):
 
 @contextmanager
 def once_per_node():
-    """The body's work (a download, generated data) is done by the first rank of each node while its others wait."""
+    """Let the first rank of each node do the body's work (a download, generated data) while the others wait.
+
+    Yields True on the rank that does the work, else False.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             yield True

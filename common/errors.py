@@ -1,8 +1,8 @@
-"""Errors that the user can mend: a script prints them as one line. Anything else is ours and shows its traceback."""
+"""Errors that the user can fix: scripts print them as one line. Any other error is a bug and shows its traceback."""
 
 
-STOPPED = 75  # exit code after a signal (EX_TEMPFAIL): a run is saved, the same command goes on
+STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that a signal stopped: it is saved, the same command continues it
 
 
 class UserError(ValueError):
-    """Names the value, the place and the remedy."""
+    """An error of input or settings. The message names the wrong value, where it comes from and the remedy."""

@@ -4,7 +4,6 @@ On a CPU two trainings with one thread each are faster than one after the other 
 short, and in each of them threads wait for each other many times, busily. So one busy neighbour slows them down four
 times, where single threads just share the cores.
 """
-import json
 import multiprocessing
 import os
 import sys
@@ -16,19 +15,19 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def groups(rows):
-    """Rows of a table in lists: those that begin with the same stage stay together, and train it once. The longest,
-    which have most stages, come first, so that none of them is left for the end.
+    """Rows of a table in lists: those that begin with the same line stay together, and train it once. The longest,
+    which have most lines, come first, so that none of them is left for the end.
     """
-    found = []  # [(rows, their keys, their first stages)]
+    found = []  # [(rows, their keys, their first lines)]
     for row in rows:
-        first = json.dumps(row.stages[0], sort_keys=True, default=str)
+        first = row.lines[0]
         home = next((group for group in found if row.key in group[1] or first in group[2]), None)
         if home is None:
             found.append(home := ([], set(), set()))
         home[0].append(row)
         home[1].add(row.key)
         home[2].add(first)
-    return sorted((members for members, _, _ in found), key=lambda rows: -sum(len(row.stages) for row in rows))
+    return sorted((members for members, _, _ in found), key=lambda rows: -sum(len(row.lines) for row in rows))
 
 
 def run_at_once(tasks, limit=CORES):

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from common.errors import UserError
 from common.images import DataError, UnreadableImage
 
-# What only the host reads: numbers of images; of sec3_benchmark erasing.py and coco.py. Other uint8 tensors are images.
-STAY_ON_HOST = ("index", "bad", "erase_box", "erase_seed", "count", "size", "original")
+HOST = ("index", "bad", "host_")  # how the keys of a batch begin that stay on the CPU. Other uint8 tensors are images
 SHARED_MEMORY = "/dev/shm"  # through which loading processes hand over their batches
 
 
@@ -211,7 +210,7 @@ def explain_workers():
 def to_device(batch, device, mean, std):
     """Moves a batch and turns its uint8 images (B, C, H, W) into normalised floats, there where that is cheap."""
     for name, value in batch.items():
-        if name not in STAY_ON_HOST:
+        if not name.startswith(HOST):
             value = value.to(device, non_blocking=True)
             if value.dtype == torch.uint8:  # in place: on a CPU new memory costs more than the arithmetic
                 value = value.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -1,10 +1,13 @@
-"""The masked autoencoder (He et al. 2022) with the paper's light decoder, in the order of its forward (Appendix A.2).
+"""The masked autoencoder (He et al. 2022) with the paper's light decoder (Appendix A.2).
 
-Three things are done differently from the public code and give the same loss and gradients (tests/test_mae.py):
- 1. patches are chosen before they are embedded, so three quarters of the embedding is never computed;
- 2. the decoder sees its tokens in shuffled order, which attention does not notice as long as each token carries its own
-    position, so nothing is un-shuffled and no activation is gathered;
- 3. only masked patches are predicted and compared, because only they enter the loss.
+Methods of `MAE` follow the order of the forward pass. Three steps differ from the public code, at equal loss and
+gradients (tests/test_mae.py):
+ 1. Visible patches are selected before the patch embedding, so masked patches are never embedded.
+ 2. The decoder processes its tokens in shuffled order. Attention is permutation-equivariant and each token carries its
+    own position embedding, so nothing has to be un-shuffled.
+ 3. Only masked patches are predicted, because only they enter the loss.
+
+Shapes: B images, C channels, L patches, K visible patches, M = L - K masked patches, D width, p patch size.
 """
 import math
 from functools import partial
@@ -16,19 +19,21 @@ from torch import nn
 
 from common.augment import pretrain_transform
 from common.errors import UserError
-from common.vit import check_heads, pair, patch_grid, size_of
+from common.vit import check_heads, model_size, pair, patch_grid
 
-DECODERS = {  # the decoder that goes with each encoder: width, depth, heads
-    "vit_tiny": (96, 1, 3),  # the paper's adjusted component (Appendix A.2)
+DECODERS = {  # encoder -> default decoder: width, depth, heads
+    "vit_tiny": (96, 1, 3),  # the paper's lightweight decoder (Appendix A.2)
     "vit_small": (192, 1, 6),
     "vit_base": (512, 8, 16),  # the official MAE
     "vit_demo": (48, 1, 3),
 }
 
 
-def sincos_positions(dim, grid):
-    """MAE's fixed table (rows * columns, dim): the first half of the channels encodes the column, the second the row;
-    each half is dim/4 sines, then dim/4 cosines, of frequencies 10000^(-k / (dim/4)). MoCo-v3's is its transpose.
+def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Compute MAE's fixed 2D sin-cos position embedding: grid (rows, columns) -> (rows * columns, dim).
+
+    The first half of the channels encodes the column, the second half the row. Each half holds dim/4 sines, then dim/4
+    cosines, of frequencies 10000^(-k / (dim/4)). MoCo-v3 swaps the halves (sec3_benchmark/moco.py).
     """
     if dim % 4:
         raise UserError(f"a sin-cos table needs a width divisible by 4, not {dim}")
@@ -38,17 +43,21 @@ def sincos_positions(dim, grid):
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
-def take(x, ids):
-    """Rows of every sample: x (B, L, C), ids (B, K) -> (B, K, C). One index_select is far faster than a wide gather."""
+def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Select tokens of each sample: x (B, L, C), ids (B, K) -> (B, K, C).
+
+    One index_select over flattened rows is far faster than torch.gather with expanded indices.
+    """
     B, L, C = x.shape
     rows = ids + L * torch.arange(B, device=ids.device).unsqueeze(1)
     return x.reshape(B * L, C).index_select(0, rows.flatten()).view(B, -1, C)
 
 
-def normalise_patches(patches):
-    """(t - mean) / sqrt(var + 1e-6) with the unbiased variance, per patch: (..., N) -> (..., N), float32.
+def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
+    """Standardise each patch over its N values: (..., N) -> (..., N), float32.
 
-    Layer norm is the same with the biased variance, so eps and scale are corrected by (N - 1) / N: one fused kernel.
+    Computes (t - mean) / sqrt(var + 1e-6) with the unbiased variance, as the official MAE does. Layer norm uses the
+    biased variance; with weight sqrt((N - 1) / N) and eps 1e-6 (N - 1) / N it gives the same in one fused kernel.
     """
     N = patches.shape[-1]
     ratio = (N - 1) / N
@@ -57,12 +66,16 @@ def normalise_patches(patches):
 
 
 class MAE(nn.Module):
-    """Parameter names are the official MAE's. The encoder is the ViT of `common/vit.py` without pooling and head."""
+    """Masked autoencoder; its forward returns the reconstruction loss.
+
+    Parameter names are those of the official MAE. The encoder is the ViT of `common/vit.py` without pooling and head.
+    `config` holds the settings that rebuild the model.
+    """
 
     def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, decoder_dim=None,
                  decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True):
         super().__init__()
-        dim, depth = size_of(model).values()
+        dim, depth = model_size(model).values()
         default = DECODERS[model]
         decoder_dim, decoder_depth = decoder_dim or default[0], decoder_depth or default[1]
         decoder_heads = decoder_heads or default[2]
@@ -96,12 +109,14 @@ class MAE(nn.Module):
         return Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def _fixed_positions(self, dim):
-        table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid)])  # the class token's row is zero
+        table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid)])  # class token: zeros
         return nn.Parameter(table.unsqueeze(0), requires_grad=False)  # (1, 1 + L, dim)
 
     def init_weights(self):
-        """The official MAE's initial values: Xavier-uniform Linear weights (qkv as one matrix) and patch convolution
-        (seen as a matrix); its bias keeps PyTorch's default, other biases are 0; both tokens normal with std 0.02.
+        """Initialise as the official MAE does.
+
+        Linear weights (qkv as one matrix) and the patch convolution (flattened to a matrix) are Xavier-uniform. The
+        convolution's bias keeps PyTorch's default, all other biases are 0. Class and mask token: normal, std 0.02.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -112,30 +127,36 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images, noise, states=None):
-        """The loss of a batch: images (B, C, H, W) normalised, noise (B, L) uniform, which chooses the patches. A list
-        `states` gets what enters each block and the norm, depth + 1 times (B, 1 + K, D): distillation reads it.
+        """Compute the reconstruction loss of a batch, a scalar.
+
+        images: (B, C, H, W), normalised. noise: (B, L), uniform; the patches with the K smallest values stay visible.
+        states: an optional list; the inputs of every encoder block and of the final norm are appended to it, depth + 1
+        tensors (B, 1 + K, D). Distillation (Section 5) reads them.
         """
         patches = self.patchify(images)
-        ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the others are masked
+        ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the rest are masked
         ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
         latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states)
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
 
     def patchify(self, images):
-        """(B, C, H, W) -> (B, L, p*p*C): patches row by row, inside a patch row, column, channel."""
+        """Split images into patches: (B, C, H, W) -> (B, L, p*p*C).
+
+        Patches are in row-major order; the values of a patch are ordered by row, column, channel.
+        """
         B, C, (h, w), p = len(images), self.in_chans, self.grid, self.patch_size
         if images.shape[1:] != (C, h * p, w * p):
             raise UserError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
         return images.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
 
     def embed(self, patches, ids):
-        """Patches (B, K, p*p*C) at places ids (B, K) -> tokens with positions (B, K, D)."""
-        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
+        """Embed patches and add their positions: patches (B, K, p*p*C), patch indices (B, K) -> (B, K, D)."""
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), ordered as in patchify
         return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
 
     def forward_encoder(self, visible, ids_visible, states=None):
-        """Visible patches (B, K, p*p*C) -> latent (B, 1 + K, D). The class token joins after masking."""
+        """Encode visible patches: (B, K, p*p*C), patch indices (B, K) -> (B, 1 + K, D), class token first."""
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         x = torch.cat([cls_token, tokens], dim=1)
@@ -148,7 +169,10 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def forward_decoder(self, latent, ids_shuffle, skip=0):
-        """Latent (B, 1 + K, D) -> predicted patches in shuffled order, but the first `skip`: (B, L - skip, p*p*C)."""
+        """Predict patches from the latent (B, 1 + K, D): (B, L - skip, p*p*C), in the order of ids_shuffle (B, L).
+
+        The first `skip` patches of that order are not predicted; skip = K predicts the masked patches alone.
+        """
         x = self.decoder_embed(latent)
         B, L = ids_shuffle.shape
         mask_tokens = self.mask_token.to(x.dtype).expand(B, L - self.num_visible, -1)
@@ -161,14 +185,14 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, 1 + skip:]))
 
     def loss(self, pred, target):
-        """Mean squared error over masked patches, in float32: (B, M, p*p*C) twice -> scalar."""
+        """Compute the mean squared error over masked patches in float32: pred, target (B, M, p*p*C) -> scalar."""
         if self.norm_pix:
             target = normalise_patches(target)
         return F.mse_loss(pred.float(), target)
 
 
 def add_arguments(parser):
-    """What every MAE pre-training can be told of the model and the recipe."""
+    """Add the arguments of MAE's model and recipe, shared by MAE and D-MAE pre-training, to a parser."""
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
     group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
@@ -187,15 +211,15 @@ def add_arguments(parser):
     group.add_argument("--seed", type=int, default=0)
 
 
-def build_mae(args):
-    """The MAE of a command line."""
+def build_mae(args) -> MAE:
+    """Build the MAE that the parsed arguments describe."""
     return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
                decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
 
 
 class MAEViews:
-    """An image -> the cropped image and the uniform noise that chooses its visible patches."""
+    """Training view: an image -> the cropped image and the uniform noise (L,) that selects its visible patches."""
 
     def __init__(self, args, num_patches):
         self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches

@@ -1,6 +1,6 @@
-"""Sets that fit into memory are decoded once: their pixels stay as bytes, and no epoch reads a file again.
+"""Data sets that fit into memory are decoded once and kept as bytes, so that later epochs read no file.
 
-The loading processes share the pixels of the process that they come from.
+The loader's worker processes share this memory.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +13,20 @@ from tqdm import tqdm
 from common.distributed import is_main, print0
 from common.images import UnreadableImage
 
-PROBE = 200  # images that are decoded to estimate what all of them take
+PROBE = 200  # images decoded to estimate the memory that all of them need
 
 
-class Pixels:
-    """Decoded images of any sizes in one block of bytes; an index gives a uint8 tensor (C, H, W), or None where an
-    image could not be read. A list of tensors would be copied into every loading process, as FileNames explains.
+class DecodedImages:
+    """Decoded images of any sizes in one block of bytes: index -> uint8 tensor (C, H, W), or None if it was unreadable.
+
+    One block, because a list of tensors would be copied into every worker process (see Packed in common/images.py).
     """
 
     def __init__(self, images):
         shapes, block = [], bytearray()
         for image in images:
             array = np.zeros((0, 0, 0), np.uint8) if image is None else image.permute(1, 2, 0).numpy()
-            shapes.append(array.shape)  # (H, W, C), the order in which resizing is fastest
+            shapes.append(array.shape)  # (H, W, C): the memory order in which resizing is fastest
             block += array.tobytes()
         self.shapes = np.array(shapes)
         self.starts = np.cumsum([0, *self.shapes.prod(axis=1)])
@@ -40,45 +41,47 @@ class Pixels:
 
 
 def keep_decoded(images, share):
-    """Decode the files of an ImageSet once and keep them, if that takes at most `share` of the free memory, which the
-    ranks of a node divide among themselves. What cannot be read is left to `images.read`, which says so.
+    """Decode the files of an ImageSet once and keep them in `images.kept`, if they fit into `share` of free memory.
+
+    The ranks of a node divide that share among themselves. Unreadable images are kept as None; `images.read` then tries
+    the file and raises.
     """
     if not share or not images.from_files or images.kept is not None or not len(images):
         return
-    probed = [image.numel() for image in map(reader(images), range(0, len(images), -(-len(images) // PROBE)))
+    probed = [image.numel() for image in map(decode_or_none(images), range(0, len(images), -(-len(images) // PROBE)))
               if image is not None]
-    room = share * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not probed or np.mean(probed) * len(images) > room:
+    available = share * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not probed or np.mean(probed) * len(images) > available:
         return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         progress = tqdm(total=len(images), desc=f"decoding {images.name}", unit="image", leave=False,
                         disable=None if is_main() else True)
-        images.kept = Pixels(in_order(pool, reader(images), len(images), progress))
+        images.kept = DecodedImages(ordered_map(pool, decode_or_none(images), len(images), progress))
     print0(f"{images.name}: {len(images):,} decoded images kept in memory ({len(images.kept.block) / 2**20:,.0f} MiB)")
 
 
-def reader(images):
-    """index -> its tensor, or None."""
-    def read(index):
+def decode_or_none(images):
+    """Make a function that maps an index to its decoded tensor, or to None if it is unreadable."""
+    def decode(index):
         try:
             return images.decode(index)
         except UnreadableImage:
             return None
-    return read
+    return decode
 
 
-def in_order(pool, function, count, progress, at_once=1000):
-    """`function` of 0, 1, ... in this order, worked on by a pool that is never more than `at_once` ahead."""
-    for first in range(0, count, at_once):
-        yield from pool.map(function, range(first, min(count, first + at_once)))
-        progress.update(min(count, first + at_once) - first)
+def ordered_map(pool, function, count, progress, chunk=1000):
+    """Yield function(0), ..., function(count - 1), computed by the pool `chunk` at a time, which bounds the memory."""
+    for first in range(0, count, chunk):
+        yield from pool.map(function, range(first, min(count, first + chunk)))
+        progress.update(min(count, first + chunk) - first)
 
 
 def free_memory():
-    """Bytes that this process may still take: of the machine, or of its container or job where that is less."""
+    """Return the bytes that this process may still allocate: the least that its machine or a control group allows."""
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts the files that the system would give up, too
+    if meminfo.exists():  # MemAvailable includes file caches that the system can drop
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         free = [int(lines["MemAvailable"].split()[0]) * 1024]
     for limit, used in cgroup_files():
@@ -88,7 +91,7 @@ def free_memory():
 
 
 def cgroup_files():
-    """The files that hold limit and use of every control group above this process, of version 2 and of version 1."""
+    """Yield the files (limit, usage) of every memory control group of this process, cgroup versions 1 and 2."""
     own = Path("/proc/self/cgroup")
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)

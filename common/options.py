@@ -1,9 +1,11 @@
-"""Command lines: groups of arguments that scripts share, and how presets, recipes and table rows meet.
+"""Command lines: arguments that scripts share, and what decides a setting.
 
-Precedence: explicit argument > table row > recipe > preset > default. A script's defaults are the paper's values; its
-`PRESETS` lists only what the smaller presets change.
+Later words win: default < preset < recipe < command line; a table puts a row's words before the user's. A script's
+defaults are the paper's values; its `PRESETS` lists only what the smaller presets change. What weights can say of their
+network and images has no default: `settle` takes what was given, else what the weights say, else the preset's.
 """
 import argparse
+import copy
 import difflib
 import multiprocessing
 import os
@@ -17,17 +19,17 @@ from pathlib import Path
 from common import data, distributed
 from common.distributed import print0
 from common.errors import STOPPED, UserError
-from common.vit import SIZES
-
-
-class Settings(argparse.Namespace):
-    """The settings of a run; `explicit`, which is not in `vars`, names those given by command line or table row."""
-
-    __slots__ = ("explicit",)
-
+from common.vit import SIZES, pair
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_NAMES = ("demo", "laptop", "small", "paper")
+PAPER = dict(model="vit_tiny", img_size=[224], patch_size=16, in_chans=3, num_heads=12, global_pool="avg")
+NETWORKS = {  # and images: what each preset has instead
+    "demo": dict(model="vit_demo", img_size=[36], patch_size=6),
+    "laptop": dict(model="vit_demo", img_size=[48], patch_size=8),
+    "small": dict(img_size=[64], patch_size=8),
+}
+SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
 
 
 def make_parser(description):
@@ -53,23 +55,24 @@ def add_data(parser):
     add_images(group)
 
 
-def add_images(group, img_size=224):
+def add_images(group, img_size=None):
     group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
-    group.add_argument("--img-size", type=int, nargs="+", default=[img_size], metavar="PX",
-                       help="side, or height and width")
-    group.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
-    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the "
-                       "initial weights say, else ImageNet's")
+    group.add_argument("--img-size", type=int, nargs="+", default=img_size and [img_size], metavar="PX",
+                       help="side, or height and width; default: " + ("%(default)s" if img_size else "as the weights "
+                                                                      "say, else 224"))
+    group.add_argument("--in-chans", type=int, help="channels; other than 1 and 3 are read from .npy files; default: "
+                       "as the weights say, else 3")
+    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the weights say, else "
+                       "ImageNet's")
     group.add_argument("--std", type=float, nargs="+", help="likewise")
 
 
 def add_model(parser, models=SIZES):
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(models), default="vit_tiny",
-                       help="the encoder; initial weights of ours say it themselves")
-    group.add_argument("--patch-size", type=int, default=16, help="pixels")
-    group.add_argument("--num-heads", type=int, default=12, help="12 in the paper; DeiT-Tiny's own has 3")
+    group = parser.add_argument_group("model", "default: as the weights say, else vit_tiny, 12 heads, patch size 16")
+    group.add_argument("--model", choices=tuple(models), help="the encoder")
+    group.add_argument("--patch-size", type=int, help="pixels")
+    group.add_argument("--num-heads", type=int, help="12 in the paper; DeiT-Tiny's own has 3")
 
 
 def add_execution(parser):
@@ -103,35 +106,56 @@ def defaults(parser):
 EXECUTION = tuple(defaults(add_execution(argparse.ArgumentParser())))  # names of these settings
 
 
-def explicit_arguments(parser, argv=None):
-    """Only what stands on the command line, as a dict: attributes that exist already keep argparse's defaults out."""
-    unset = []  # a list, for argparse to copy and extend; told from one that was given by being the same object
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults(parser), unset))))
-    return {name: value for name, value in given.items() if value is not unset}
+def given(parser, argv=None):
+    """Return what stands on the command line alone, as a dict without defaults."""
+    bare = copy.deepcopy(parser)
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    bare._defaults.clear()
+    return vars(bare.parse_args(argv))
 
 
-def resolve(parser, presets, recipes=None, *, explicit=None, row=None):
-    """The settings of a run, by the precedence above. An unknown name is an error."""
-    explicit, row = dict(explicit or {}), dict(row or {})
-    settings = defaults(parser)
-    unknown = sorted((set(explicit) | set(row)) - set(settings))
-    if unknown:
-        near = {name for word in unknown for name in difflib.get_close_matches(word, settings)}
-        meant = f"; perhaps {', '.join(sorted(near))}?" if near else ""
-        raise UserError(f"no setting {', '.join(unknown)}{meant} (--help lists them)")
-    given = {**row, **explicit}  # read as the command line would read it: types and choices hold for rows too
-    given.update(explicit_arguments(parser, words(given)))
-    if empty := [name for name, value in given.items() if value == ""]:  # not taken for "none"
+def parse(parser, presets=None, recipes=None, argv=None):
+    """Return the settings of a command line (None: the one typed), by the order of precedence."""
+    parser = copy.deepcopy(parser)  # whose defaults stay the paper's
+    args = parser.parse_args(argv)
+    data_given = getattr(args, "data_path", None) or getattr(args, "dataset_path", None)
+    preset = getattr(args, "preset", None) or ("paper" if data_given else "demo")
+    parser.set_defaults(**(presets or {}).get(preset, {}))
+    args = parser.parse_args(argv)
+    recipe = getattr(args, "recipe", getattr(args, "dataset", None))  # transfer.py's go by data set
+    parser.set_defaults(**(recipes or {}).get(recipe, {}), preset=preset)
+    args = parser.parse_args(argv)
+    if empty := [name for name, value in vars(args).items() if value == ""]:  # not taken for "none"
         raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
-    preset = given.get("preset") or ("paper" if given.get("data_path") or given.get("dataset_path") else "demo")
-    settings.update((presets or {}).get(preset, {}))
-    named = {**settings, **given}
-    settings.update((recipes or {}).get(named.get("recipe", named.get("dataset")), {}))  # transfer's go by data set
-    settings.update({**given, "preset": preset})
-    check_ranges(settings)
-    settings = Settings(**settings)
-    settings.explicit = frozenset(given)
-    return settings
+    check_ranges(args)
+    return args
+
+
+def replaced(args, **changes):
+    """Return new settings with some changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def settle(args, weights=None, names=SHAPE):
+    """Return new settings in which nothing about the network and its images is open any more: given on the command
+    line, else as the Weights say (of `names`; their mean and deviation always), else as the preset has it.
+    """
+    says = {name: (weights.config or {}).get(name) for name in names} if weights else {}
+    usual = {**PAPER, **NETWORKS.get(args.preset, {})}
+    wanting = [name for name in usual if name in args and getattr(args, name) is None]
+    said = {name: says[name] for name in wanting
+            if says.get(name) is not None and not alike(name, says[name], usual[name])}
+    if said:
+        print0("as the weights say:", *words(said))
+    settled = {**{name: usual[name] for name in wanting}, **said}
+    settled = replaced(args, **settled)
+    return data.with_statistics(settled, weights) if "mean" in args else settled
+
+
+def alike(name, ours, theirs):
+    """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
+    return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
 
 
 # The smallest and the largest value of settings that several scripts share
@@ -144,8 +168,9 @@ RANGES = {
     "workers": (-1, None), "crop_min": (0.001, 1), "beta2": (0, 0.9999)}
 
 
-def check_ranges(settings):
-    """One line for a value that no run can have."""
+def check_ranges(args):
+    """Raise a UserError for a value that no run can have."""
+    settings = vars(args)
     for name, (low, high) in RANGES.items():
         value, flag = settings.get(name), "--" + name.replace("_", "-")
         if value is not None and (value < low or high is not None and value > high):
@@ -154,11 +179,6 @@ def check_ranges(settings):
         total, warmup = settings.get(unit), settings.get(f"warmup_{unit}")
         if total and warmup and warmup >= total:
             raise UserError(f"--warmup-{unit} {warmup} leaves nothing of --{unit} {total}: lower it too")
-
-
-def parse(parser, presets=None, recipes=None, argv=None):
-    """The settings of a script that was started by hand."""
-    return resolve(parser, presets, recipes, explicit=explicit_arguments(parser, argv))
 
 
 def start(main, parser, *presets_and_recipes, parse=parse):
@@ -189,16 +209,16 @@ def mishaps_in_one_line(prog):
         text = str(error).strip()
         if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
             text = text.splitlines()[-1].split(": ", 1)[-1]
-        distributed.abandon(f"{prog}: error: {' '.join(text.split())}")
+        distributed.abort(f"{prog}: error: {' '.join(text.split())}")
     except Exception:
         if distributed.world_size() == 1:
             raise
-        distributed.abandon(traceback.format_exc())
+        distributed.abort(traceback.format_exc())
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for loading in multiprocessing.active_children():  # they outlive the SIGTERM by which Python would end them
             loading.kill()
-        distributed.stop()
+        distributed.stop_process_group()
 
 
 def announce(parser, args):
@@ -206,7 +226,9 @@ def announce(parser, args):
     usual = defaults(parser)
     changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
     if changed.pop("preset", None):
-        print0(" ".join([f"# preset {args.preset}:", *words(changed), "(else the paper's values)"]))
+        network = {name: value for name, value in NETWORKS.get(args.preset, {}).items()
+                   if name in changed or name in usual and getattr(args, name) is None}
+        print0(" ".join([f"# preset {args.preset}:", *words({**network, **changed}), "(else the paper's values)"]))
 
 
 def named(texts, flag):

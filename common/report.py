@@ -1,4 +1,4 @@
-"""Tables as json and Markdown with the published number beside ours, and the style of the figures."""
+"""Tables as JSON and Markdown, with published numbers beside ours, and the common style of the figures."""
 import json
 import statistics
 from pathlib import Path
@@ -7,12 +7,12 @@ from common.checkpoint import save_json, write_atomically
 from common.distributed import is_main, print0
 from common.runs import environment
 
-# Okabe and Ito: safe for colour-blind readers
+# The palette of Okabe and Ito, distinguishable for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def subplots(rows=1, columns=1, *, figsize, **settings):
-    """A figure, with type that stays legible in print, and its axes. pyplot does not know it: nothing to close."""
+    """Create a figure and its axes in the common style. pyplot does not register it, so it need not be closed."""
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({
@@ -23,7 +23,7 @@ def subplots(rows=1, columns=1, *, figsize, **settings):
 
 
 def draw_curve(log_path, path):
-    """Training loss and learning rate of a log.jsonl over epochs, with the evaluations if there are any."""
+    """Plot training loss, learning rate and evaluations (if any) of a log.jsonl over epochs; saves the image."""
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
     if not steps:
@@ -31,25 +31,25 @@ def draw_curve(log_path, path):
     figure, axes = subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6))
     for axis, key, name in zip(axes, ("loss", "lr"), ("training loss", "learning rate")):
         axis.plot([r["epoch"] for r in steps], [r[key] for r in steps], linewidth=1,
-                  marker="." if len(steps) < 10 else None)  # a line of one point is not seen
+                  marker="." if len(steps) < 10 else None)  # few points need markers to be visible
         axis.set(xlabel="epoch", ylabel=name)
     if evals:
-        measure = next(iter(evals[0]["eval"]))  # the main one comes first
+        measure = next(iter(evals[0]["eval"]))  # the first is the main one
         axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
         axes[2].set(xlabel="epoch", ylabel={"top1": "top-1", "box_ap": "box AP"}.get(measure, measure) + " on val (%)")
     figure.savefig(path)
 
 
-def spread(values):
-    """Mean and sample standard deviation over seeds as text: "78.0 ± 0.1", "78.0", or "-" for nothing."""
+def mean_std(values) -> str:
+    """Format mean and sample standard deviation: "78.0 ± 0.1"; "78.0" for one value, "-" for none."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def markdown(header, rows):
-    """A Markdown table, columns aligned so that it reads in a terminal too; short rows end in empty cells."""
+def markdown(header, rows) -> str:
+    """Format a Markdown table with aligned columns, so that it is readable in a terminal; short rows are padded."""
     cells = [[str(c) for c in row] + [""] * (len(header) - len(row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
@@ -58,7 +58,7 @@ def markdown(header, rows):
 
 
 def write_text(folder, item, content, text):
-    """Prints a text and writes it as <item>.md, with `content` and the environment beside it as <item>.json."""
+    """Print a text and write it to <item>.md; write the dict `content` and the environment to <item>.json (rank 0)."""
     if not is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,11 +67,11 @@ def write_text(folder, item, content, text):
     print0(f"\n{text}\n\nwritten to {folder / item}.json and .md")
 
 
-def write_table(item, args, columns, rows, notes=()):
-    """A table as <item>.json and <item>.md in <output>/<item>/, printed too; returns the path of the json.
+def write_table(item, args, columns, rows, notes=()) -> Path:
+    """Print a table and write it as <output>/<item>/<item>.json and .md. Returns the path of the JSON file.
 
-    `rows` are dicts {"name", "published", "measured", "seeds", "run", ...}; `columns` maps a heading to a function of
-    a row. Rows without a measurement are named below the table.
+    rows: dicts {"name", "published", "measured", "seeds", "run", ...}. columns: heading -> function of a row.
+    Rows without a measurement are listed below the table.
     """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
     absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"

@@ -26,9 +26,8 @@ from common.errors import UserError
 from common.options import EXECUTION, ROOT
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
-# Enter the hash by content (a fingerprint) or not at all; `preset` only names values that enter themselves.
-BY_CONTENT = ("data_path", "dataset_path", "subset", "init", "teacher", "download", "preset",
-              "keep_activations", "draw")  # these two are detect.py's, and change no weight
+# Not in the hash: what is read enters by content (its fingerprint), and `preset` names values that enter themselves
+BY_CONTENT = ("data_path", "dataset_path", "init", "download", "preset")
 # New arguments, and the default under which old runs stay valid: at that value they are left out of the hash.
 ADDED_LATER = {}
 
@@ -123,8 +122,9 @@ def deliver(result, save_to):
 
 
 @contextmanager
-def open_run(script, name, args, fingerprints):
-    """Yields the run of these settings; `run.result` is set if it is finished already.
+def open_run(script, name, args, fingerprints, no_identity=()):
+    """Yields the run of these settings; `run.result` is set if it is finished already. The settings of `no_identity`
+    change no result, or are told by one of the `fingerprints` of what it reads.
 
     Rank 0 creates, locks and decides; the others are told. A folder that another process holds is waited for, since
     that process makes the same; with several ranks, who cannot wait for long, it is an error.
@@ -132,7 +132,8 @@ def open_run(script, name, args, fingerprints):
     settings, save_to = vars(args), getattr(args, "save_to", None)
     if save_to and Path(save_to).is_dir():
         raise UserError(f"--save-to {save_to} is a folder: name a file in it")
-    digest = settings_hash(settings, fingerprints)
+    deciding = {name: value for name, value in settings.items() if name not in no_identity}
+    digest = settings_hash(deciding, fingerprints)
     folder = Path(args.output) / script / f"{name}-{digest}"
     lock, problem, result = None, None, None
     if distributed.is_main():

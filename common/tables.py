@@ -1,15 +1,16 @@
-"""A table is rows, a row is stages: other scripts run in order, each finding its finished run if there is one.
+"""A table is rows, a row is the command lines that one would type, run in order; a finished run is found, not repeated.
 
-A row's settings name only what makes it that row; preset, device and the rest come from the table's command line.
-`--dry-run` prints the same stages as shell commands, ready for a cluster's job scripts.
+    Row("mae", "MAE", 78.0, ["sec3_benchmark/pretrain_mae.py", "sec3_benchmark/finetune.py --init {previous}"])
+
+`{previous}` is the weights that the line before left. Behind a row's words come those of the table's own command line,
+as far as the script knows them, then `--set`; later words win. `--dry-run` prints the lines and runs nothing.
 """
-import argparse
 import importlib
-import json
 import shlex
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from common import distributed, jobs, options
 from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
-from common.weights import HubError
+from common.pretrained import HubError
 
-PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as in every stage
+PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as every script's
 NOTES = {
     "demo": "The demo's numbers come from generated images and minutes of training. They show that the chain works and "
             "say nothing about the paper's claims.",
@@ -28,9 +29,7 @@ NOTES = {
                     "Same chain on other images: compare the rows with each other, not with the published column."),
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
-OWN_DATA = {"transfer", "detect"}  # stages that do not read --data-path
-NO_LABELS = "pretrain_"  # how the names of those begin that need none
-PREVIOUS = "<weights of the stage before>"  # as a setting: replaced by that stage's checkpoint
+PREVIOUS = "{previous}"
 
 
 @dataclass
@@ -38,16 +37,17 @@ class Row:
     key: str  # what --rows takes
     name: str  # what the table prints
     published: float | dict | None  # None: in no source read; a dict in a table of several columns
-    stages: tuple = ()  # (module, settings) in order; none: not built yet
+    lines: list = ()  # scripts with their arguments, in order; none: not built yet
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
     column: str = ""  # of a table where rows of one key fill several
-    forced: dict = field(default_factory=dict)  # {module: settings} that the table works out; they always win
 
+
+# Command line
 
 def make_parser(description, rows, demo):
-    """A table's parser: data, rows, execution; `demo` names the rows of the demo preset."""
+    """Return a table's parser: data, rows, execution; `demo` names the rows of the demo preset."""
     parser = options.make_parser(description)
     options.add_data(parser)
     add_rows(parser, rows, demo)
@@ -56,7 +56,7 @@ def make_parser(description, rows, demo):
 
 
 def add_rows(parser, rows=(), demo=()):
-    """--rows, --seeds, --jobs, --set, --dry-run; without rows the last three alone."""
+    """Add --rows and --seeds, and what figures take too: --jobs, --set, --dry-run, --launch."""
     group = parser.add_argument_group("table")
     if rows:
         group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
@@ -65,89 +65,153 @@ def add_rows(parser, rows=(), demo=()):
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
     group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
                        "default: on a CPU as many as cores, else 1")
-    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="STAGE.KEY=VALUE",
-                       help="any other setting of a stage, e.g. finetune.epochs=100")
-    group.add_argument("--dry-run", action="store_true", help="print each stage's command and run nothing")
+    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="SCRIPT.KEY=VALUE",
+                       help="any other setting of a row's script, e.g. finetune.epochs=100")
+    group.add_argument("--dry-run", action="store_true", help="print each command and run nothing")
+    group.add_argument("--launch", default="python", metavar="WORDS", help="what --dry-run starts scripts with, e.g. "
+                                                                           "'torchrun --nproc-per-node=8'")
 
 
 def parse(parser, argv=None, presets=PRESETS, own=()):
-    """A table's arguments. `args.given` holds what the user gave: every stage that has such a setting takes it, in
-    place of the row's. `own` is the table's alone, although a stage has a setting of that name.
+    """Return a table's settings. `given` holds those on the command line, which every script of a row takes that knows
+    them; `own` are the table's alone, although a script has a setting of that name.
     """
-    given = options.explicit_arguments(parser, argv)
+    given = options.given(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
-    args = options.resolve(parser, presets, explicit=given)
-    args.given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
-    args.rows = getattr(args, "rows", ["all"])  # a figure has no --rows: all of its own are run
-    args.per_stage, args.needs_weights = {}, {}
-    if argv is not None and args.jobs is None:  # part of another program, whose processes are its own affair
-        args.jobs = 1
+    args = options.parse(parser, presets, argv=argv)
     for text in args.set:
-        stage, dot, rest = text.partition(".")
-        key, equals, value = rest.partition("=")
-        if not dot or not equals:
-            parser.error(f"--set {text}: write STAGE.KEY=VALUE, for example finetune.epochs=100")
-        with suppress(json.JSONDecodeError):  # a plain word
-            value = json.loads(value)
-        args.per_stage.setdefault(stage, {})[key.replace("-", "_")] = value
-    return args
+        if not all(text.partition("=")[0].partition(".")) or not text.partition("=")[2]:
+            parser.error(f"--set {text}: write SCRIPT.KEY=VALUE, for example finetune.epochs=100")
+    jobs_wanted = args.jobs or (1 if argv is not None else None)  # another program's processes are its own affair
+    given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
+    return options.replaced(args, given=given, jobs=jobs_wanted)
 
+
+def settings_set(script, args):
+    """Return {name: words} of what --set says of a script; of two values the last counts."""
+    found = {}
+    for text in args.set:
+        (stage, _, key), value = text.partition("=")[0].partition("."), text.partition("=")[2]
+        if stage == Path(script).stem:
+            is_list = value[0] == "["
+            found[key.replace("-", "_")] = value.strip("[]").replace(",", " ").split() if is_list else [value]
+    return {name: [] if words == ["true"] else words for name, words in found.items()}
+
+
+# From a row's lines to runs
+
+def module_of(script):
+    """Import "sec3_benchmark/finetune.py"."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+def parser_of(script):
+    parser = module_of(script).build_parser()
+    parser.prog = script
+    return parser
+
+
+def settings_of(script, words=()):
+    """Return the settings that a script has with these words behind its name."""
+    module = module_of(script)
+    try:
+        return options.parse(parser_of(script), module.PRESETS, getattr(module, "RECIPES", None), list(words))
+    except UserError as error:
+        raise UserError(f"{script}: {error}") from None
+
+
+def words_of(line, args, seed, previous=PREVIOUS):
+    """Return the script of a row's line and all the words behind it: the row's, the table's, --set's."""
+    script, *words = [previous if word == PREVIOUS else word for word in shlex.split(line)]
+    known = options.defaults(parser_of(script)).keys() - set(getattr(module_of(script), "NOT_OF_TABLES", ()))
+    by_set = settings_set(script, args)
+    table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known - by_set.keys()}
+    last = [word for name, values in by_set.items() for word in (f"--{name.replace('_', '-')}", *values)]
+    return script, [*words, *options.words(table), *last]
+
+
+def run(script, words=()):
+    """Run a script's `main` in this process with these words, and return its result. Sections know each other's scripts
+    by name only.
+    """
+    args, module = settings_of(script, words), module_of(script)
+    torch.compiler.reset()
+    print0(f"\n== {script}")
+    options.announce(module.build_parser(), args)
+    return module.main(args)
+
+
+def run_row(row, seed, args, done):
+    """Return the results of one row with one seed, in order. `done` keeps lines that rows share from running twice."""
+    results, previous = [], PREVIOUS
+    for number, line in enumerate(row.lines):
+        script, words = words_of(line, args, seed, previous)
+        key = (script, *words)
+        if key not in done:
+            done[key] = print_line(script, words, number < len(row.lines) - 1, args) if args.dry_run else \
+                run(script, words)
+        elif args.dry_run:
+            print0(f"# {Path(script).name}: as above")
+        results.append(done[key])
+        previous = done[key]["checkpoint"]
+    return results
+
+
+def print_line(script, words, goes_on, args):
+    """Print a command; the weights that other lines start from have the same place in every table."""
+    digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]
+    weights = str(Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt")
+    leaves_weights = goes_on or module_of(script).__dict__.get("READS") == "images"
+    save = ["--save-to", weights] if leaves_weights else []
+    print0(f"{args.launch} {script} {shlex.join([*words, *save])}".rstrip())
+    return {"checkpoint": weights}
+
+
+# All rows
 
 def chosen(rows, args, demo):
-    """The rows to run; those asked for by name that cannot be run are an error."""
-    wanted = args.rows or (demo if args.preset == "demo" else ["all"])
-    runnable = [row for row in rows if row.stages and args.preset in row.presets]
+    """Return the rows to run; those asked for by name that cannot be run are an error."""
+    wanted = getattr(args, "rows", ["all"]) or (demo if args.preset == "demo" else ["all"])  # a figure runs all its own
+    runnable = [row for row in rows if row.lines and args.preset in row.presets]
     if "all" in wanted:
         return runnable
     for row in rows:
         if row.key in wanted and row not in runnable:
-            why = "is not built yet" if not row.stages else f"needs --preset {' or '.join(row.presets)}"
+            why = "is not built yet" if not row.lines else f"needs --preset {' or '.join(row.presets)}"
             raise UserError(f"--rows {row.key}: {row.name} {why}")
     return [row for row in runnable if row.key in wanted]
 
 
 def run_rows(rows, args, demo, script):
-    """Runs the chosen rows for all seeds; returns for every row {key: [result of each stage, for each seed]}, or for
-    rows with columns, {key: {column: the same}}. Wrong settings, missing data and missing weights are reported before
-    the first stage starts.
+    """Run the chosen rows for all seeds. Return for every row {key: [result of each line, for each seed]}, or for rows
+    with columns {key: {column: the same}}; and {key: why} of rows whose weights timm's hub did not give. Wrong
+    settings, missing data and missing weights are reported before the first training.
     """
-    device = distributed.start("cpu" if args.dry_run else args.device)
-    stages = {module.split(".")[-1] for row in rows for module, _ in row.stages}
-    unknown = sorted(set(args.per_stage) - stages)
-    if unknown and stages:  # else no row can run, and the table says why
-        raise UserError(f"--set names no stage of this table: {', '.join(unknown)}; "
-                         f"its stages are {', '.join(sorted(stages))}")
-    results, done, to_run = {}, {}, chosen(rows, args, demo)
-    for row in to_run:
-        check_row(row, args)
-        if words := overruled(row, args):
-            print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
-    scripts = {module.split(".")[-1] for row in to_run for module, _ in row.stages} - OWN_DATA
-    if scripts and args.data != "fractals" and not (args.dry_run and args.data_path):
-        load = load_images if all(script.startswith(NO_LABELS) for script in scripts) else load_sets
-        load(args)
+    device = distributed.start_process_group("cpu" if args.dry_run else args.device)
+    to_run = chosen(rows, args, demo)
+    check_rows(rows, to_run, args)
     at_once = args.jobs or (jobs.CORES if device.type == "cpu" else 1)
     if at_once > 1 and distributed.world_size() == 1 and not args.dry_run:
         run_ahead(to_run, args, script, at_once)
+    results, without, done = {}, {}, {}
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
             try:
-                found = run_row(row, seed, args, script, done)
-                results.setdefault(row.key, {}).setdefault(row.column, []).append(found)
+                results.setdefault(row.key, {}).setdefault(row.column, []).append(run_row(row, seed, args, done))
             except HubError as error:  # the other rows can go on
-                args.needs_weights[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
-                print0(args.needs_weights[row.key])
+                without[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
+                print0(without[row.key])
                 break
     if args.dry_run:
         print0("\n# then this command without --dry-run: it finds these runs by their content")
-    return {key: columns.get("", columns) for key, columns in results.items()}
+    return {key: columns.get("", columns) for key, columns in results.items()}, without
 
 
 def run_ahead(rows, args, script, at_once):
-    """Trains the rows in processes of their own, so that the table then finds them finished."""
-    own = argparse.Namespace(**{**vars(args), "given": {"workers": 0, **args.given}})  # a core each is all they have
+    """Train the rows in processes of their own, so that the table then finds them finished."""
+    own = options.replaced(args, given={"workers": 0, **args.given})  # a core each is all they have
     tasks = [(group[0].key, train_rows, (group, seed, own, script))
              for seed in args.seeds for group in jobs.groups(rows)]
     if len(tasks) > 1:
@@ -161,104 +225,58 @@ def train_rows(rows, seed, args, script):
         done = {}
         for row in rows:
             with suppress(HubError):
-                run_row(row, seed, args, script, done)
+                run_row(row, seed, args, done)
 
 
-def stage_settings(name, explicit=None, row=None):
-    """The settings that a stage would run with."""
-    module = importlib.import_module(name)
-    parser = module.build_parser()
-    parser.prog = name
-    try:
-        return options.resolve(parser, module.PRESETS, getattr(module, "RECIPES", None), explicit=explicit, row=row)
-    except UserError as error:
-        raise UserError(f"stage {name}: {error}") from None
-
-
-def stage(name, explicit=None, row=None):
-    """Runs another script's `main` with keyword settings, in this process, and returns its result. `name` is a module
-    such as "sec3_benchmark.pretrain_mae": sections know each other's scripts by name only.
-    """
-    args, module = stage_settings(name, explicit, row), importlib.import_module(name)
-    torch.compiler.reset()
-    print0(f"\n== {name}")
-    options.announce(module.build_parser(), args)
-    return module.main(args)
-
-
-def command_line(name, settings):
-    """The shell command of a stage: settings as a dict of names and values."""
-    return shlex.join(["python", f"{name.replace('.', '/')}.py", *options.words(settings)])
-
-
-def check_row(row, args):
-    """An error for settings that a stage does not have or cannot use, and for weights or a teacher not there."""
-    alike = "seed" in args.per_stage.get(row.stages[-1][0].split(".")[-1], ()) and len(args.seeds) > 1
-    if alike or len(args.seeds) > len(set(args.seeds)):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last stage's")
-    for module, settings in row.stages:
-        explicit = explicit_settings(module, args, args.seeds[0], row.forced)
-        known = vars(stage_settings(module, explicit, settings))
-        for source in filter(None, (known.get("init"), known.get("teacher"))):  # "own": a teacher that is trained too
-            if not (args.dry_run or source in (PREVIOUS, "own") or source.startswith("timm:") or Path(source).exists()):
-                raise UserError(f"{row.name}: no weights at {source}")
-
-
-def remedy(row, source, args, seed):
-    """Where to give a folder of weights that the hub did not: for a teacher to the table, else to the row's script."""
-    for module, settings in row.stages:
-        given = {**settings, **explicit_settings(module, args, seed, row.forced)}
-        if getattr(stage_settings(module, given), "teacher", None) == source:
-            return f"here as --set {module.split('.')[-1]}.teacher=FOLDER"
-    return f"in place of its name: `{command_line(module, given)}`"
+def check_rows(rows, to_run, args):
+    """Raise an error for what would otherwise be found after hours: settings, data, weights that are not there."""
+    stages = {Path(line.split()[0]).stem for row in rows for line in row.lines}
+    unknown = sorted({text.partition(".")[0] for text in args.set} - stages)
+    if unknown and stages:  # else no row can run, and the table says why
+        raise UserError(f"--set names no script of this table: {', '.join(unknown)}; its scripts are "
+                        f"{', '.join(sorted(stages))}")
+    last = {Path(row.lines[-1].split()[0]).stem for row in to_run}
+    one_seed = len(args.seeds) > 1 and any(text.partition("=")[0] in {f"{name}.seed" for name in last}
+                                           for text in args.set)
+    if one_seed or len(args.seeds) > len(set(args.seeds)):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last script's")
+    reads = set()
+    for row in to_run:
+        for line in row.lines:
+            script, words = words_of(line, args, args.seeds[0])
+            settings = vars(settings_of(script, words))
+            reads.add(getattr(module_of(script), "READS", None))
+            for source in filter(None, (settings.get("init"), settings.get("teacher"))):
+                anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: it is trained too
+                if not (args.dry_run or anywhere or Path(source).exists()):
+                    raise UserError(f"{row.name}: no weights at {source}")
+        if words := overruled(row, args):
+            print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
+    if reads & {"images", "labels"} and args.data != "fractals" and not (args.dry_run and args.data_path):
+        (load_sets if "labels" in reads else load_images)(options.settle(args))
 
 
 def overruled(row, args):
-    """The settings of a row of its own that the command line changes, in words."""
-    words = []
-    for module, settings in row.stages:
-        explicit = explicit_settings(module, args, args.seeds[0])
-        changed = {name: explicit[name] for name, value in settings.items()
-                   if explicit.get(name, value) != value and name not in row.forced.get(module, {})}
-        words += options.words({name: "off" if value is None or value is False else value
-                                for name, value in changed.items()})
-    return " ".join(words)
+    """Return the settings of a row of its own that the command line changes, in words."""
+    changed = []
+    for line in row.lines:
+        script, words = words_of(line, args, args.seeds[0])
+        final = vars(settings_of(script, words))
+        own = options.given(parser_of(script), shlex.split(line)[1:])
+        changed += options.words({name: final[name] or "off" for name, value in own.items() if final[name] != value})
+    return " ".join(changed)
 
 
-def require_weights(args):
-    """A figure has no place for a row whose weights the hub did not give."""
-    if args.needs_weights:
-        raise UserError("; ".join(args.needs_weights.values()))
+def remedy(row, source, args, seed):
+    """Return where to give a folder of weights that the hub did not: for a teacher to the table, else to its script."""
+    for line in row.lines:
+        script, words = words_of(line, args, seed)
+        if getattr(settings_of(script, words), "teacher", None) == source:
+            return f"here as --set {Path(script).stem}.teacher=FOLDER"
+    return f"in place of its name: `python {script} {shlex.join(words)}`"
 
 
-def explicit_settings(module, args, seed, forced=None):
-    """What was given on the table's command line for a stage, as far as it knows it, --set, and what a row forces."""
-    known = vars(stage_settings(module))
-    own = ("img_size",) if module.endswith(".detect") else ()  # there the canvas: by --set detect.img_size alone
-    given = {name: value for name, value in args.given.items() if name in known and name not in own}
-    return {**given, "seed": seed, **args.per_stage.get(module.split(".")[-1], {}), **(forced or {}).get(module, {})}
-
-
-def run_row(row, seed, args, script, done):
-    """One row with one seed: its stages' results in order. `done` keeps stages that rows share from running twice."""
-    finished = []
-    for number, (module, settings) in enumerate(row.stages):
-        explicit = explicit_settings(module, args, seed, row.forced)
-        previous = finished[-1]["checkpoint"] if finished else None
-        settings = {name: previous if value == PREVIOUS else value for name, value in settings.items()}
-        key = json.dumps([module, settings, explicit], sort_keys=True, default=str)
-        if key not in done:
-            done[key] = dry_run(row, number, module, settings, explicit, args, script) if args.dry_run else \
-                stage(module, explicit=explicit, row=settings)
-        elif args.dry_run:
-            print0(f"# {module.split('.')[-1]}.py: as above")
-        finished.append(done[key])
-    return finished
-
-
-def dry_run(row, number, module, settings, explicit, args, script):
-    """Prints a stage's command; its weights go where the next command looks for them."""
-    weights = Path(args.output) / script / "weights" / f"{row.key}-seed{explicit['seed']}-{number}.pt"
-    last = number == len(row.stages) - 1 and not module.split(".")[-1].startswith(NO_LABELS)  # of a later row too
-    print0(command_line(module, {**settings, **explicit, **({} if last else {"save_to": str(weights)})}))
-    return {"checkpoint": str(weights)}
+def require_weights(without):
+    """Raise an error: a figure has no place for a row whose weights the hub did not give."""
+    if without:
+        raise UserError("; ".join(without.values()))

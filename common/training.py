@@ -1,4 +1,4 @@
-"""The one training loop. Steps, not epochs, drive it; every method of the paper goes through it."""
+"""The training loop that every method shares. It counts optimizer steps, not epochs."""
 import warnings
 from contextlib import closing, nullcontext
 
@@ -13,33 +13,37 @@ from common.errors import STOPPED, UserError
 from common.loader import Views, data_loader, on_device, seed_everything, step_batches
 from common.memory import keep_decoded
 from common.optim import set_learning_rate, steps_per_epoch
-from common.vit import choose_attention
-from common.watch import BadImages, Guard, Meter, StopSignals, explain_memory
+from common.vit import set_fused_attention
+from common.watch import BadImages, Guard, Meter, StopSignals, explain_out_of_memory
 
 
 class Method:
-    """What the loop asks of a method: a loss. The hooks are for momentum encoders, moving averages and centres."""
+    """Base class of the training methods: a model, its loss, and optional hooks around each optimizer step.
+
+    The hooks are for momentum encoders, moving averages and DINO's centre.
+    """
 
     def __init__(self, model):
-        self.model = model  # carries `config`
+        self.model = model  # has an attribute `config`, which goes into its checkpoints
         self.forward = model
 
     def prepare(self, device, dtype, compiled):
-        """Before the first step: `self.forward` becomes the compiled, distributed model."""
-        self.forward = wrap(self.model, device, dtype, compiled)
+        """Set `self.forward` to the compiled, distributed model. Called once, before the first step."""
+        self.forward = compile_and_distribute(self.model, device, dtype, compiled)
 
     def loss(self, batch, step):
-        """The scalar loss of a micro-batch, computed through `self.forward`, and a dict of tensors to log."""
+        """Compute (loss, logs) of a micro-batch through `self.forward`: a scalar, and scalar tensors by name to log."""
         raise NotImplementedError
 
     def accumulate(self, step, engine):
-        """Adds up the gradients of a step and returns its loss, summed over micro-batches. A method whose loss couples
-        the micro-batches (contrastive, batch norm) has its own way.
+        """Accumulate the gradients of a step over its micro-batches. Returns the sum of their losses, detached.
+
+        A method whose loss couples the micro-batches (contrastive loss, batch norm) overrides this.
         """
         losses = 0.0
         for micro in range(engine.accumulation):
             batch = engine.batch(step, micro)
-            last = micro == engine.accumulation - 1  # ranks average their gradients once a step, in its last pass
+            last = micro == engine.accumulation - 1  # DDP averages gradients in the last backward only
             with nullcontext() if last or not hasattr(self.forward, "no_sync") else self.forward.no_sync():
                 with engine.autocast():
                     loss, logs = self.loss(batch, step)
@@ -49,23 +53,27 @@ class Method:
         return losses
 
     def before_step(self, step):
-        pass
+        """Called after the learning rate is set, before the gradients are computed."""
 
     def before_update(self, step):
-        """Once the step's gradients are there, averaged and unscaled: own clipping, frozen layers."""
+        """Called when the gradients are averaged over ranks and unscaled: for own clipping, frozen layers."""
 
     def after_step(self, step):
-        pass
+        """Called after the optimizer step: for momentum encoders, moving averages."""
 
     def state_dict(self):
+        """Return what a checkpoint must hold of the method beside the model."""
         return {}
 
     def load_state_dict(self, state):
-        pass
+        """Restore what `state_dict` returned."""
 
 
 def choose_precision(precision, device):
-    """The autocast type, or None for float32. Emulated bf16 does not count as having it."""
+    """Return the autocast dtype, or None for float32. "auto" takes bf16 only where the hardware supports it natively.
+
+    Raises UserError for fp16 on a CPU.
+    """
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":
@@ -76,27 +84,29 @@ def choose_precision(precision, device):
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def split_batch(batch_size, micro_batch, world):
-    """(steps, images) of accumulation: with them `world` ranks make up the global batch exactly, and no rank has more
-    than `micro_batch` images at once.
+def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int]:
+    """Split the global batch; returns (accumulation steps, images per rank and accumulation step).
+
+    Their product times `world` is batch_size; the steps are the fewest with at most `micro_batch` images each. Raises
+    UserError if the ranks cannot share the batch equally.
     """
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
     per_rank = batch_size // world
     accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
-    at_once = per_rank // accumulation
-    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {at_once}")
-    return accumulation, at_once
+    images = per_rank // accumulation
+    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {images}")
+    return accumulation, images
 
 
-def wrap(model, device, dtype, compiled):
-    """The module that the loss is computed through: compiled and averaging its gradients over ranks, as asked."""
-    choose_attention(model, device, dtype)
+def compile_and_distribute(model, device, dtype, compiled):
+    """Choose the attention kernel, compile the model if asked, and wrap it in DDP if there are several ranks."""
+    set_fused_attention(model, device, dtype)
     if compiled:
         model = torch.compile(model)
     if distributed.world_size() > 1:
-        # Else DDP sorts its buckets anew after its first step. Sums over more than two ranks then have another order,
-        # and a resumed run, whose first step comes later, would not end in the same bits.
+        # find_unused_parameters keeps DDP from rebuilding its buckets after the first step. A resumed run would rebuild
+        # them at a later step, sum gradients of three or more ranks in another order, and differ in the last bits.
         warnings.filterwarnings("ignore", message="find_unused_param|`broadcast_buffers` is deprec")
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                         gradient_as_bucket_view=True, broadcast_buffers=False,
@@ -105,23 +115,23 @@ def wrap(model, device, dtype, compiled):
 
 
 class Engine:
-    """What a method needs to compute the gradients of a step: micro-batches, autocast, backward passes, log entries."""
+    """Provides a method with what it needs to compute gradients: micro-batches, autocast, backward, logging."""
 
     def __init__(self, args, device, meter):
         self.args, self.device, self.meter, self.batches = args, device, meter, iter(())
-        self.accumulation, self.at_once = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
+        self.accumulation, self.micro_batch = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
         self.dtype = choose_precision(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def execution(self):
-        """What a run must be continued with, to be continued exactly: what decides on the last bit, settings aside."""
+        """Return what must not change when a run is resumed, besides its settings, for a bit-exact result."""
         place = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else \
             {"device": "cpu", "threads": torch.get_num_threads()}
         return {**place, "ranks": distributed.world_size(), "accumulation": self.accumulation,
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
-    def read(self, images, transform, start, total, bad_images):
-        """Yield every micro-batch of this rank from step `start` on, on the device."""
+    def micro_batches(self, images, transform, start, total, bad_images):
+        """Yield the micro-batches of this rank from step `start` to `total`, on the device, normalised."""
         args, world = self.args, distributed.world_size()
         keys = step_batches(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
                             start_step=start, total_steps=total, rank=distributed.rank(), world=world)
@@ -129,36 +139,40 @@ class Engine:
         loader = self.meter.waiting_for(data_loader(views, keys, args.workers, self.device))
         mean, std = (values.to(self.device) for values in statistics(args))
         for batch in on_device(loader, self.device, mean, std):
-            bad_images.note(batch.pop("bad"))
+            bad_images.record(batch.pop("bad"))
             yield batch
 
     def batch(self, step, micro):
-        """The next micro-batch; the generators are seeded for it (mixup, drop path)."""
+        """Return the next micro-batch and seed the generators for it (mixup, drop path)."""
         batch = next(self.batches)
         seed_everything("step", self.args.seed, step, distributed.rank(), micro)
         return batch
 
     def autocast(self):
+        """Return the autocast context of the chosen precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss):
+        """Backpropagate the loss, scaled where the precision is fp16."""
         self.scaler.scale(loss).backward()
 
     def log(self, **values):
-        """Values of one micro-batch; the log has their means."""
+        """Log scalars of one micro-batch; a row of the log has their mean over the micro-batches."""
         self.meter.add(**{name: value / self.accumulation for name, value in values.items()})
 
 
 def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
-    """Trains `method.model` for args.epochs on `images`. Returns {seconds, images_per_second, last, best}.
+    """Train `method.model` on `images` for args.epochs, or for args.iterations steps where a recipe has that setting.
 
-    `schedule(step)` is the learning rate. `evaluate()` -> {"top1": ...} runs every args.eval_every epochs and at the
-    end; the first number is the main one. Continues from the run's newest whole checkpoint; after a signal it saves and
-    leaves with exit code 75. args.iterations, where a recipe counts in them, takes the place of args.epochs.
+    schedule(step): the learning rate. transform: an image -> a training view, a dict of tensors. evaluate(): returns
+    {"top1": ..., ...}; runs every args.eval_every epochs and at the end; its first number decides on the best weights.
+    Resumes from the run's newest intact checkpoint. After a stop signal: saves and exits with code STOPPED.
+    Returns {"seconds", "images_per_second", "bad_images", "last", "best"}; the last two are evaluation results.
+    Raises FloatingPointError for a non-finite loss or gradient.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
-    every = (per_epoch * args.eval_every or total) if evaluate else None  # steps; 0: only at the end
+    every = (per_epoch * args.eval_every or total) if evaluate else None  # in steps; eval_every 0: only at the end
     torch.use_deterministic_algorithms(args.deterministic)
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
@@ -169,12 +183,12 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     bad_images = BadImages(run, images, progress["bad_images"])
     method.prepare(device, engine.dtype, args.compile)
     keep_decoded(images, args.keep_decoded)
-    engine.batches = engine.read(images, transform, start, total, bad_images)
+    engine.batches = engine.micro_batches(images, transform, start, total, bad_images)
 
-    with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_memory(engine.at_once),
+    with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_out_of_memory(engine.micro_batch),
           closing(engine.batches)):
-        if progress["evaluate"]:  # it was stopped there
-            note_evaluation(snapshot, stop, evaluate, per_epoch)
+        if progress["evaluate"]:  # the run was stopped before this evaluation finished
+            evaluate_and_log(snapshot, stop, evaluate, per_epoch)
         method.model.train()
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
@@ -182,7 +196,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             losses = method.accumulate(step, engine)
             engine.scaler.unscale_(optimizer)
             method.before_update(step)
-            grad_norm = update(optimizer, engine.scaler, guard, step, losses, args.clip_grad)
+            grad_norm = optimizer_step(optimizer, engine.scaler, guard, step, losses, args.clip_grad)
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
 
@@ -190,27 +204,27 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             progress["evaluate"] = every is not None and (done % every == 0 or done == total)
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
-                meter.write(done, done / per_epoch, schedule(step))
-            stopping, due = distributed.all_max(stop.received, snapshot.due())
+                meter.log_row(done, done / per_epoch, schedule(step))
+            stopping, due = distributed.all_max(stop.received, snapshot.is_due())
             if stopping or progress["evaluate"] or due and done < total:
                 guard.raise_if_bad()
-                progress["bad_images"] = bad_images.everywhere()
+                progress["bad_images"] = bad_images.all_ranks()
                 snapshot.save(done)
-            if stopping:  # after the last step too: a table must not go on to its next stage
+            if stopping:  # also after the last step: a table must not start its next stage
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
-                note_evaluation(snapshot, stop, evaluate, per_epoch)
+                evaluate_and_log(snapshot, stop, evaluate, per_epoch)
                 method.model.train()
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")
     seconds = snapshot.seconds()
     return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
-            "bad_images": len(bad_images.everywhere()), "last": progress["last"], "best": progress["best"]}
+            "bad_images": len(bad_images.all_ranks()), "last": progress["last"], "best": progress["best"]}
 
 
-def update(optimizer, scaler, guard, step, loss, clip_grad):
-    """One optimizer step, unless something is not finite. Returns the gradient norm before clipping."""
+def optimizer_step(optimizer, scaler, guard, step, loss, clip_grad):
+    """Clip the gradients and update the weights, unless the guard blocks it. Returns the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_grad:
@@ -222,15 +236,15 @@ def update(optimizer, scaler, guard, step, loss, clip_grad):
     return grad_norm
 
 
-def note_evaluation(snapshot, stop, evaluate, per_epoch):
-    """Evaluates and logs; the best weights so far, by the first number, are kept beside the last."""
+def evaluate_and_log(snapshot, stop, evaluate, per_epoch):
+    """Evaluate, log the result, and save best.pt if its first number is the best so far."""
     run, progress = snapshot.run, snapshot.progress
     epoch = progress["step"] / per_epoch
-    with stop.obeyed_at_once():  # it is all done again then
+    with stop.exit_immediately():  # a stopped evaluation is repeated from its start
         result = evaluate()
         run.log({"step": progress["step"], "epoch": epoch, "eval": result})
         print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-        measure = next(iter(result))  # top1, or box_ap
+        measure = next(iter(result))  # the first is the main one: top1, or box_ap
         better = result[measure] > progress["best"].get(measure, -1.0)
         if better and distributed.is_main():
             save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))

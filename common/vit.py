@@ -1,13 +1,15 @@
-"""The backbones: ViT-Tiny, -Small and -Base with 12 heads (Section 3, Appendix A), with relative positions too (B.5).
+"""The backbones: ViT-Tiny, -Small and -Base with 12 heads (Section 3, Appendix A), also with relative positions (B.5).
 
-    vit_tiny           the paper's, timm's VisionTransformer: average pooling of the patch tokens before `fc_norm`
-    vit_tiny_rpe       its 79.0 model: a table of relative positions in every block, beside the absolute positions
-    vit_tiny_simmim    the tables alone; in SimMIM's pre-training one table for all blocks (`shared_table`)
+    vit_tiny           the paper's ViT-Tiny: timm's VisionTransformer, patch tokens averaged before `fc_norm`
+    vit_tiny_rpe       the paper's 79.0 % model: relative position bias in every block, added to absolute positions
+    vit_tiny_simmim    relative position bias only; SimMIM pre-training shares one table among all blocks
+                       (`shared_table`)
 
-The names, shapes and forward are timm's, so weights travel both ways. What differs is written here: twelve heads at
-every width (DeiT-Tiny has three; the shapes are equal, the functions are not), and the initial values that the authors'
-pinned timm 0.4.12 gave. The last two are timm's Beit, whose names, relative index and forward are those of BEiT and
-SimMIM: q and v have a bias and k none, and LayerScale (gamma_1, gamma_2) starts at 0.1.
+Parameter names, shapes and forward are timm's, so weights load in both directions. Two things differ from timm: every
+width has 12 heads (DeiT-Tiny has 3; the parameter shapes are equal, the functions are not), and the weights are
+initialised as by timm 0.4.12, the version that the authors pinned. The `_rpe` and `_simmim` models are timm's Beit,
+which has the names, relative index and forward of BEiT and SimMIM: q and v have a bias, k has none, and LayerScale
+(gamma_1, gamma_2) starts at 0.1.
 """
 from functools import partial
 
@@ -19,18 +21,18 @@ from torch import nn
 
 from common.errors import UserError
 
-SIZES = {  # name -> width and depth; the number of heads is an argument, 12 unless said otherwise
+SIZES = {  # name -> width and depth; the number of heads is an argument, 12 by default
     "vit_tiny": {"embed_dim": 192, "depth": 12},
     "vit_small": {"embed_dim": 384, "depth": 12},
     "vit_base": {"embed_dim": 768, "depth": 12},
-    "vit_demo": {"embed_dim": 96, "depth": 12},  # ours, for the demo: the paper's depth and heads, half its width
+    "vit_demo": {"embed_dim": 96, "depth": 12},  # for the demo, not in the paper: half the width of ViT-Tiny
 }
-VARIANTS = {"_rpe": True, "_simmim": False}  # ending of a model's name -> whether it has absolute positions too
+VARIANTS = {"_rpe": True, "_simmim": False}  # suffix of a model with relative positions -> has absolute ones too
 MODELS = (*SIZES, *(size + variant for size in SIZES for variant in VARIANTS))
 
 
-def pair(size):
-    """An int, [int] or (H, W) as the tuple (H, W)."""
+def pair(size) -> tuple[int, int]:
+    """Convert an int, [int] or (H, W) to the tuple (H, W). Raises UserError for any other length."""
     if isinstance(size, int):
         return size, size
     size = tuple(int(s) for s in size)
@@ -39,8 +41,8 @@ def pair(size):
     return size * 2 if len(size) == 1 else size
 
 
-def patch_grid(img_size, patch_size):
-    """Rows and columns of patches of an (H, W) image; an error if the patches do not tile it."""
+def patch_grid(img_size, patch_size: int) -> tuple[int, int]:
+    """Return the (rows, columns) of patches of an image. Raises UserError if the patches do not tile it."""
     height, width = pair(img_size)
     if height % patch_size or width % patch_size:
         raise UserError(f"patches of {patch_size} px do not tile an image of {height} x {width} px: "
@@ -48,42 +50,45 @@ def patch_grid(img_size, patch_size):
     return height // patch_size, width // patch_size
 
 
-def size_of(model):
-    """Width and depth of a model's name."""
+def model_size(model: str) -> dict[str, int]:
+    """Return {"embed_dim", "depth"} of a plain model's name. Raises UserError for an unknown name."""
     if model not in SIZES:
         raise UserError(f"unknown model {model!r}: one of {', '.join(SIZES)}")
     return SIZES[model]
 
 
 def check_heads(dim, num_heads):
-    """Every head takes an equal share of the width."""
+    """Raise UserError if the heads cannot divide the width equally."""
     if dim % num_heads:
         raise UserError(f"a width of {dim} cannot be shared by {num_heads} heads: choose a divisor as --num-heads")
 
 
-def build_model(model="vit_tiny", **settings):
-    """Any model by name, from `build_vit` or `build_relative_vit`."""
+def build_model(model="vit_tiny", **settings) -> nn.Module:
+    """Build a model of any name in MODELS; settings as for `build_vit` or `build_relative_vit`."""
     return build_relative_vit(model, **settings) if model.endswith(tuple(VARIANTS)) else build_vit(model, **settings)
 
 
 def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
               global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0, architecture=VisionTransformer):
-    """A classifier: `global_pool` "avg" is mean of the patch tokens -> fc_norm -> head, "token" is norm -> class token
-    -> head. The default is the paper's ViT-Tiny of 5,717,416 parameters. The module carries its settings as `config`.
+    """Build and initialise a ViT classifier; its attribute `config` holds the settings that rebuild it.
+
+    global_pool: "avg": mean of the patch tokens -> fc_norm -> head; "token": norm -> class token -> head.
+    architecture: a subclass of VisionTransformer. The defaults are the paper's ViT-Tiny, 5,717,416 parameters.
     """
     config = dict(img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
                   num_heads=num_heads, global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens)
     patch_grid(img_size, patch_size)
-    check_heads(size_of(model)["embed_dim"], num_heads)
+    check_heads(model_size(model)["embed_dim"], num_heads)
     vit = architecture(**config, drop_path_rate=drop_path, weight_init="skip", **SIZES[model])
     vit.config = {"model": model, **config}
     return init_vit(vit)
 
 
 def init_vit(vit):
-    """Initial values of a classifier in timm 0.4.12, which the paper's results rest on: truncated normal of std 0.02
-    for Linear weights (the head too), positions and class token; biases 0. The patch convolution keeps PyTorch's
-    default. Today's timm draws the class token with std 1e-6 instead.
+    """Initialise a classifier as timm 0.4.12, the authors' version, does.
+
+    Linear weights (head included), position embedding and class token: truncated normal, std 0.02. Biases 0. The patch
+    convolution keeps PyTorch's default. (Newer timm initialises the class token with std 1e-6.)
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -98,24 +103,30 @@ def init_vit(vit):
 
 def build_relative_vit(model="vit_tiny_rpe", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000,
                        num_heads=12, global_pool="avg", drop_path=0.0, shared_table=False):
-    """As `build_vit`. The default is the paper's, of 5,825,128 parameters."""
+    """Build and initialise a classifier with relative position bias; arguments as for `build_vit`.
+
+    shared_table: one bias table for all blocks instead of one per block. The defaults are the paper's model with
+    relative positions, 5,825,128 parameters.
+    """
     size, _, variant = model.rpartition("_")
     config = dict(img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
                   num_heads=num_heads, global_pool=global_pool)
     patch_grid(img_size, patch_size)
-    check_heads(size_of(size)["embed_dim"], num_heads)
+    check_heads(model_size(size)["embed_dim"], num_heads)
     vit = Beit(**config, drop_path_rate=drop_path, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-6),
                use_abs_pos_emb=VARIANTS["_" + variant], use_rel_pos_bias=not shared_table,
-               use_shared_rel_pos_bias=shared_table, **size_of(size))
-    vit.no_embed_class = False  # said as a VisionTransformer says it: the class token has a position
+               use_shared_rel_pos_bias=shared_table, **model_size(size))
+    vit.no_embed_class = False  # as in VisionTransformer: the class token has a position
     vit.config = {"model": model, **config, "shared_table": shared_table}
     return init_relative_vit(vit)
 
 
 def init_relative_vit(vit, cut=2.0):
-    """Truncated normal of std 0.02, cut at +-`cut`, for Linear and convolution weights, tokens and positions; biases
-    and tables 0; the outputs of block i = 1, 2, ... divided by sqrt(2 i), the head times 0.001. timm does the same but
-    for the patch convolution and SimMIM's cut at one std.
+    """Initialise a model with relative positions as BEiT and SimMIM do.
+
+    Linear and convolution weights, tokens and positions: normal of std 0.02, truncated at +-`cut`. Biases and bias
+    tables 0. The output projections of block i = 1, 2, ... are divided by sqrt(2 i), the head is multiplied by 0.001.
+    Differs from timm in two points: the patch convolution is included, and SimMIM truncates at one std (cut=0.02).
     """
     for module in vit.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -132,9 +143,11 @@ def init_relative_vit(vit, cut=2.0):
     return vit
 
 
-def choose_attention(model, device, dtype=None):
-    """The fused kernel, but for bf16 on a CPU matmul, softmax, matmul: at head dimension 16 the fused kernel's bf16
-    backward took twice the time of the whole MAE step there, while in float32 it gains a tenth.
+def set_fused_attention(model, device, dtype=None):
+    """Use fused SDPA in all blocks, except bf16 on CPU: explicit attention. Returns the model.
+
+    On a CPU at head dimension 16, the bf16 backward of SDPA alone took twice the time of a whole MAE step with explicit
+    attention; in float32 SDPA saves a tenth of the step. dtype is the autocast type, None for float32.
     """
     fused = torch.device(device).type != "cpu" or dtype is None
     for module in model.modules():
@@ -143,11 +156,11 @@ def choose_attention(model, device, dtype=None):
     return model
 
 
-def final_norm(vit):
-    """The norm behind the last block: `norm`, or `fc_norm` in a classifier that averages its patch tokens first."""
+def final_norm(vit) -> nn.Module:
+    """Return the norm after the last block: `fc_norm` in a classifier with average pooling, else `norm`."""
     return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
 
 def eval_mode(model, device):
-    """A model ready to be measured: on the device, in float32, dropout and drop path off."""
-    return choose_attention(model.to(device=device, dtype=torch.float32), device).eval()
+    """Move a model to the device in float32 and set it to evaluation mode. Returns the model."""
+    return set_fused_attention(model.to(device=device, dtype=torch.float32), device).eval()

@@ -1,4 +1,4 @@
-"""What watches a training run: the log and progress bar, stop signals, non-finite values, unreadable images, memory."""
+"""Monitoring of a training run: log and progress bar, stop signals, non-finite values, unreadable images, memory."""
 import math
 import signal
 import time
@@ -12,12 +12,14 @@ from common.distributed import print0
 from common.errors import STOPPED
 from common.images import DataError
 
-BAD_LIMIT = 0.01  # --on-bad-image skip stops the run above this share of unreadable images
+BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
 
 
 class StopSignals:
-    """Turns the first signal into a flag that the loop reads at the end of a step. A second one interrupts at once,
-    unless it follows so soon that it is the same one, sent to the launcher and to the ranks.
+    """Context manager: the first stop signal sets `received`, which the loop reads at the end of each step.
+
+    A second signal interrupts at once, unless it comes within 3 seconds: torchrun's ranks may receive the same signal
+    twice, once directly and once from the launcher.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,7 +28,7 @@ class StopSignals:
         self.run, self.progress, self.total = run, progress, total
 
     def __enter__(self):
-        self.received, self.at, self.at_once = False, 0.0, False
+        self.received, self.at, self.immediate = False, 0.0, False
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
@@ -35,17 +37,17 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.at = True, time.monotonic()
-            if self.at_once:
+            if self.immediate:
                 raise SystemExit(STOPPED)
 
     @contextmanager
-    def obeyed_at_once(self):
-        """For an evaluation: it may take minutes, and what it has done so far need not be kept."""
-        self.at_once = True
+    def exit_immediately(self):
+        """Exit on the first signal within this block: for an evaluation, which takes minutes and is simply repeated."""
+        self.immediate = True
         if self.received:
             raise SystemExit(STOPPED)
         yield
-        self.at_once = False  # not after an error, which ends the training and this watch with it
+        self.immediate = False  # not in a finally: an error ends the training and this object
 
     def __exit__(self, kind, *error):
         for number, handler in self.before.items():
@@ -57,27 +59,28 @@ class StopSignals:
 
 
 class Guard:
-    """Skips every update from the first non-finite loss or gradient on, without asking the device during a step.
+    """Blocks all weight updates from the first non-finite loss or gradient on, without synchronising the device.
 
-    The fused optimizers leave the weights alone where `found_inf` is 1. With fp16 the scaler owns that flag and skips
-    overflowing gradients by itself, so there only the loss counts.
+    PyTorch's fused optimizers skip an update where their attribute `found_inf` is 1. With fp16 the gradient scaler sets
+    that attribute itself and skips gradients that overflow, so in fp16 only the loss is checked.
     """
 
     def __init__(self, run, optimizer, scaler, schedule, device):
         self.run, self.optimizer, self.schedule = run, optimizer, schedule
-        self.owns_flag = not scaler.is_enabled()
+        self.sets_found_inf = not scaler.is_enabled()
         self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)
 
     def check(self, step, loss, grad_norm):
+        """Note the first bad step on the device and tell the optimizer whether to skip this update."""
         finite = torch.isfinite(loss)
-        if self.owns_flag:
+        if self.sets_found_inf:
             finite = finite & torch.isfinite(grad_norm)
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, float(step), self.bad_step)
-        if self.owns_flag:
+        if self.sets_found_inf:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
 
     def raise_if_bad(self):
-        """Reads the device (so it is called only to log or to save) and stops the run on every rank alike."""
+        """Raise FloatingPointError on every rank if a step was bad. Synchronises the device: only to log or to save."""
         [step] = distributed.all_max(int(self.bad_step))
         if step < 0:
             return
@@ -90,23 +93,26 @@ class Guard:
 
 
 class Meter:
-    """Sums kept on the device and read only when a row of log.jsonl is due; speed, waiting share, time left."""
+    """Means of the logged values, speed, share of time spent waiting for data, and the progress bar.
+
+    Sums stay on the device and are read only when a row of log.jsonl is due.
+    """
 
     def __init__(self, run, total, batch_size):
         self.run, self.total, self.batch_size = run, total, batch_size
-        self.sums, self.steps = {}, 0  # since the last row, also that of a run before it was resumed
-        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # in this process
+        self.sums, self.steps = {}, 0  # since the last row, also across a resume
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # since the last row, in this process
 
     @contextmanager
     def bar(self, start):
-        """The progress bar, on rank 0; where there is no terminal, a line now and then instead."""
+        """Show a progress bar on rank 0; without a terminal, print a line every two minutes instead."""
         self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
-        disable = None if distributed.is_main() else True  # None: only where there is no terminal
+        disable = None if distributed.is_main() else True  # None: tqdm disables itself without a terminal
         with tqdm(total=self.total, initial=start, unit="step", disable=disable) as self.line:
             yield
 
     def waiting_for(self, batches):
-        """Yield the batches, and count the time spent waiting for them."""
+        """Yield the batches and measure the time spent waiting for them."""
         batches, asked = iter(batches), time.perf_counter()
         while (batch := next(batches, None)) is not None:
             self.waited += time.perf_counter() - asked
@@ -114,38 +120,43 @@ class Meter:
             asked = time.perf_counter()
 
     def add(self, **values):
+        """Add scalar tensors to the sums of their names."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def step(self, **values):
+        """Add values, count the step and advance the progress bar."""
         self.add(**values)
         self.steps += 1
         self.timed += 1
         self.line.update()
 
     def state(self):
-        """The sums, averaged over ranks: every rank can go on from them, as a row averages over ranks anyway."""
+        """Return the sums averaged over ranks, for a checkpoint: a row averages over ranks in any case."""
         sums = {name: distributed.all_sum(value.clone()) / distributed.world_size()
                 for name, value in sorted(self.sums.items())}
         return {"sums": {name: value.cpu() for name, value in sums.items()}, "steps": self.steps}
 
     def restore(self, state, device):
+        """Restore what `state` returned, on the device."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.steps = state["steps"]
 
-    def write(self, step, epoch, lr):
-        """One row: means over the steps since the last row and over ranks."""
+    def log_row(self, step, epoch, lr):
+        """Write one row to log.jsonl: means over the steps since the last row and over ranks."""
         names, now = sorted(self.sums), time.perf_counter()
         sums = distributed.all_sum(torch.stack([self.sums[name] for name in names])).tolist()
         means = {name: value / self.steps / distributed.world_size() for name, value in zip(names, sums)}
         speed, waiting = self.timed * self.batch_size / (now - self.since), self.waited / (now - self.since)
-        kept = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16's first steps
+        # JSON has no infinity, which gradient norms may reach in fp16's first steps
+        kept = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **kept,
                       "images_per_second": round(speed, 1), "waiting": round(waiting, 3)})
-        self.show(step, means["loss"], lr, speed, waiting, now)
+        self.show_progress(step, means["loss"], lr, speed, waiting, now)
         self.sums, self.steps, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
 
-    def show(self, step, loss, lr, speed, waiting, now):
+    def show_progress(self, step, loss, lr, speed, waiting, now):
+        """Update the progress bar, or print a line where there is none."""
         self.line.set_postfix_str(f"loss {loss:.4f} lr {lr:.2e} {speed:.0f} img/s, {waiting:.0%} waiting for data")
         if self.line.disable and (now > self.report_at or step == self.total):
             left = (now - self.began) / (step - self.start) * (self.total - step)
@@ -155,16 +166,20 @@ class Meter:
 
 
 class BadImages:
-    """The unreadable images that `--on-bad-image skip` replaced: listed in the run's folder; too many stop the run."""
+    """Records the unreadable images that `--on-bad-image skip` replaced by others and lists them in the run's folder.
+
+    More than BAD_LIMIT of the images stop the run.
+    """
 
     def __init__(self, run, images, known=()):
         self.run, self.images, self.known = run, images, set(known)
 
-    def everywhere(self):
-        """Those that any rank has met."""
+    def all_ranks(self):
+        """Return the sorted indices of all ranks' unreadable images."""
         return sorted(set().union(*distributed.gather(self.known)))
 
-    def note(self, indices):
+    def record(self, indices):
+        """Record a batch's tensor of indices (-1: readable). Raises DataError above BAD_LIMIT."""
         new = {index for index in indices.tolist() if index >= 0} - self.known
         if not new:
             return
@@ -172,21 +187,21 @@ class BadImages:
         path = self.run.folder / f"bad_images-rank{distributed.rank()}.txt"
         path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n")
         names = ", ".join(str(self.images.where(index)) for index in sorted(new))
-        print(f"unreadable and replaced: {names}", flush=True)  # by every rank: each sees other images
-        share = len(self.known) / len(self.images)  # of what this rank has met: after some epochs that is all of them
+        print(f"unreadable and replaced: {names}", flush=True)  # every rank prints: each reads other images
+        share = len(self.known) / len(self.images)  # this rank alone: after some epochs it has read all
         if share > BAD_LIMIT:
             raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: "
                             f"see {path}")
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says so; on a CPU it has no class of its own."""
+    """Return whether an error reports exhausted memory; on a CPU torch has no own class for it, only its message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
-def explain_memory(micro_batch):
-    """Turns an out-of-memory error into one that says which argument to lower."""
+def explain_out_of_memory(micro_batch):
+    """Re-raise out-of-memory errors of this block as a MemoryError that says which argument to lower."""
     try:
         yield
     except RuntimeError as error:

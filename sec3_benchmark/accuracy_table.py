@@ -7,10 +7,10 @@ from common import report, tables
 
 def accuracy_table(item, rows, demo, args):
     """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
-    results = tables.run_rows(rows, args, demo, script=item)
+    results, without = tables.run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(named(row, args), results.get(row.key, []), args.needs_weights.get(row.key)) for row in rows]
+    summaries = [summary(named(row, args), results.get(row.key, []), without.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(item, args, COLUMNS, summaries, notes=[about, tables.NOTES[args.preset]])
     return summaries
@@ -23,10 +23,10 @@ def named(row, args):
 
 
 def summary(row, results, problem=None):
-    """A row of an accuracy table from its stages' results, one list of stages per seed."""
+    """A row of an accuracy table from its lines' results, one list per seed."""
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    status = "run" if results else "not built yet" if not row.stages else problem or "not chosen"
+    status = "run" if results else "not built yet" if not row.lines else problem or "not chosen"
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
@@ -45,7 +45,7 @@ def duration(hours):
 COLUMNS = {
     "pre-training and recipe": lambda row: row["name"],
     "published": lambda row: row["published"] or "-",
-    "measured": lambda row: report.spread(row["measured"]),
+    "measured": lambda row: report.mean_std(row["measured"]),
     "seeds": lambda row: row["seeds"] or "",
     "pre-training": lambda row: duration(row["pretrain_hours"]),
 }

@@ -14,33 +14,34 @@ from pathlib import Path
 from torch import nn
 
 from common import distributed, options
-from common.data import take_statistics
+from common.data import with_statistics
 from common.distributed import print0
 from common.errors import UserError
+from common.filling import load_encoder
 from common.loader import seed_everything
 from common.optim import adamw, learning_rate, steps_per_epoch
+from common.pretrained import FormatError, Weights, fingerprint, own_config, read_file, read_weights
 from common.runs import open_run
-from common.training import Method, train, wrap
+from common.training import Method, compile_and_distribute, train
 from common.vit import SIZES, build_vit
-from common.weights import FormatError, Weights, fingerprint, own_config, read_file, read_weights
 from sec3_benchmark.detection.average_precision import evaluator
-from sec3_benchmark.detection.coco import DetectionViews, targets_of
-from sec3_benchmark.detection.draw_detections import draw
+from sec3_benchmark.detection.coco import DetectionViews, image_targets
+from sec3_benchmark.detection.draw_detections import detect_and_draw
 from sec3_benchmark.detection.mask_rcnn import MaskRCNN
 from sec3_benchmark.detection.scenes import load_detection_sets
 from sec3_benchmark.detection.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 from sec3_benchmark.evaluate import check_classes, check_readable
-from sec3_benchmark.initial_weights import alike, load_encoder, take_config
 
+NOT_OF_TABLES = ("img_size",)  # here the canvas: from a table by --set detect.img_size alone
 PRESETS = {
-    "demo": dict(img_size=[96], model="vit_demo", patch_size=6, position_size=[36], window=4, channels=64, hidden=256,
+    "demo": dict(img_size=[96], window=4, channels=64, hidden=256,
                  anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
                  warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
     # for weights of the laptop and small pre-trainings: their patches and positions
-    "laptop": dict(img_size=[192], model="vit_demo", patch_size=8, position_size=[48], window=6, channels=64,
+    "laptop": dict(img_size=[192], window=6, channels=64,
                    hidden=256, anchors=64, rois=64, proposals=100, iterations=2000, batch_size=8, base_lr=4e-3,
                    jitter=[0.5, 1.5], warmup_iterations=100),
-    "small": dict(img_size=[256], patch_size=8, position_size=[64], iterations=3000, batch_size=16, base_lr=4e-4,
+    "small": dict(img_size=[256], iterations=3000, batch_size=16, base_lr=4e-4,
                   jitter=[0.5, 1.5]),
 }
 PYRAMIDS = {"simple": SimplePyramid, "topdown": TopDownPyramid}
@@ -58,8 +59,8 @@ def build_parser():
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained ViT, a file or timm:NAME; default: none")
     group.add_argument("--eval-only", action="store_true", help="evaluate --init, a detector's weights.pt, and leave")
     group = parser.add_argument_group("detector (Appendix A.5)")
-    group.add_argument("--position-size", type=int, nargs="+", default=[224], metavar="PX",
-                       help="image size of the table of positions, which is resized at each forward")
+    group.add_argument("--position-size", type=int, nargs="+", metavar="PX", help="image size of the table of "
+                       "positions, which is resized at each forward; default: as the weights say, else 224")
     group.add_argument("--window", type=int, default=14, help="patches a side, in all but the global blocks")
     group.add_argument("--global-blocks", type=int, nargs="+", default=[2, 5, 8, 11], help="counted from 0")
     group.add_argument("--pyramid", choices=tuple(PYRAMIDS), default="simple",
@@ -140,11 +141,11 @@ class Detection(Method):
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # only `topdown` has batch norm
         if compiled:
             self.model.backbone.compile()  # what follows has other shapes in every step
-        self.forward = wrap(self.model, device, dtype, compiled=False)
+        self.forward = compile_and_distribute(self.model, device, dtype, compiled=False)
 
     def loss(self, batch, step):
-        sizes = [tuple(size) for size in batch["size"].tolist()]
-        losses = self.forward(batch["image"], sizes, targets_of(batch))
+        sizes = [tuple(size) for size in batch["host_size"].tolist()]
+        losses = self.forward(batch["image"], sizes, image_targets(batch))
         return sum(losses.values()), losses
 
 
@@ -158,34 +159,37 @@ def read_detector(source):
                    **{name: content.get(name) for name in ("statistics", "classes")})
 
 
-def take_detector(args, weights):
-    """The detector is built as its file says, and anything else asked for is an error. Only --proposals may differ: no
-    weight depends on it, whereas tables of relative positions have the size of the image.
+def as_built(args, weights):
+    """Return settings with which the detector is built as its file says. What differs from both the file and the preset
+    was asked for, and is an error. Only --proposals may differ: no weight depends on it, whereas tables of relative
+    positions have the size of the image.
     """
-    fixed = set(getattr(args, "explicit", ())) - {"proposals"}
+    usual = settle_backbone(options.parse(build_parser(), PRESETS, argv=["--preset", args.preset]), None)
     for name, theirs in weights.config.items():
-        if name in fixed and not alike(name, getattr(args, name), theirs):
-            raise UserError(f"{weights.source} was built with {name} {theirs}, not {getattr(args, name)}: leave "
+        ours = getattr(args, name, None)
+        asked_for = name != "proposals" and ours is not None and not options.alike(name, ours, getattr(usual, name))
+        if asked_for and not options.alike(name, ours, theirs):
+            raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
-    take_config(args, weights.config)
-    take_statistics(args, weights)
+    own = {name: value for name, value in weights.config.items()
+           if name in args and (name != "proposals" or args.proposals == usual.proposals)}
+    return with_statistics(options.replaced(args, **own), weights)
 
 
-def take_backbone(args, weights):
-    """What the weights say of their ViT; --img-size is the canvas, which has nothing to do with them."""
+def settle_backbone(args, weights):
+    """Return settings in which the weights' own words about their ViT count; --img-size is the canvas."""
     config = weights and weights.config
     if config and config["model"] not in (None, *SIZES):
         raise UserError(f"--init {args.init} has relative positions ({config['model']}): detect.py takes a plain ViT, "
                         f"pre-trained by --model vit_tiny")
-    take_config(args, config, ("model", "patch_size", "in_chans", "num_heads"))
-    take_config(args, config and {"position_size": config["img_size"]})
-    take_statistics(args, weights)
+    vit = options.settle(options.replaced(args, img_size=args.position_size), weights)
+    return options.replaced(vit, img_size=args.img_size, position_size=vit.img_size)
 
 
 def evaluate_only(args, device):
     """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<weights>-<data>/."""
     weights = read_detector(args.init)
-    take_detector(args, weights)
+    args = as_built(args, weights)
     num_classes = weights.config["detector_classes"]
     [val_set] = load_detection_sets(args, splits=("val",))
     if num_classes != len(val_set.classes):
@@ -197,7 +201,7 @@ def evaluate_only(args, device):
     result = evaluator(model, val_set, args, device)()
     print_ap(result)
     place = f"eval-{weights.fingerprint[:10]}-{val_set.fingerprint()[:6]}"
-    draw(model, val_set, args, device, Path(args.output) / "detect" / place)
+    detect_and_draw(model, val_set, args, device, Path(args.output) / "detect" / place)
     return result
 
 
@@ -208,7 +212,7 @@ def print_ap(result):
 
 def main(args):
     """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     if not 0 < args.jitter[0] <= args.jitter[1]:
         raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, above 0, then the largest")
     if args.eval_only and not args.init:
@@ -218,12 +222,12 @@ def main(args):
     if args.deterministic and device.type == "cuda":
         raise UserError("--deterministic: on a GPU the backward pass of ROIAlign adds in no fixed order; leave it out")
     weights = read_weights(args.init) if args.init else None
-    take_backbone(args, weights)
+    args = settle_backbone(args, weights)
     train_set, val_set = load_detection_sets(args)
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}
     name = f"{train_set.name.split('-')[0]}-{args.model}-{'init' if weights else 'scratch'}-{args.iterations}it"
-    with open_run("detect", name, args, fingerprints) as run:
+    with open_run("detect", name, args, fingerprints, no_identity=("keep_activations", "draw")) as run:
         if run.result:
             print_ap(run.result)
             return run.result
@@ -239,7 +243,7 @@ def main(args):
         result.update({k: v for k, v in result["last"].items() if k != "epoch"}, best_box_ap=result["best"]["box_ap"])
         print_ap(result)
         result = run.finish(result, model)
-        draw(model, val_set, args, device, run.folder)
+        detect_and_draw(model, val_set, args, device, run.folder)
         return result
 
 

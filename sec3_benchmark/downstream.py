@@ -2,7 +2,7 @@
 
 The sets themselves, and what --dataset-path must hold: sec3_benchmark/downstream_sets.py.
 """
-import argparse
+import shlex
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,9 @@ from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.images import DataError
-from common.tables import PREVIOUS, Row
-from common.weights import HubError, read_weights
+from common.pretrained import HubError, read_weights
+from common.tables import Row
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
-from sec3_benchmark.initial_weights import SHAPE
 
 # What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
 # published source (scripts/transfer.sh, equal for every initialisation); all the others are ours and not tuned.
@@ -48,22 +47,21 @@ PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
     "dmae": (95.2, 89.1, 79.2, 87.5, 85.0, 63.6, 42.3, 37.4, 78.4),  # 37.3 in a later version of the code page
 }.items()}
 
-MOCO_FINETUNING = {"layer_decay": 0.75}  # what the authors change in finetune.py for MoCo-v3's weights (Tables 1, 3, 5)
+MOCO_FINETUNING = "--layer-decay 0.75"  # what the authors change in finetune.py for MoCo-v3's weights (Tables 1, 3, 5)
+TRANSFER = "sec3_benchmark/transfer.py --init {previous}"
 
-TRANSFER = ("sec3_benchmark.transfer", {"init": PREVIOUS})  # starts from what the stage before it left
 
-
-def row(key, name, before, **more):
-    """A row that begins with the stage `before`, which leaves a classifier or an encoder to transfer."""
-    return Row(key, name, PUBLISHED[key], ((before, {}), TRANSFER), **more)
+def row(key, name, before):
+    """Return a row that begins with the script `before`, which leaves a classifier or an encoder to transfer."""
+    return Row(key, name, PUBLISHED[key], [before, TRANSFER])
 
 
 ROWS = [  # of both tables, each of which has one more
-    row("supervised", "supervised (DeiT-Tiny)", "sec3_benchmark.finetune"),
-    row("mocov3", "MoCo-v3", "sec3_benchmark.pretrain_mocov3"),
-    row("mae", "MAE", "sec3_benchmark.pretrain_mae"),
-    row("dino", "DINO", "appendix.pretrain_dino"),
-    row("simmim", "SimMIM", "appendix.pretrain_simmim"),
+    row("supervised", "supervised (DeiT-Tiny)", "sec3_benchmark/finetune.py"),
+    row("mocov3", "MoCo-v3", "sec3_benchmark/pretrain_mocov3.py"),
+    row("mae", "MAE", "sec3_benchmark/pretrain_mae.py"),
+    row("dino", "DINO", "appendix/pretrain_dino.py"),
+    row("simmim", "SimMIM", "appendix/pretrain_simmim.py"),
 ]
 UNFIT = {("simmim", COCO)}  # its pre-training has relative positions, detect.py is for plain ViTs; a file may be one
 
@@ -83,37 +81,35 @@ def add_models(parser):
 
 
 def with_models(rows, args):
-    """The rows, those in --models starting from the weights given there, and a row for each other name in it; these
-    are then the rows to run, beside those of --rows.
+    """Return the rows, those in --models starting from the weights given there, with a row for each other name in it;
+    and settings whose --rows are these, beside those that it names.
     """
     models = options.named(args.models, "--models")
     known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
     for name, file in models.items():
         if name not in known and name in keys:
             raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
-        row = known.get(name, Row(name, name, {}, (TRANSFER,)))
-        module, settings = row.stages[-1]
+        row = known.get(name, Row(name, name, {}, [TRANSFER]))
         known[name] = replace(row, note=f"weights given: {'/'.join(Path(file).parts[-2:])}",
-                              stages=((module, {**settings, "init": file}),))
-    if models:
-        args.rows = [*(args.rows or []), *models]
-    return list(known.values())
+                              lines=[row.lines[-1].replace("{previous}", shlex.quote(file))])
+    return list(known.values()), options.replaced(args, rows=[*(args.rows or []), *models]) if models else args
 
 
-def settings_told(args, stage):
-    """The settings of the later stage that the command line gives."""
-    return {*args.given, *args.per_stage.get(stage.split(".")[-1], ())}
+def settings_told(args, script):
+    """Return the names of the settings that the command line gives a script of a row."""
+    set_names = [text.partition("=")[0].partition(".") for text in args.set]
+    return {*args.given, *(key.replace("-", "_") for stage, _, key in set_names if stage == Path(script).stem)}
 
 
 def scratch_settings(loaded, told):
-    """A start from random weights beside those of files is the same network: their shape and normalisation, except
-    where the command line says otherwise (`told`). {} without files, or if these do not say.
+    """Return settings with which a start from random weights is the same network as {name: Weights}: their shape and
+    normalisation, but for those that the command line tells. {} without weights, or if these do not say.
     """
     networks = {}
     for name, weights in loaded.items():
         if weights.config:
             usual = channel_statistics(weights.config["in_chans"])
-            says = {**{key: weights.config.get(key) for key in SHAPE},
+            says = {**{key: weights.config.get(key) for key in options.SHAPE},
                     **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
             networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
     first = next(iter(networks.values()), {})
@@ -127,8 +123,8 @@ def scratch_settings(loaded, told):
 
 
 def random_like(row, args):
-    """The row of random weights, where it is to be run: the same network as the files of --models, if there are any."""
-    (module, settings), files = row.stages[-1], options.named(args.models, "--models")
+    """Return the row of random weights, where it is to be run: the same network as the files of --models, if any."""
+    files = options.named(args.models, "--models")
     if not {row.key, "all"} & set(args.rows or ()) - files.keys():
         return row
     loaded = {}
@@ -138,7 +134,8 @@ def random_like(row, args):
             continue
         with suppress(HubError):  # its own row will say so
             loaded[name] = read_weights(file)
-    return replace(row, stages=((module, {**settings, **scratch_settings(loaded, settings_told(args, module))}),))
+    network = scratch_settings(loaded, settings_told(args, "transfer.py"))
+    return replace(row, lines=[shlex.join([*shlex.split(row.lines[-1]), *options.words(network)])])
 
 
 def chosen_sets(args):
@@ -153,7 +150,7 @@ def chosen_sets(args):
             continue
         check_path(name, args.dataset_path)
         if name not in FRACTALS and not args.dry_run:
-            load_downstream(argparse.Namespace(**{**vars(args), "dataset": name}))
+            load_downstream(options.replaced(options.settle(args), dataset=name))
     return list(dict.fromkeys(names))
 
 
@@ -167,11 +164,11 @@ def require_coco(args):
 
 
 def cells(rows, names, asked=()):
-    """Rows that end with transfer.py -> a row for tables.run_rows in each column, with the data set of that name. That
-    nothing is to be run of a row asked for by name is an error.
+    """Return rows that end with transfer.py as rows for tables.run_rows in each column, with the data set of that name.
+    That nothing is to be run of a row asked for by name is an error.
     """
     found = [cell(row, name) for row in rows for name in names
-             if (row.key, name) not in UNFIT or len(row.stages) == 1]
+             if (row.key, name) not in UNFIT or len(row.lines) == 1]
     for row in rows:
         if row.key in (asked or ()) and row.key not in {one.key for one in found}:
             raise UserError(f"--rows {row.key}: detect.py takes plain ViTs, and this row's has relative positions; "
@@ -180,13 +177,13 @@ def cells(rows, names, asked=()):
 
 
 def cell(row, name):
-    *before, (module, settings) = row.stages
-    if name == COCO:  # detect.py's img_size is the canvas, its position_size that of the ViT
-        of_vit = {{"img_size": "position_size"}.get(key, key): value for key, value in settings.items()}
-        last = ("sec3_benchmark.detect", of_vit)
+    """Return the row with its transfer to one data set; to COCO it is detect.py, whose canvas is no size of the ViT."""
+    *before, last = row.lines
+    if name == COCO:
+        last = last.replace("transfer.py", "detect.py").replace("--img-size", "--position-size")
     else:
-        last = (module, {**settings, "dataset": name})
-    return replace(row, name=f"{row.name} {name}", column=name, stages=(*before, last))
+        last = f"{last} --dataset {shlex.quote(name)}"
+    return replace(row, name=f"{row.name} {name}", column=name, lines=[*before, last])
 
 
 def measured(cells):
@@ -212,7 +209,7 @@ def summary(row, cells):
 
 def beside(published, measured):
     """A cell: the published number / ours, over seeds."""
-    return f"{'-' if published is None else published} / {report.spread(measured) if measured else 'not run'}"
+    return f"{'-' if published is None else published} / {report.mean_std(measured) if measured else 'not run'}"
 
 
 def column(name):

@@ -1,8 +1,8 @@
-"""The data sets of Tables 4 and 5 and Figure 4: what they must hold, their splits, how they are read.
+"""The classification data sets of Tables 4 and 5 and Figure 4: expected files, splits, readers.
 
---dataset-path ROOT holds them all, each in the folder that torchvision gives it (SETS says what it must hold), and
-beside them any other set as ROOT/NAME/train/<class>/ and ROOT/NAME/test/<class>/, or val/ where there is no test/.
-`folder` is ROOT itself. The two fractal sets are generated; their classes occur in no pre-training.
+--dataset-path ROOT contains them all, each in the folder that torchvision uses (`holds` in SETS). Any other set NAME is
+read from ROOT/NAME/train/<class>/ and ROOT/NAME/test/<class>/, or val/ if there is no test/. The name `folder` means
+ROOT itself. The two fractal sets are generated; their classes occur in no pre-training.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from common import data
 from common.distributed import once_per_node, print0
 from common.images import DataError, ImageSet
 
-SETS = {  # images to train on and to test on, classes; what ROOT must hold; where it comes from
+SETS = {  # images: number for training, for testing; download: whether torchvision can fetch it; holds: expected files
     "flowers": dict(
         title="Flowers-102", images=(2_040, 6_149), classes=102, download=True,
         holds="flowers-102/ with jpg/, imagelabels.mat and setid.mat",
@@ -46,43 +46,47 @@ SETS = {  # images to train on and to test on, classes; what ROOT must hold; whe
         source="https://github.com/visipedia/inat_comp/tree/master/2018 (120 GB)"),
 }
 FRACTALS = {"fractals-small": 40, "fractals-large": 200}  # images per class to train on, of 10 classes
-FRACTAL_TEST = 50
+FRACTAL_TEST = 50  # images per class to test on
 
 
-# Each reader takes (root, train, download) and gives (images, labels, names of the classes).
+# Each reader maps (root, train, download) to (images, labels, class names)
 
 def flowers(root, train, download):
-    """Trained on train + val, which torchvision keeps apart."""
+    """Read Flowers-102; training uses train + val, which torchvision splits."""
     splits = ("train", "val") if train else ("test",)
     parts = [tv.Flowers102(root, split, loader=str, download=download) for split in splits]
     return *samples(*parts), tv.Flowers102.classes
 
 
 def pets(root, train, download):
-    """Breeds; trained on trainval. This class alone takes no loader, hence its private lists."""
+    """Read Pets with breeds as labels; training uses trainval. torchvision's class takes no loader: private lists."""
     dataset = tv.OxfordIIITPet(root, "trainval" if train else "test", download=download)
     return [str(path) for path in dataset._images], dataset._labels, dataset.classes
 
 
 def aircraft(root, train, download):
-    """Variants; trained on trainval."""
+    """Read Aircraft with variants as labels; training uses trainval."""
     dataset = tv.FGVCAircraft(root, "trainval" if train else "test", "variant", loader=str, download=download)
     return *samples(dataset), dataset.classes
 
 
 def cars(root, train, download):
+    """Read Cars; it cannot be downloaded."""
     dataset = tv.StanfordCars(root, "train" if train else "test", loader=str)
     return *samples(dataset), dataset.classes
 
 
 def cifar100(root, train, download):
+    """Read CIFAR-100; images are one array."""
     dataset = tv.CIFAR100(root, train, download=download)
     return dataset.data, dataset.targets, dataset.classes
 
 
 def inat18(root, train, download):
-    """torchvision's class mixes train and val. Classes count as in the authors' code: by their first appearance among
-    the annotations of train2018.json; their names stand in categories.json.
+    """Read iNat18 from its annotation files; torchvision's class does not separate train from val.
+
+    As in the authors' code, classes are numbered by first appearance in train2018.json. Their names are in
+    categories.json.
     """
     folder = Path(root) / "inat2018"
     annotations = json.loads((folder / "train2018.json").read_text())
@@ -101,12 +105,12 @@ READERS = {"flowers": flowers, "pets": pets, "aircraft": aircraft, "cars": cars,
 
 
 def samples(*datasets):
-    """All file names and all labels of torchvision sets whose loader is `str`, so that no image is opened."""
+    """Return the file names and labels of torchvision sets whose loader is `str`, so that no image is opened."""
     return zip(*(dataset[index] for dataset in datasets for index in range(len(dataset))))
 
 
 def official_set(name, root, train, args):
-    """One split of SETS, complete, or an error that says what ROOT must hold and where it comes from."""
+    """Load one split of a set in SETS. Raises DataError with the expected files and their source if incomplete."""
     about, split = SETS[name], "train" if train else "test"
     how = "--download fetches it, or get it from" if about["download"] else "--download cannot fetch it: take"
     remedy = f"{root} must hold {about['holds']}. {how} {about['source']}"
@@ -115,7 +119,7 @@ def official_set(name, root, train, args):
             if mine and args.download and about["download"]:
                 READERS[name](root, train, download=True)
         images, labels, classes = READERS[name](root, train, download=False)
-    except (RuntimeError, OSError, ValueError, LookupError, TypeError) as error:  # absent, cut short, other entries
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError) as error:  # missing or malformed files
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{about['title']} is not whole in {root} ({why}). {remedy}") from None
     found, expected = (len(images), len(classes)), (about["images"][not train], about["classes"])
@@ -131,7 +135,7 @@ def official_set(name, root, train, args):
 
 
 def folder_sets(name, root, args):
-    """ROOT/NAME, or ROOT itself for `folder`: train/ and, to test on, test/ or else val/."""
+    """Load train/ and test/ (or else val/) of ROOT/NAME, or of ROOT for the name `folder`. Raises DataError."""
     place = Path(root) if name == "folder" else Path(root) / name
     test = "test" if (place / "test").is_dir() else "val"
     if not (place / "train").is_dir() or not (place / test).is_dir():
@@ -143,7 +147,7 @@ def folder_sets(name, root, args):
 
 
 def check_path(name, root):
-    """Raises DataError if a set that is generated is given a --dataset-path, or another set none, or is a path."""
+    """Raise DataError if the name is a path, or if --dataset-path is given for a generated set or else missing."""
     if Path(name).name != name or name == "..":
         raise DataError(f"--dataset {name}: the name of a folder in --dataset-path, not a path; for that folder itself "
                         f"give it as --dataset-path, and --dataset folder")
@@ -155,7 +159,7 @@ def check_path(name, root):
 
 
 def load_downstream(args):
-    """Training and test set of --dataset."""
+    """Load [training set, test set] of --dataset."""
     name, root = args.dataset, args.dataset_path
     check_path(name, root)
     if name in FRACTALS:

@@ -1,4 +1,4 @@
-"""Random erasing, timm's kind "pixel": part of the "ori." recipe (Appendix A.1)."""
+"""Random erasing (timm's mode "pixel"), part of the original fine-tuning recipe, "ori." (Appendix A.1)."""
 import math
 import random
 
@@ -8,10 +8,10 @@ from common.vit import pair
 
 
 def erasing_box(size, probability, area=(0.02, 1 / 3), min_aspect=0.3):
-    """Where to erase, for one image of `size` (H, W): int64 (4,), top, left, height, width; zeros for nowhere.
+    """Sample the box to erase in an image of `size` (H, W): int64 (4,), top, left, height, width; zeros for none.
 
-    The share of the area is U(area), the aspect h/w log-uniform in (min_aspect, 1 / min_aspect); after 10 boxes that
-    do not fit, nowhere. Same rule and same draws from Python's generator as timm's RandomErasing.
+    The box has a share U(area) of the image and an aspect ratio h/w log-uniform in (min_aspect, 1 / min_aspect). After
+    10 boxes that do not fit, none. Rule and random numbers (Python's generator) are those of timm's RandomErasing.
     """
     height, width = pair(size)
     if random.random() >= probability:
@@ -27,11 +27,11 @@ def erasing_box(size, probability, area=(0.02, 1 / 3), min_aspect=0.3):
 
 @torch.no_grad()
 def erase(images, boxes, seeds):
-    """Fill each image's box with N(0, 1) noise, in place. images (B, C, H, W), normalised floats on any device;
-    boxes (B, 4) of `erasing_box` and seeds (B,), both on the CPU. Returns images.
+    """Fill each image's box with N(0, 1) noise, in place, and return the images.
 
-    The noise of an image depends on its own seed and box only, not on its neighbours. It is drawn on the CPU, so every
-    device gets the same numbers, and travels in one copy. torch's CPU generator reads the low 32 bits of a seed.
+    images: (B, C, H, W), normalised floats on any device. boxes (B, 4), from `erasing_box`, and seeds (B,): on the CPU.
+    An image's noise depends on its own seed and box only. It is sampled on the CPU, so that every device gets the same
+    numbers, and copied to the device at once. torch's CPU generator uses the low 32 bits of a seed.
     """
     if not images.is_floating_point():
         raise ValueError(f"the noise of random erasing goes on normalised images, and these are {images.dtype}")

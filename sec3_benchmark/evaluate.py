@@ -12,21 +12,25 @@ from common.images import UnreadableImage
 from common.loader import Views, data_loader, on_device
 from common.memory import keep_decoded
 
-READ = set()  # fingerprints of sets whose images can all be read
+READABLE = set()  # fingerprints of the sets that this process has checked to be readable
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):
-    """Every `world`-th image once, in order, with nothing padded: the ranks together see each image exactly once."""
+    """Load every `world`-th image, from number `rank` on, once and in order.
+
+    The last batch is not padded, so the ranks together see each image exactly once.
+    """
     keys = [(epoch, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
     return data_loader(Views(images, transform, seed=0), batches, workers, device)
 
 
 @torch.inference_mode()
-def accuracy(model, loader, device, mean, std):
-    """Sums over this rank's images, then over ranks, divided once: {"top1", "top5" (percent), "val_loss", "images"}.
+def accuracy(model, loader, device, mean, std) -> dict:
+    """Compute {"top1", "top5" (percent), "val_loss", "images"} over all ranks' images.
 
-    top5 counts the five best classes, or all of them where there are fewer.
+    Sums over all images are divided once, so that every image has the same weight. With fewer than five classes, top5
+    counts all of them.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -40,7 +44,7 @@ def accuracy(model, loader, device, mean, std):
 
 
 def check_classes(weights, images):
-    """An error if a file that names its classes knows others, or in another order, than the images have."""
+    """Raise UserError if weights that name their classes have other classes, or another order, than the images."""
     theirs, ours = weights.classes, [str(name) for name in images.classes]
     if theirs and len(theirs) == len(ours) and theirs != ours:
         first = next(pair for pair in zip(theirs, ours) if pair[0] != pair[1])
@@ -48,19 +52,20 @@ def check_classes(weights, images):
                         f"{first[0]} there is {first[1]} here. Call the classes as in the training, in its order")
 
 
-def nothing(image):
-    """The transform of images that are only to be read."""
+def decode_only(image):
+    """Transform that keeps nothing of an image: for a loader that only checks whether the images can be decoded."""
     return {}
 
 
 def check_readable(images, run, args, device):
-    """Raises, on every rank, for an image that cannot be read: before a training and not in its first evaluation. Every
-    rank reads its share; a run that goes on has done so, and so has this process for the sets in READ.
+    """Raise UnreadableImage on every rank if an image cannot be read: before training, not at its first evaluation.
+
+    Every rank reads its share. Skipped for a resumed run, which has done it before, and for the sets in READABLE.
     """
     keep_decoded(images, args.keep_decoded)
-    if not images.from_files or steps_saved(run.folder) or (name := images.fingerprint()) in READ:
+    if not images.from_files or steps_saved(run.folder) or (name := images.fingerprint()) in READABLE:
         return
-    loader = eval_loader(images, nothing, 256, args.workers, device, distributed.rank(), distributed.world_size())
+    loader = eval_loader(images, decode_only, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None
     try:
         for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
@@ -70,12 +75,14 @@ def check_readable(images, run, args, device):
         problem = str(error)
     if problems := list(filter(None, distributed.gather(problem))):
         raise UnreadableImage(problems[0])
-    READ.add(name)
+    READABLE.add(name)
 
 
 def evaluator(model, images, args, device):
-    """The evaluation of the paper's recipes (resize so that the crop is 0.875 of it, centre crop) as a function of
-    nothing, for the training loop. The loader starts anew each time, so nothing is kept between evaluations.
+    """Make the evaluation of a classifier, a zero-argument callable that returns the dict of `accuracy`.
+
+    Preprocessing is that of all the paper's recipes: resize so that the crop is 0.875 of the side, then centre crop.
+    Each call starts a new loader, so no worker processes stay between evaluations.
     """
     mean, std = (values.to(device) for values in statistics(args))
 

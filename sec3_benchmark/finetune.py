@@ -7,36 +7,36 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE --model vit_tiny_rpe --epochs 1000   # 79.0
 
 The paper's run is 300 epochs at batch 1024: 78.0 from MAE-Tiny, 75.8 from scratch. --init reads our weights and those
-of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/weights.py).
+of mae-lite, facebook's MAE, DeiT, timm and `timm:NAME` (common/pretrained.py).
 """
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
 from common import distributed, options
-from common.data import load_sets, take_statistics
+from common.data import load_sets
 from common.distributed import print0
 from common.errors import UserError
+from common.filling import load_encoder
 from common.loader import seed_everything
 from common.optim import adamw, warmup_cosine
+from common.pretrained import read_weights
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS, build_model
-from common.weights import read_weights
 from sec3_benchmark.erasing import erase, erasing_box
 from sec3_benchmark.evaluate import check_classes, check_readable, evaluator
-from sec3_benchmark.initial_weights import SHAPE, load_encoder, take_config
 from sec3_benchmark.layer_decay import layer_groups
 from sec3_benchmark.randaugment import train_transform
 
+READS = "labels"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=3, batch_size=64,
-                 base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=1),
+    "demo": dict(data="fractals", epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=1),
     # so short a training learns most from little augmentation: from scratch 28.8 % after 7 of 15 epochs, where the
     # recipe's smallest crop of 0.08 and RandAugment give 31.2 % after 20, on 22,500 images of 50 classes
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=15, batch_size=64,
-                   base_lr=4e-3, warmup_epochs=2, crop_min=0.35, randaugment="none", eval_every=5),
-    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=100, batch_size=256),
+    "laptop": dict(data="folder", epochs=15, batch_size=64, base_lr=4e-3, warmup_epochs=2, crop_min=0.35,
+                   randaugment="none", eval_every=5),
+    "small": dict(data="folder", epochs=100, batch_size=256),
 }
 RECIPES = {  # what each changes from the defaults below
     "impr": {},
@@ -72,7 +72,7 @@ def add_arguments(parser, models=MODELS):
     group.add_argument("--cutmix", type=float, default=0.0, help="alpha; 0: off")
     group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing; 0: off")
     group.add_argument("--drop-path", type=float, default=0.0, help="rate at the last block, linear from 0; 0: off")
-    group.add_argument("--global-pool", choices=("avg", "token"), default="avg", help="avg: patch tokens, then fc_norm")
+    group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
     group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
     group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
     group.add_argument("--seed", type=int, default=0)
@@ -91,8 +91,8 @@ class TrainViews:
     def __call__(self, image):
         views = {"image": self.transform(image)}
         if self.erasing:
-            views["erase_box"] = erasing_box(self.size, self.erasing)
-            views["erase_seed"] = torch.randint(2**31, ())
+            views["host_erase_box"] = erasing_box(self.size, self.erasing)
+            views["host_erase_seed"] = torch.randint(2**31, ())
         return views
 
 
@@ -110,8 +110,8 @@ class Supervised(Method):
     def mixed(self, batch):
         """Images (B, C, H, W) and labels of a batch, erased and mixed as the recipe says."""
         images, target = batch["image"], batch["label"]
-        if "erase_box" in batch:
-            erase(images, batch["erase_box"], batch["erase_seed"])
+        if "host_erase_box" in batch:
+            erase(images, batch["host_erase_box"], batch["host_erase_seed"])
         if self.mixup is None:
             return images, target
         if len(images) % 2:
@@ -141,8 +141,7 @@ def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0,
 def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
-    take_config(args, weights.config)
-    take_statistics(args, weights)
+    args = options.settle(args, weights, (*options.SHAPE, "global_pool"))
     [val_set] = load_sets(args, splits=("val",))
     check_classes(weights, val_set)
     vit = build(args, len(val_set.classes), weights, keep_head=True).to(device)
@@ -162,22 +161,23 @@ def main(args):
 
 
 def train_classifier(args, script, build, method, fingerprints=None):
-    """The run of a supervised `method(model, args, classes)` on what `build(args, classes, weights)` gives."""
-    device = distributed.start(args.device)
+    """The run of a supervised `method(model, args, classes)` on what `build(args, classes, weights)` gives;
+    `fingerprints` of what else it reads.
+    """
+    device = distributed.start_process_group(args.device)
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the weights to evaluate")
     if args.eval_only:
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
-    take_config(args, weights and weights.config, SHAPE)
-    take_statistics(args, weights)
+    args = options.settle(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = len(train_set.classes)
     start = "scratch" if weights is None else "init"
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None, **(fingerprints or {})}
     name = f"{args.data}-{args.model}-{start}-{args.recipe}-{args.epochs}ep"
-    with open_run(script, name, args, fingerprints) as run:
+    with open_run(script, name, args, fingerprints, no_identity=("teacher",)) as run:
         if run.result:
             print0(in_words(run.result))
             return run.result

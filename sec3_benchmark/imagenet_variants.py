@@ -1,8 +1,8 @@
-"""Top-1 on ImageNet-1k's validation images, on the same images with reassessed labels (ReaL), and on ImageNetV2.
+"""Top-1 accuracy on ImageNet-1k's validation images, on the same with reassessed labels (ReaL), and on ImageNetV2.
 
-ReaL (Beyer et al. 2020): real.json holds, for the validation images in the order of their numbers, the list of classes
-that are correct; an image whose list is empty is not scored (3,163 of 50,000). V2 (Recht et al. 2019), matched
-frequency: 10,000 new images in folders named 0 to 999, the class numbers.
+ReaL (Beyer et al. 2020): real.json holds a list of correct classes for each validation image, in the order of the
+images' numbers; images with an empty list are not scored (3,163 of 50,000). ImageNetV2 (Recht et al. 2019), matched
+frequency: 10,000 new images in folders named by class number, 0 to 999.
 """
 import json
 import re
@@ -22,9 +22,10 @@ from sec3_benchmark.evaluate import eval_loader
 
 @torch.inference_mode()
 def predictions(model, images, device, workers=-1, batch_size=256):
-    """The best class of every image, (N,) int64 on every rank: float32, resize and centre crop as in all evaluations.
+    """Predict the class of every image: (N,) int64, complete on every rank.
 
-    model: on the device, in eval mode, with its `config`; its `statistics`, where it has them, normalise the images.
+    In float32, with the resize and centre crop of all evaluations. model: on the device, in eval mode, with a `config`;
+    images are normalised by its `statistics` (mean, std) if it has that attribute, else by ImageNet's.
     """
     statistics = getattr(model, "statistics", None)
     mean, std = (255 * torch.tensor(values, device=device) for values in (statistics.values() if statistics else
@@ -34,16 +35,16 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
     for batch in on_device(loader, device, mean, std):
         best[batch["index"]] = model(batch["image"]).argmax(dim=1)
-    return distributed.all_sum(best).cpu().numpy()  # each rank filled in its own images
+    return distributed.all_sum(best).cpu().numpy()  # a rank's other entries are 0
 
 
 def top1(best, labels):
-    """Percent of the predictions that are the label."""
+    """Compute the percentage of predictions that equal the label: best, labels (N,)."""
     return 100 * float((best == labels).mean())
 
 
 def read_real(path):
-    """real.json: a list of lists of correct classes, by image number less one."""
+    """Read real.json: a list of lists of correct classes, at index image number - 1. Raises DataError."""
     try:
         lists = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
@@ -54,7 +55,10 @@ def read_real(path):
 
 
 def image_numbers(images):
-    """The number of each validation image, (N,), from its name ILSVRC2012_val_00000001.JPEG: 1, 2, ..."""
+    """Parse each validation image's number, (N,), from its name, as in ILSVRC2012_val_00000001.JPEG.
+
+    Raises DataError for other file names.
+    """
     numbers = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", Path(file).stem) for file in images.images]
     if None in numbers:
         raise DataError(f"{images.images[numbers.index(None)]}: ReaL labels need the original file names "
@@ -63,7 +67,10 @@ def image_numbers(images):
 
 
 def real_top1(best, numbers, lists):
-    """Percent of the predictions that are in the image's list, and how many images have a list that is not empty."""
+    """Compute the percentage of predictions in their image's list of correct classes, and the number of images scored.
+
+    best, numbers: (N,). Images with an empty list are not scored. Raises DataError if the lists do not fit the images.
+    """
     if not 1 <= min(numbers) <= max(numbers) <= len(lists):
         raise DataError(f"ReaL has {len(lists)} lists, for the images 1 to {len(lists)}; these have the numbers "
                         f"{min(numbers)} to {max(numbers)}: give all of real.json")
@@ -74,14 +81,14 @@ def real_top1(best, numbers, lists):
 
 
 def imagenet_val(root):
-    """ImageNet's validation images, <root>/val/<wnid>/."""
+    """Load ImageNet's validation images from <root>/val/<wnid>/. Raises DataError."""
     if not (Path(root) / "val").is_dir():
         raise DataError(f"--imagenet {root}: there is no folder val/ with a folder for each class in it")
     return labelled_folder(Path(root) / "val", 3, "imagenet")
 
 
 def imagenet_v2(root):
-    """ImageNetV2 with labels from the folders' names: sorted as strings, 10 would come before 2."""
+    """Load ImageNetV2; labels are the folders' names, as their sorted order would put 10 before 2. Raises DataError."""
     if not Path(root).is_dir():
         raise DataError(f"--imagenet-v2 {root} is not a folder")
     images = labelled_folder(root, 3, "imagenet-v2")
@@ -92,7 +99,10 @@ def imagenet_v2(root):
 
 
 def evaluate(model, device, val=None, real=None, v2=None, workers=-1):
-    """{"top1", "real", "real_images", "v2"} (percent) of a classifier: those whose data are given."""
+    """Evaluate a classifier on the data that are given: {"top1", "real", "v2"} in percent, and "real_images".
+
+    val, v2: ImageSets; real: the lists of `read_real`. Raises DataError if the numbers of classes differ.
+    """
     result, classes = {}, model.config["num_classes"]
     for images in (val, v2):
         if images is not None and classes != len(images.classes):

@@ -1,8 +1,8 @@
-"""The networks of Table 2, with the numbers published for them.
+"""The networks of Table 2 and their published numbers.
 
-Which networks the paper lists is in no source; these are of the families that its text cites. The numbers are those of
-timm's result tables of v0.6.12; throughput there: one RTX 3090, batch 1024, automatic mixed precision, torch 1.12, CUDA
-11.3. Those of ViT-Tiny with 12 heads and MAE-Tiny-FT are the paper's.
+The paper's own list of networks was not available; these belong to the families that its text cites. Their numbers are
+those of timm's result tables of v0.6.12, with throughput on one RTX 3090, batch 1024, automatic mixed precision, torch
+1.12, CUDA 11.3. The numbers of ViT-Tiny with 12 heads and MAE-Tiny-FT are the paper's.
 """
 import warnings
 from typing import NamedTuple
@@ -15,17 +15,19 @@ DISTILLED, THREE_HEADS = "†", "⋆"
 
 
 class Network(NamedTuple):
-    key: str  # timm's name, or that of our row
+    """A row of Table 2; numbers that no source gives are None."""
+
+    key: str  # timm's model name, or the name of a row for our models
     name: str
-    marks: str = ""  # †: distillation in supervised training, ⋆: the original ViT-Tiny of 3 heads
-    px: int = 224
-    params: float | None = None  # published from here on: millions
-    top1: float | None = None
-    real: float | None = None
-    v2: float | None = None
-    nhwc: int | None = None  # images a second, channels last
-    nchw: int | None = None
-    ours: str = ""  # name of our model, where timm is not to be asked
+    marks: str = ""  # †: supervised training with distillation, ⋆: original ViT-Tiny with 3 heads
+    px: int = 224  # side of the input image
+    params: float | None = None  # published, millions
+    top1: float | None = None  # published accuracy on ImageNet, %
+    real: float | None = None  # with ReaL labels, %
+    v2: float | None = None  # on ImageNetV2, %
+    nhwc: int | None = None  # published throughput, images per second, channels-last memory format
+    nchw: int | None = None  # the same, contiguous memory format
+    ours: str = ""  # name in common/vit.py, for a model that is not timm's
     note: str = ""
 
 
@@ -72,12 +74,12 @@ NETWORKS = [
 ]
 
 
-def build(network):
-    """(the network without pre-trained weights, None), or (None, why there is none)."""
+def build_network(network):
+    """Build a network without pre-trained weights: (model, None), or (None, reason) if timm does not have it."""
     if network.ours:
         return build_model(network.ours), None
     if not timm.is_model(network.key):
         return None, f"not in timm {timm.__version__}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's about its own code
+        warnings.simplefilter("ignore")  # deprecation warnings about timm's own code
         return timm.create_model(network.key, pretrained=False), None

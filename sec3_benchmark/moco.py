@@ -1,8 +1,8 @@
-"""MoCo-v3 (Chen et al. 2021) for the paper's ViTs: views, model, loss, and batch norm over the global batch (A.3).
+"""MoCo-v3 (Chen et al. 2021) for the paper's ViTs: views, batch norm over the global batch, model, loss (A.3).
 
-Two encoders of one architecture see two views of each image. The query of one view, from the trained encoder and its
-predictor, should match the key of the other view, from an encoder that follows the trained one slowly, better than the
-keys of all other images of the global batch.
+Two encoders of the same architecture process two views of each image. The query of one view (base encoder, projector,
+predictor) is trained to match the key of the other view (momentum encoder, projector), against the keys of all other
+images in the global batch.
 """
 import copy
 import math
@@ -24,12 +24,12 @@ from common.vit import build_vit
 # Views
 
 def colour_jitter():
-    """The strong jitter of contrastive methods, in four images of five."""
+    """Build the strong colour jitter of contrastive methods, applied with probability 0.8."""
     return RandomApply([ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8)
 
 
 class GaussianBlur:
-    """With probability p, Pillow's blur of a standard deviation U(0.1, sigma) in pixels."""
+    """With probability p, blur a PIL image by a Gaussian of standard deviation U(0.1, sigma) pixels."""
 
     def __init__(self, p, sigma=2.0):
         self.p, self.sigma = p, sigma
@@ -41,7 +41,11 @@ class GaussianBlur:
 
 
 def view_transform(size, scale=(0.08, 1.0), *, blur, solarize, sigma=2.0):
-    """One view, in the order of the paper's code; the official MoCo-v3 turns grey before it blurs and flips last."""
+    """Build the transform of one view: uint8 tensor (C, H, W) -> contiguous uint8 tensor (C, *size).
+
+    blur, solarize: probabilities. The order is that of the paper's code; the official MoCo-v3 applies greyscale before
+    blur, and flips last too.
+    """
     return Compose([RandomResizedCrop(size, scale, interpolation="bilinear"), to_pillow, colour_jitter(),
                     GaussianBlur(blur, sigma), RandomGrayscale(p=0.2), RandomSolarize(threshold=128, p=solarize),
                     from_pillow, RandomFlip()])
@@ -50,7 +54,7 @@ def view_transform(size, scale=(0.08, 1.0), *, blur, solarize, sigma=2.0):
 # Batch norm over the global batch
 
 class AllSum(torch.autograd.Function):
-    """Sum over ranks. Every rank's loss depends on every rank's part, so the gradient is a sum over ranks too."""
+    """Sum over ranks, with gradient: every rank's loss depends on every rank's summand, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx, x):
@@ -62,10 +66,10 @@ class AllSum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose statistics are those of all ranks' rows together, equally many on each: (B, C) -> (B, C).
+    """BatchNorm1d with the statistics of the global batch: (B, C) -> (B, C). Every rank must have the same B.
 
-    It differentiates through the sums over ranks, on any backend. PyTorch's SyncBatchNorm refuses CPU tensors, and on
-    GPUs waits for the device three times a layer.
+    Gradients flow through the sums over ranks, on any backend. PyTorch's SyncBatchNorm rejects CPU tensors, and on GPUs
+    synchronises the device three times per layer.
     """
 
     def forward(self, x):
@@ -83,7 +87,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
 
 
 def mlp(*dims):
-    """Linear layers without bias, each followed by batch norm; ReLU in between, and no scale or shift at the end."""
+    """Build an MLP of these widths: each layer is Linear without bias, batch norm and ReLU.
+
+    The last batch norm is not affine and has no ReLU after it.
+    """
     layers = []
     for i, (dim_in, dim_out) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
@@ -95,8 +102,10 @@ def mlp(*dims):
 # The model
 
 class MoCo(nn.Module):
-    """Parameter names are the official MoCo-v3's: `base_encoder`, `momentum_encoder` (ViTs whose `head` is the
-    projector) and `predictor`. `config` describes the encoder without its projector, which is what others read.
+    """Base encoder, momentum encoder and predictor.
+
+    Parameter names are those of the official MoCo-v3; the `head` of each ViT is its projector. `config` describes the
+    encoder without projector, the part that fine-tuning loads. stop_grad_conv1 freezes the patch embedding.
     """
 
     def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, mlp_dim=4096,
@@ -113,23 +122,25 @@ class MoCo(nn.Module):
         self.predictor = mlp(out_dim, mlp_dim, out_dim)
 
     def queries(self, tokens):
-        """Class tokens (N, D) of the base encoder -> (N, out_dim)."""
+        """Project and predict class tokens of the base encoder: (N, D) -> (N, out_dim)."""
         return self.predictor(self.base_encoder.head(tokens))
 
     @torch.no_grad()
     def keys(self, tokens):
-        """Class tokens (N, D) of the momentum encoder -> (N, out_dim), without gradient."""
+        """Project class tokens of the momentum encoder, without gradient: (N, D) -> (N, out_dim)."""
         return self.momentum_encoder.head(tokens)
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
-        """Every parameter becomes m * itself + (1 - m) * the base encoder's. Buffers of batch norm are its own."""
+        """Update all parameters: momentum = m * momentum + (1 - m) * base. Batch-norm buffers are not averaged."""
         torch._foreach_lerp_(list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), 1 - m)
 
 
 def init_encoder(vit):
-    """MoCo-v3's initial values: Xavier-uniform Linear weights, of q, k and v each by itself, and patch convolution
-    (seen as a matrix), all biases 0, class token of std 1e-6, fixed sin-cos positions.
+    """Initialise a ViT as MoCo-v3 does.
+
+    Linear weights (q, k and v as separate matrices) and patch convolution (flattened to a matrix) are Xavier-uniform,
+    all biases 0, the class token normal with std 1e-6, the position embedding fixed sin-cos.
     """
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
@@ -140,40 +151,42 @@ def init_encoder(vit):
     nn.init.zeros_(vit.patch_embed.proj.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
     vit.pos_embed.data[0, 0] = 0
-    vit.pos_embed.data[0, 1:] = positions(vit.embed_dim, vit.patch_embed.grid_size)
+    vit.pos_embed.data[0, 1:] = moco_positions(vit.embed_dim, vit.patch_embed.grid_size)
     vit.pos_embed.requires_grad_(False)
 
 
-def positions(dim, grid):
-    """MAE's fixed table (rows * columns, dim), but the first half of the channels encodes the row, not the column."""
+def moco_positions(dim, grid):
+    """Compute MoCo-v3's sin-cos table (rows * columns, dim): MAE's, but the row in the first half of the channels."""
     return sincos_positions(dim, grid).roll(dim // 2, dims=1)
 
 
 def class_tokens(encoder, images):
-    """Images (B, C, H, W) -> class tokens after the last norm (B, D): what the projector reads."""
+    """Encode images (B, C, H, W) to class tokens after the final norm (B, D), the projector's input."""
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
 # The loss
 
-def contrastive_loss(q, k, temperature):
-    """Queries and keys (N, C) of this rank -> scalar: which of all ranks' keys is the query's own? Times 2T, as in the
-    official code. In float32.
+def contrastive_loss(q: torch.Tensor, k: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Compute InfoNCE in float32: queries and keys (N, C) of this rank -> scalar.
+
+    Each query's positive is the key of the same row; its negatives are all other keys of all ranks. The cross-entropy
+    is multiplied by 2 * temperature, as in the official code.
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
-    logits = q @ gather(k).T / temperature  # (N, N * ranks)
+    logits = q @ gather_rows(k).T / temperature  # (N, N * ranks)
     own = torch.arange(len(q), device=q.device) + len(q) * rank()
     return F.cross_entropy(logits, own) * (2 * temperature)
 
 
 def symmetric_loss(q1, q2, k1, k2, temperature):
-    """Each view's queries against the other view's keys."""
+    """Sum the contrastive losses of each view's queries against the other view's keys, all (N, C) -> scalar."""
     return contrastive_loss(q1, k2, temperature) + contrastive_loss(q2, k1, temperature)
 
 
 @torch.no_grad()
-def gather(x):
-    """Rows (N, C) of every rank in order of rank: (N * ranks, C), without gradient."""
+def gather_rows(x):
+    """Concatenate the rows of all ranks, in order of rank and without gradient: (N, C) -> (N * ranks, C)."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -182,5 +195,5 @@ def gather(x):
 
 
 def half_cosine(step, total_steps, start, end=1.0):
-    """From `start` to `end` over all steps."""
+    """Interpolate from `start` at step 0 to `end` at `total_steps` along half a cosine."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))

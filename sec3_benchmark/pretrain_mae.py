@@ -15,15 +15,13 @@ from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark import subsets
 
+READS = "images"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=10, batch_size=32,
-                 base_lr=8e-3, warmup_epochs=1),
+    "demo": dict(data="fractals", epochs=10, batch_size=32, base_lr=8e-3, warmup_epochs=1),
     # for some 20,000 images, on a CPU: half the width; as below, small batches, hence a higher base rate than 1.5e-4
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, batch_size=64,
-                   base_lr=4e-3, warmup_epochs=3),
+    "laptop": dict(data="folder", epochs=30, batch_size=64, base_lr=4e-3, warmup_epochs=3),
     # for some 10,000 to 100,000 images
-    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
-                  warmup_epochs=20),
+    "small": dict(data="folder", epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20),
 }
 
 
@@ -44,10 +42,10 @@ class MAEMethod(Method):
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
-    device = distributed.start(args.device)
-    images = subsets.pretraining_images(args)
+    device = distributed.start_process_group(args.device)
+    args, images = subsets.pretraining_images(options.settle(args))
     name = f"{args.data}-{args.model}-{args.epochs}ep"
-    with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}) as run:
+    with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}, no_identity=("subset",)) as run:
         if run.result:
             return run.result
         seed_everything("weights", args.seed)

@@ -17,19 +17,19 @@ from common.loader import seed_everything
 from common.optim import adamw, steps_per_epoch, warmup_cosine
 from common.runs import open_run
 from common.training import Method, train
-from common.vit import choose_attention
+from common.vit import set_fused_attention
 from sec3_benchmark import subsets
 from sec3_benchmark.moco import MoCo, class_tokens, half_cosine, symmetric_loss, view_transform
 
+READS = "images"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=2, batch_size=128,
-                 base_lr=2e-3, warmup_epochs=1, mlp_dim=256, out_dim=64, blur_sigma=0.5),
+    "demo": dict(data="fractals", epochs=2, batch_size=128, base_lr=2e-3, warmup_epochs=1, mlp_dim=256, out_dim=64,
+                 blur_sigma=0.5),
     # for some 20,000 images, on a CPU; heads half as wide, as the encoder
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=8, batch_size=128,
-                   base_lr=1e-3, warmup_epochs=1, mlp_dim=2048, out_dim=128, blur_sigma=0.45),
+    "laptop": dict(data="folder", epochs=8, batch_size=128, base_lr=1e-3, warmup_epochs=1, mlp_dim=2048, out_dim=128,
+                   blur_sigma=0.45),
     # the batch is a quarter of the paper's, so is the number of keys; the blur shrinks with the image
-    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=5e-4,
-                  warmup_epochs=20, blur_sigma=0.6),
+    "small": dict(data="folder", epochs=400, batch_size=256, base_lr=5e-4, warmup_epochs=20, blur_sigma=0.6),
 }
 
 
@@ -83,7 +83,7 @@ class MoCoMethod(Method):
 
     def prepare(self, device, dtype, compiled):
         """No DistributedDataParallel: it averages in the backward pass, and here there are several in a step."""
-        choose_attention(self.model, device, dtype)
+        set_fused_attention(self.model, device, dtype)
         self.encode = torch.compile(class_tokens) if compiled else class_tokens
 
     def accumulate(self, step, engine):
@@ -152,11 +152,11 @@ def decay_everything(model, weight_decay):
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
-    device = distributed.start(args.device)
-    images = subsets.pretraining_images(args)
+    device = distributed.start_process_group(args.device)
+    args, images = subsets.pretraining_images(options.settle(args))
     views = MoCoViews(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
-    with open_run("pretrain_mocov3", name, args, {"data": images.fingerprint()}) as run:
+    with open_run("pretrain_mocov3", name, args, {"data": images.fingerprint()}, no_identity=("subset",)) as run:
         if run.result:
             return run.result
         seed_everything("weights", args.seed)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import load_images, load_sets
+from common import options
+from common.data import image_tree, load_images, load_sets
 from common.distributed import print0
 from common.images import DataError
+from common.optim import steps_per_epoch
 
 SEED = 0
 # ImageNet-LT's 1,000 counts (115,846 images) are a draw from 5 + 554 x Pareto of power 6, at most 1,280, in a data set
@@ -28,16 +30,37 @@ LINE = re.compile(r"(?:.*/)?(?P<folder>[^/]+)/(?P<file>[^/\s]+)(?:\s+\d+)?|(?P<p
 def add_argument(parser):
     group = parser.add_argument_group("part of the data (Table 3)")
     group.add_argument("--subset", metavar="PART", help="1%%, 10%%, lt or a list of files; default: all. Needs labels")
+    group.add_argument("--pretrain-path", metavar="DIR", help="pre-train on all images of this folder instead of those "
+                                                              "of --data")
+    group.add_argument("--equal", choices=("epochs", "iterations"), default="epochs", help="what the pre-training on a "
+                       "part or on other images has in common with that on all images of --data")
 
 
 def pretraining_images(args):
-    """The images of --data and --subset. The subset enters a run's identity by its images, not by its name."""
-    if args.subset is None:
-        return load_images(args)
-    images = part_of(load_sets(args, splits=("train",))[0], args.subset)
-    print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
-           f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")
-    return images
+    """Return new settings and the images of --data, --subset and --pretrain-path. These enter a run's identity by their
+    images, and --equal by the number of epochs.
+    """
+    if args.subset is None and args.pretrain_path is None:
+        images = load_images(args)
+        return options.replaced(args, equal=None), images
+    [whole] = load_sets(args, splits=("train",))
+    if args.pretrain_path:
+        images = image_tree(args.pretrain_path, args.in_chans)
+    else:
+        images = part_of(whole, args.subset)
+        print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
+               f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")
+    longer = equal_iterations(args, whole, images) if args.equal == "iterations" else {}
+    return options.replaced(args, equal=None, pretrain_path=None, **longer), images
+
+
+def equal_iterations(args, whole, part):
+    """Return the epochs on the ImageSet `part` that are as many steps as --epochs on `whole`, to the nearest epoch, and
+    the warm-up that keeps its share of them.
+    """
+    ratio = steps_per_epoch(whole, args.batch_size) / steps_per_epoch(part, args.batch_size)
+    epochs = max(1, round(args.epochs * ratio))
+    return {"epochs": epochs, "warmup_epochs": min(round(args.warmup_epochs * ratio), epochs - 1)}
 
 
 def part_of(images, subset, seed=SEED):

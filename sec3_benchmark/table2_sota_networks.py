@@ -22,13 +22,13 @@ from matplotlib.ticker import LogLocator
 from common import distributed, options, report
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_model
 from common.training import choose_precision
 from common.vit import eval_mode
 from common.watch import out_of_memory
 from sec3_benchmark import imagenet_variants
 from sec3_benchmark.label_points import label_points
-from sec3_benchmark.light_networks import DISTILLED, NETWORKS, THREE_HEADS, build
+from sec3_benchmark.light_networks import DISTILLED, NETWORKS, THREE_HEADS, build_network
 
 PRESETS = {
     "demo": dict(batch_size=8, warmup=1, repeats=3),
@@ -99,7 +99,7 @@ def throughput(model, px, args, device):
 
 def measure(network, chosen, args, device):
     """{"status", "params", and if chosen the throughput} of one network; without parameters if it cannot be built."""
-    model, problem = build(network)
+    model, problem = build_network(network)
     if problem:
         return {"status": problem}
     result = {"status": "measured" if chosen else "not chosen", "params": sum(p.numel() for p in model.parameters())}
@@ -220,7 +220,7 @@ def draw(table, path):
 
 def main(args):
     """Measures and evaluates; writes table2.json, table2.md and table2.png; returns the rows."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     if args.repeats < 1 or args.warmup < 0:
         raise UserError(f"--repeats {args.repeats}, --warmup {args.warmup}: at least 1, at least 0")
     given = checkpoints(args)

@@ -11,31 +11,32 @@ trained on the parts: here as many iterations as on all of the data, so a hundre
 (--equal epochs: as many epochs). Without an official list a part is drawn (sec3_benchmark/subsets.py).
 """
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from common import distributed, options, report, tables
-from common.data import image_tree, load_sets
+from common.data import load_sets
 from common.errors import UserError
 from common.optim import steps_per_epoch
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark import subsets
 from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
-FINETUNE = "sec3_benchmark.finetune"
-METHODS = {  # name, stage, what its fine-tuning changes
-    "mae": ("MAE", "sec3_benchmark.pretrain_mae", {}),
-    "mocov3": ("MoCo-v3", "sec3_benchmark.pretrain_mocov3", MOCO_FINETUNING),
+METHODS = {  # name, script, what its fine-tuning changes
+    "mae": ("MAE", "sec3_benchmark/pretrain_mae.py", ""),
+    "mocov3": ("MoCo-v3", "sec3_benchmark/pretrain_mocov3.py", f" {MOCO_FINETUNING}"),
 }
 DATA = {"1": "1%", "10": "10%", "lt": "lt", "full": None, "in21k": None}  # and the --subset of each
 NAMES = {"1": "1 %", "10": "10 %", "lt": "long-tailed", "full": "all", "in21k": "IN21K"}
 DEMO = tuple(f"{method}-{data}" for method in METHODS for data in ("10", "full"))
 ROWS = [Row(f"{method}-{data}", f"{name}, {NAMES[data]}", None,
-            ((module, {"subset": subset}), (FINETUNE, {"init": PREVIOUS, **finetuning})),
+            [script + (f" --subset {subset}" if subset else ""),
+             f"sec3_benchmark/finetune.py --init {{previous}}{tuning}"],
             presets=("laptop", "small", "paper") if data == "1" else options.PRESET_NAMES,  # of the demo too few
             extra={"method": name, "part": data})
-        for method, (name, module, finetuning) in METHODS.items() for data, subset in DATA.items()]
+        for method, (name, script, tuning) in METHODS.items() for data, subset in DATA.items()]
 
 
 def build_parser():
@@ -57,60 +58,53 @@ def official_lists(args):
     return lists
 
 
-def runnable(row, args, lists):
-    """The row with its official list; without stages where its data are not given."""
-    if row.extra["part"] == "in21k" and not args.in21k:
+def with_data(row, args, lists):
+    """Return the row as it is run with these data, without lines where they are not given."""
+    pretraining, tuning = row.lines
+    part = row.extra["part"]
+    if part == "full":
+        return row
+    if part == "in21k" and not args.in21k:
         return without(row, args, "needs --in21k DIR")
-    if row.stages and row.stages[0][1]["subset"] in lists:
-        (module, settings), finetuning = row.stages
-        return replace(row, stages=((module, {"subset": lists[settings["subset"]]}), finetuning))
-    return row
+    if part == "in21k":
+        pretraining = f"{pretraining} --pretrain-path {shlex.quote(args.in21k)}"
+    elif DATA[part] in lists:
+        pretraining = pretraining.replace(DATA[part], shlex.quote(lists[DATA[part]]))
+    return replace(row, lines=[f"{pretraining} --equal {args.equal}", tuning])
 
 
 def without(row, args, problem):
-    """The row, not to be run, for a reason that the table prints; an error where it was asked for by its key."""
+    """Return the row, not to be run, for a reason that the table prints; an error where --rows names it."""
     if row.key in (args.rows or (DEMO if args.preset == "demo" else ())):
         raise UserError(f"--rows {row.key} {problem}")
-    return replace(row, stages=(), extra={**row.extra, "problem": problem})
+    return replace(row, lines=[], extra={**row.extra, "problem": problem})
 
 
-def equal_iterations(epochs, warmup_epochs, batch_size, full, part):
-    """Epochs on the ImageSet `part` that are as many steps as `epochs` on `full`, to the nearest epoch, and the warm-up
-    that keeps its share of them.
+def described(row, args, full):
+    """Return the row with what the table says of its data; without lines where a part cannot be drawn or has
+    no whole batch.
     """
-    ratio = steps_per_epoch(full, batch_size) / steps_per_epoch(part, batch_size)
-    longer = max(1, round(epochs * ratio))
-    return {"epochs": longer, "warmup_epochs": min(round(warmup_epochs * ratio), longer - 1)}
-
-
-def plan(row, args, full):
-    """The row with the settings that its data decide, and what the table says of these data."""
-    module, settings = row.stages[0]
-    subset = settings["subset"]
-    forced, part = {}, full
-    if row.extra["part"] == "in21k":
-        forced, part = {"data": "folder", "data_path": args.in21k}, image_tree(args.in21k, full.in_chans)
-    elif subset:
-        try:
-            part = subsets.part_of(full, subset)
-        except UserError as error:
-            if subset not in DATA.values():  # a list that was given
-                raise
-            return without(row, args, f"cannot be drawn: {error}")
-        if subset not in DATA.values():
-            check_share(row, subset, len(part) / len(full))
-    resolved = tables.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
-    if len(part) < resolved.batch_size:
-        return without(row, args, f"has {len(part)} images, fewer than one batch of {resolved.batch_size}: --set "
-                                  f"{module.split('.')[-1]}.batch_size=N changes it, for all rows of its method")
-    if args.equal == "iterations" and part is not full:
-        forced |= equal_iterations(resolved.epochs, resolved.warmup_epochs, resolved.batch_size, full, part)
-    epochs = forced.get("epochs", resolved.epochs)
+    script, words = tables.words_of(row.lines[0], args, 0)
+    asked = options.settle(tables.settings_of(script, words))
+    drawn = asked.subset in DATA.values()
+    try:
+        _, part = subsets.pretraining_images(options.replaced(asked, equal=None))
+    except UserError as error:
+        if not drawn:  # a list that was given
+            raise
+        return without(row, args, f"cannot be drawn: {error}")
+    if len(part) < asked.batch_size:
+        return without(row, args, f"has {len(part)} images, fewer than one batch of {asked.batch_size}: --set "
+                                  f"{Path(script).stem}.batch_size=N changes it, for all rows of its method")
+    if asked.subset and not drawn:
+        check_share(row, asked.subset, len(part) / len(full))
+    longer = subsets.equal_iterations(asked, full, part) if asked.equal == "iterations" else {}
+    epochs = longer.get("epochs", asked.epochs)
     about = {**subsets.describe(part), "epochs": epochs,
-             "iterations": epochs * steps_per_epoch(part, resolved.batch_size),
-             "chosen": "all" if not subset else f"drawn, seed {subsets.SEED}" if subset in DATA.values() else
-                       f"list {Path(subset).name}"}
-    return replace(row, forced={module: forced}, extra={**row.extra, "data": about})
+             "iterations": epochs * steps_per_epoch(part, asked.batch_size),
+             "chosen": "all" if not asked.subset else f"drawn, seed {subsets.SEED}" if drawn else
+                       f"list {Path(asked.subset).name}"}
+    return replace(row, extra={**row.extra, "data": about})
 
 
 def check_share(row, subset, share):
@@ -122,14 +116,12 @@ def check_share(row, subset, share):
 
 
 def planned(args):
-    """All rows, those to be run with their settings and data; a mistake in any of them is found here."""
+    """Return all rows as they are run, with what is known of their data; a mistake in any of them is found here."""
     lists = official_lists(args)
-    rows = [runnable(row, args, lists) for row in ROWS]
+    rows = [with_data(row, args, lists) for row in ROWS]
     chosen = tables.chosen(rows, args, DEMO)
-    module, settings = chosen[0].stages[0]
-    base = tables.stage_settings(module, tables.explicit_settings(module, args, 0), settings)
-    [full] = load_sets(base, splits=("train",))
-    return [plan(row, args, full) if row in chosen else row for row in rows]
+    [full] = load_sets(options.settle(args), splits=("train",))
+    return [described(row, args, full) if row in chosen else row for row in rows]
 
 
 COLUMNS = {
@@ -139,7 +131,7 @@ COLUMNS = {
     "a class (min, median, max)": lambda row: ", ".join(f"{n:g}" for n in row["data"].get("images_per_class", ())),
     "epochs": lambda row: f"{row['data']['epochs']:,}",
     "iterations": lambda row: f"{row['data']['iterations']:,}",
-    "measured": lambda row: report.spread(row["measured"]),
+    "measured": lambda row: report.mean_std(row["measured"]),
     "seeds": lambda row: row["seeds"],
     "time": lambda row: duration(row["pretrain_hours"]),
 }
@@ -165,9 +157,9 @@ def draw(table, path):
 
 def main(args):
     """Runs the chosen rows; writes table3.json, table3.md and table3.png; returns the rows."""
-    distributed.start("cpu" if args.dry_run else args.device)
+    distributed.start_process_group("cpu" if args.dry_run else args.device)
     planned_rows = planned(args)
-    results = tables.run_rows(planned_rows, args, DEMO, script="table3")
+    results, _ = tables.run_rows(planned_rows, args, DEMO, script="table3")
     if args.dry_run:
         return []
     rows = [summary(named(row, args), results.get(row.key, [])) for row in planned_rows]

@@ -8,34 +8,40 @@
 The defaults are the authors' class defaults; what a data set changes stands in SETTINGS of sec3_benchmark/downstream.py
 and gives way to the command line. Published from MAE-Tiny: CIFAR-100 78.9; from a supervised DeiT-Tiny 85.8.
 """
+import argparse
+
 import torch
 import torch.nn.functional as F
 
 from common import distributed, options
 from common.augment import pretrain_transform
-from common.data import take_statistics
 from common.distributed import print0
 from common.loader import seed_everything
 from common.optim import warmup_cosine
+from common.pretrained import read_weights
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS
-from common.weights import read_weights
 from sec3_benchmark.downstream import SETTINGS
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from sec3_benchmark.evaluate import check_readable, evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
-from sec3_benchmark.initial_weights import SHAPE, take_config
 from sec3_benchmark.layer_decay import layer_groups
 
 PRESETS = {
-    "demo": dict(dataset="fractals-large", img_size=[36], model="vit_demo", patch_size=6, batch_size=64, crop_min=0.5),
-    "laptop": dict(dataset="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, warmup_epochs=3,
-                   batch_size=64, lr=0.1, crop_min=0.35),
+    "demo": dict(dataset="fractals-large", batch_size=64, crop_min=0.5),
+    "laptop": dict(dataset="folder", epochs=30, warmup_epochs=3, batch_size=64, lr=0.1, crop_min=0.35),
     # for some 1,000 to 10,000 images: a few steps make an epoch of 512
-    "small": dict(dataset="folder", img_size=[64], patch_size=8, epochs=100, warmup_epochs=10, batch_size=128, lr=0.1),
+    "small": dict(dataset="folder", epochs=100, warmup_epochs=10, batch_size=128, lr=0.1),
 }
 RECIPES = SETTINGS  # by --dataset
+
+
+class InsteadOfPeak(argparse.Action):
+    """--base-lr takes the place of the peak that the preset or the data set's recipe has."""
+
+    def __call__(self, parser, namespace, value, flag=None):
+        namespace.base_lr, namespace.lr = value, None
 
 
 def build_parser():
@@ -52,7 +58,8 @@ def build_parser():
     group = parser.add_argument_group("recipe (Appendix A.4)")
     group.add_argument("--epochs", type=int, default=300)
     group.add_argument("--batch-size", type=int, default=512, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=0.03, help="per 512 images: the peak is base * batch / 512")
+    group.add_argument("--base-lr", type=float, default=0.03, action=InsteadOfPeak,
+                       help="per 512 images: the peak is base * batch / 512")
     group.add_argument("--lr", type=float, help="the peak itself, whatever the batch; default: from --base-lr")
     group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
     group.add_argument("--warmup-epochs", type=int, default=20, help="linear from 0")
@@ -61,7 +68,7 @@ def build_parser():
     group.add_argument("--layer-decay", type=float, default=0.75, help="from random weights too")
     group.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0: off")
     group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a random crop")
-    group.add_argument("--global-pool", choices=("avg", "token"), default="avg", help="avg: patch tokens, then fc_norm")
+    group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
     group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
     group.add_argument("--seed", type=int, default=0)
     options.add_execution(parser)
@@ -93,12 +100,9 @@ def sgd(groups, momentum):
 
 def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
-    device = distributed.start(args.device)
-    if "base_lr" in args.explicit and "lr" not in args.explicit:
-        args.lr = None  # the preset's or the set's own peak gives way
+    device = distributed.start_process_group(args.device)
     weights = read_weights(args.init) if args.init else None
-    take_config(args, weights and weights.config, SHAPE)
-    take_statistics(args, weights)
+    args = options.settle(args, weights)
     train_set, test_set = load_downstream(args)
     fingerprints = {"train": train_set.fingerprint(), "test": test_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

@@ -1,66 +1,74 @@
-"""How far an attention head looks, and how widely (Section 4.2), from its logits A (before the softmax).
+"""Attention distance and attention entropy of a head (Section 4.2), from its logits A before the softmax.
 
-For head h and query patch j, with P = softmax over keys i and G_ij the distance between the patches' centres:
+For head h, query patch q and key patch k, with P = softmax of A over the keys and G_qk the distance between the
+centres of patches q and k:
 
-    D_hj =   sum_i P_ij G_ij            attention distance, pixels
-    E_hj = - sum_i P_ij log P_ij        attention entropy, nats
+    D_hq =   sum_k P_hqk G_qk              attention distance, pixels
+    E_hq = - sum_k P_hqk log P_hqk         attention entropy, nats
 
-both averaged over queries and images. The class token has no place in the image: as the authors do, prefix tokens are
-cut off before the softmax, which equals a softmax over all tokens whose patch part is scaled to sum to 1. Over 14 x 14
-patches of 16 px uniform attention has distance 116.49 px and entropy ln 196 = 5.278. The authors' code multiplies by
-14 px, whatever the patch size, and gives 101.93.
+Both are averaged over queries and images. The paper's formula does not say which of its two indices is the query; here
+the softmax and the sums run over keys, as in the authors' code. The class token has no position in the image, so, again
+as in the authors' code, prefix tokens are removed before the softmax (equivalently: after it, with each row rescaled to
+sum to 1). Uniform attention over 14 x 14 patches of 16 px has distance 116.49 px and entropy ln 196 = 5.278. The
+authors' code uses 14 px per patch, whatever the patch size, and gives 101.93.
 """
 import torch
 
-AUTHORS_UNIT = (14.0, 14.0)  # pixels per patch in the authors' distances
+AUTHORS_UNIT = (14.0, 14.0)  # patch height and width, in pixels, assumed by the authors' code
 
 
-def attention_logits(attention, tokens):
-    """A = q k^T / sqrt(head dim), before the softmax (Section 5's A): tokens (B, N, D) -> (B, heads, N, N).
+def attention_logits(attention: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute A = q k^T / sqrt(head dim), before the softmax: tokens (B, N, D) -> (B, heads, N, N).
 
-    `attention` is a timm Attention, `tokens` its input, that is the block's norm1 output. Relative positions are part
-    of A.
+    attention: a timm Attention, plain or Beit's; tokens: its input, the block's norm1 output. Beit's relative position
+    bias is part of A, except a table that all blocks share, which the caller adds.
     """
     B, N, _ = tokens.shape
-    if hasattr(attention, "relative_position_bias_table"):  # timm's Beit: no bias for k, no norms of q and k
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        logits = (q * attention.scale) @ k.transpose(-2, -1)  # a table that all blocks share is the caller's to add
-        return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
-    qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
-    q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    return (q * attention.scale) @ k.transpose(-2, -1)
+    if not hasattr(attention, "relative_position_bias_table"):  # a plain ViT: q k^T alone
+        qkv = attention.qkv(tokens).reshape(B, N, 3, attention.num_heads, attention.head_dim)
+        q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)  # each (B, heads, N, head dim)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        return (q * attention.scale) @ k.transpose(-2, -1)
+    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])  # Beit: biases apart, that of k is 0
+    q, k, _ = (attention.qkv(tokens) + bias).view(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    logits = (q * attention.scale) @ k.transpose(-2, -1)
+    return logits if attention.relative_position_bias_table is None else logits + attention._get_rel_pos_bias()
 
 
-def patch_distances(grid, patch_size):
-    """Between the centres of all pairs of patches: grid (rows, columns), patch_size (height, width) -> (L, L)."""
+def patch_distances(grid, patch_size) -> torch.Tensor:
+    """Compute the distances between the centres of all pairs of patches: (L, L), in the unit of patch_size.
+
+    grid: (rows, columns); patch_size: (height, width). Patches are in row-major order.
+    """
     rows, columns = (torch.arange(n, dtype=torch.float64) * size for n, size in zip(grid, patch_size))
     centres = torch.cartesian_prod(rows, columns)  # (L, 2)
-    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist").float()  # mm would lose digits
+    return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist").float()  # exact differences
 
 
-def attention_weights(logits, prefix=1, keep_prefix=False):
-    """Logits (B, heads, P + L, P + L) -> weights of the query patches, rows summing to 1, float32: over the patches
-    (B, heads, L, L), or with keep_prefix over all tokens (B, heads, L, P + L), prefix tokens first.
+def attention_weights(logits: torch.Tensor, prefix=1, keep_prefix=False) -> torch.Tensor:
+    """Compute the attention weights of the query patches in float32, rows summing to 1.
+
+    Logits (B, heads, P + L, P + L) with P = `prefix` prefix tokens first -> (B, heads, L, L) over key patches, or with
+    keep_prefix (B, heads, L, P + L) over all keys.
     """
     keys = 0 if keep_prefix else prefix
     return logits[:, :, prefix:, keys:].float().softmax(dim=-1)
 
 
-def attention_distance(weights, distances):
-    """Weights (B, heads, L, L) or (B, heads, L, P + L), distances (L, L) -> mean over queries (B, heads).
+def attention_distance(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """Compute each head's attention distance, averaged over query patches: (B, heads), in the unit of `distances`.
 
-    What goes to prefix tokens counts as no distance at all.
+    weights: (B, heads, L, L) or (B, heads, L, P + L), the last axis over keys; distances: (L, L). Weight on prefix
+    tokens counts as distance 0.
     """
     L = distances.shape[-1]
     return torch.einsum("bhqk,qk->bhq", weights[..., -L:], distances).mean(dim=-1)
 
 
-def attention_entropy(weights, epsilon=0.0):
-    """Weights (B, heads, queries, keys) -> mean over queries (B, heads), nats.
+def attention_entropy(weights: torch.Tensor, epsilon=0.0) -> torch.Tensor:
+    """Compute each head's attention entropy, averaged over queries: (B, heads, queries, keys) -> (B, heads), nats.
 
-    epsilon: 1e-6 in the authors' code, inside the logarithm; it lowers the entropy by less than keys * 1e-6.
+    epsilon is added inside the logarithm: 1e-6 in the authors' code, which lowers the entropy by less than keys * 1e-6.
     """
     entropy = -(weights * (weights + epsilon).log()) if epsilon else torch.special.entr(weights)
     return entropy.sum(dim=-1).mean(dim=-1)

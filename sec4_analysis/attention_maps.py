@@ -8,18 +8,18 @@ The weights with which one query patch looks at all patches (without --query: th
 much each patch is looked at), class token cut off before the softmax as in Figure 5. Each map has its own scale, whose
 largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
 """
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import options, report
+from common.distributed import is_main
 from common.errors import UserError
 from common.images import ImageSet
 from sec4_analysis import attention, study
-from sec4_analysis.features import geometry, intermediates
+from sec4_analysis.activations import Activations, geometry
 from sec4_analysis.fig5_attention import ROWS
-from sec4_analysis.images import validation_images
 
 
 def build_parser():
@@ -33,84 +33,89 @@ def build_parser():
     return parser
 
 
-def parse(parser, argv=None):
-    """The arguments. With a picture they have no preset and no data set."""
+def parse_maps(parser, argv=None):
+    """Return the arguments. With a picture they have no preset and no data set."""
     args = study.parse(parser, argv)
     if args.picture and args.image:
         parser.error("--image chooses among the drawn images, and --picture is one: leave it out")
     if args.image >= args.num_images and args.order == "drawn":
         raise UserError(f"--image {args.image}: {args.num_images} images are drawn; raise --num-images")
     if args.picture:
-        args.preset, args.data = None, Path(args.picture).name
+        args.preset, args.data, args.num_images, args.order = None, Path(args.picture).name, 1, "drawn"
     return args
 
 
-def picture(args):
-    """The one image of --picture as a set of its own."""
+def one_picture(args, models):
+    """Return the one image of --picture as a set of its own, None where study.images gives none."""
+    if not models or not is_main():
+        return None
     if not Path(args.picture).is_file():
         raise UserError(f"--picture {args.picture}: no such file")
-    args.num_images, args.order = 1, "drawn"
-    return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], args.in_chans)
+    channels = next(iter(models.values())).patch_embed.proj.in_channels
+    return ImageSet("picture", [args.picture], np.zeros(1, int), ["picture"], channels)
 
 
-def attention_maps(model, images, args):
-    """The image (H, W, C), scaled to 0..1, and {(layer, head): weights over the patches (rows, columns)}."""
-    prefix, (rows, columns), _ = geometry(model)
-    if args.query and not (0 <= args.query[0] < rows and 0 <= args.query[1] < columns):
-        raise UserError(f"--query {args.query[0]} {args.query[1]}: the grid has {rows} rows and {columns} columns")
-    if not all(1 <= layer <= len(model.blocks) for layer in args.layers):
-        raise UserError(f"--layers {args.layers}: the model has {len(model.blocks)} blocks, counted from 1")
+def pick(batches, number):
+    """Return image `number` of all batches, from 0, as a batch of its own: (1, C, H, W)."""
     seen = 0
-    for batch in images:
-        if args.image < seen + len(batch):
-            break
+    for batch in batches:
+        if number < seen + len(batch):
+            return batch[number - seen:][:1]
         seen += len(batch)
-    else:
-        raise UserError(f"--image {args.image}: {seen} images are drawn; raise --num-images")
-    image, maps = batch[args.image - seen:][:1], {}
-    for name, logits in intermediates(model, image, [f"blocks.{layer - 1}.logits" for layer in args.layers]):
-        weights = attention.attention_weights(logits, prefix)[0]  # (heads, L, L)
-        if not all(1 <= head <= len(weights) for head in args.heads):
-            raise UserError(f"--heads {args.heads}: the model has {len(weights)}, counted from 1")
-        looked = weights[:, args.query[0] * columns + args.query[1]] if args.query else weights.mean(dim=1)
-        for head in args.heads:
-            maps[int(name.split(".")[1]) + 1, head] = looked[head - 1].view(rows, columns).cpu().numpy()
+    raise UserError(f"--image {number}: {seen} images are drawn; raise --num-images")
+
+
+def check_places(model, layers, heads, query):
+    """Refuse, by a UserError, layers, heads (from 1) and a query patch (row, column, from 0) that are not there."""
+    _, (rows, columns), _ = geometry(model)
+    if query and not (0 <= query[0] < rows and 0 <= query[1] < columns):
+        raise UserError(f"--query {query[0]} {query[1]}: the grid has {rows} rows and {columns} columns")
+    if not all(1 <= layer <= len(model.blocks) for layer in layers):
+        raise UserError(f"--layers {layers}: the model has {len(model.blocks)} blocks, counted from 1")
+    if not all(1 <= head <= model.blocks[0].attn.num_heads for head in heads):
+        raise UserError(f"--heads {heads}: the model has {model.blocks[0].attn.num_heads}, counted from 1")
+
+
+@torch.inference_mode()
+def head_maps(model, image, layers, heads, query=None):
+    """Return {"block B head H": weights over the patches (rows, columns)} of an image (1, C, H, W)."""
+    prefix, (rows, columns), _ = geometry(model)
+    with Activations(model, [f"blocks.{layer - 1}.logits" for layer in layers],
+                     lambda logits: attention.attention_weights(logits, prefix)[0]) as read:
+        found = read(image)
+    maps = {}
+    for name, weights in found.items():  # each (heads, L, L)
+        looked = weights[:, query[0] * columns + query[1]] if query else weights.mean(dim=1)  # (heads, L)
+        block = int(name.split(".")[1]) + 1
+        maps |= {f"block {block} head {head}": looked[head - 1].view(rows, columns).cpu().numpy() for head in heads}
+    return maps
+
+
+def shown(image):
+    """Return the one image of a batch, (H, W, C), scaled to 0..1."""
     image = image[0].permute(1, 2, 0).cpu().numpy()
-    return (image - image.min()) / np.ptp(image).clip(1e-6), maps
-
-
-def numbers(args):
-    """{"MODEL/image", "MODEL/block B head H", "query": array} and what to know about them; None: see study.analyse."""
-    done = study.analyse(args, study.sources(args, ROWS, "attention_maps"), partial(attention_maps, args=args),
-                         picture if args.picture else validation_images, image=args.image, query=args.query)
-    if done is None:
-        return None
-    arrays, (models, about) = {}, done
-    for name, (image, maps) in models.items():
-        arrays[f"{name}/image"] = image
-        arrays.update({f"{name}/block {layer} head {head}": values for (layer, head), values in maps.items()})
-    return {**arrays, **({"query": np.array(args.query)} if args.query else {})}, about
+    return (image - image.min()) / np.ptp(image).clip(1e-6)
 
 
 def asked(arrays):
-    """Whose attention the maps show."""
+    """Say whose attention the maps show."""
     return "query patch {}, {}".format(*arrays["query"]) if "query" in arrays else "mean over queries"
 
 
 def describe(arrays):
-    """The largest weight of each map, as Markdown."""
+    """Return the largest weight of each map as Markdown."""
     return f"weights of attention maps, {asked(arrays)}\n\n" + report.markdown(
         ["map", "largest weight"],
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
 def visible(image):
-    """An image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
+    """Return an image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)
 
 
-def draw(arrays, path):
-    """A row a model: the image, then a map for each layer and head, scaled to its largest weight; cyan: the query."""
+def draw_maps(arrays):
+    """Draw a row a model: the image, then a map of each layer and head, scaled to its largest weight; cyan: query."""
     models = {}
     for key, array in arrays.items():
         if key != "query":
@@ -128,15 +133,36 @@ def draw(arrays, path):
             panel.set_title(f"{name}\n{asked(arrays)}" if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
-    figure.savefig(path)
+    return figure
 
 
 def main(args):
-    """Measures, writes and draws; returns {"MODEL/image" or "MODEL/block B head H": array}."""
+    """Measure, write and draw; return {"MODEL/image", "MODEL/block B head H", "query": array}.
+
+    {} where this rank leaves.
+    """
     if args.picture and not args.models:
         raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
-    return study.figure(args, "attention_maps", lambda: numbers(args), describe, draw)
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        models = study.load_all(args, study.models(args, ROWS, "attention_maps"))
+        images = one_picture(args, models) if args.picture else study.images(args, models)
+        if images is None:
+            return {}
+        arrays = {}
+        for name, model, batches in study.each_model(args, models, images):
+            check_places(model, args.layers, args.heads, args.query)
+            image = pick(batches, args.image)
+            maps = head_maps(model, image, args.layers, args.heads, args.query)
+            arrays |= {f"{name}/{what}": array for what, array in {"image": shown(image), **maps}.items()}
+        if args.query:
+            arrays["query"] = np.array(args.query)
+        about = study.about(args, models, images, image=args.image, query=args.query)
+        study.save(args, "attention_maps", arrays, about, describe(arrays))
+    study.save_picture(args, "attention_maps", draw_maps(arrays))
+    return arrays
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=parse)
+    options.start(main, build_parser(), parse=parse_maps)

@@ -15,13 +15,23 @@ ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
 
 def build_parser():
-    return similarity.make_parser(__doc__)
+    return study.make_parser(__doc__)
 
 
 def main(args):
-    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
-    return similarity.figure(args, "fig1", lambda: study.sources(args, ROWS, "fig1"))
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        models = study.load_all(args, study.models(args, ROWS, "fig1"))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays = similarity.similarities(args, models, images)
+        study.save(args, "fig1", arrays, similarity.about(args, models, images), similarity.describe(arrays))
+    study.save_picture(args, "fig1", similarity.draw_heat_maps(arrays))
+    return arrays
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=similarity.parse)
+    options.start(main, build_parser(), parse=study.parse)

@@ -9,8 +9,8 @@ The paper's claim (Section 4.1): a few leading blocks give the gain already; fur
 MoCo-v3. Writes fig2.json, .md and draws fig2.png from the first.
 """
 from common import options
-from sec4_analysis import leading_blocks
-from sec4_analysis.study import FINETUNE
+from common.distributed import is_main
+from sec4_analysis import leading_blocks, study
 
 
 def build_parser():
@@ -22,13 +22,22 @@ def build_parser():
 
 
 def panels(args):
-    """One panel: fine-tuning on the whole set, in the paper's preset for 100 epochs."""
-    return {"": {"epochs": 100} if args.preset == "paper" else {}}
+    """Return {title: line}. One panel: fine-tuning on the whole set, in the paper's preset for 100 epochs."""
+    return {"": "sec3_benchmark/finetune.py" + (" --epochs 100" if args.preset == "paper" else "")}
 
 
 def main(args):
-    """Runs, writes and draws; returns the points {"method", "k", "top1" for each seed, ...}."""
-    return leading_blocks.figure(args, "fig2", FINETUNE, panels)
+    """Run, write and draw; return the points {"method", "k", "top1" for each seed, ...}, [] where this rank leaves."""
+    if args.from_numbers:
+        points = leading_blocks.read(args.from_numbers)
+    else:
+        study.prepare(args, "fig2")
+        points = leading_blocks.run_points(args, panels(args), "fig2")
+        if args.dry_run or not is_main():
+            return []
+        leading_blocks.save(args, "fig2", points)
+    study.save_picture(args, "fig2", leading_blocks.draw_accuracies(points))
+    return points
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ in its first layer, MAE-Tiny does not. Which activations the authors took is in 
 first point has the positions in it, as all later ones have; they are rich in high frequencies. The last frequency is
 below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
 """
-from functools import partial
-
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -20,7 +18,7 @@ from matplotlib.colors import Normalize
 
 from common import options, report
 from sec4_analysis import fourier, study
-from sec4_analysis.features import geometry, intermediates
+from sec4_analysis.activations import Activations, geometry
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
@@ -34,34 +32,37 @@ def build_parser():
     return parser
 
 
-def amplitudes(model, images, first, sub_blocks):
-    """Delta log amplitude of every point at every frequency of the diagonal, each image weighing the same, and those
-    frequencies in units of pi: (2, points, half diagonal), float64.
+@torch.inference_mode()
+def amplitudes(model, batches, first, sub_blocks):
+    """Measure the delta log amplitude of every point at every frequency of the diagonal, each image weighing the same.
+
+    Returns (2, points, half diagonal), float64: the amplitudes, and their frequencies in units of pi.
     """
-    prefix, grid, _ = geometry(model)
+    _, grid, _ = geometry(model)
     parts = (".attn", "") if sub_blocks else ("",)
     wanted = ["embedded" if first == "with-positions" else "patch_embed",
               *(f"blocks.{i}{part}" for i in range(len(model.blocks)) for part in parts)]
+
+    def of_patches(tokens):
+        patches = tokens[:, -grid[0] * grid[1]:]  # they come last
+        return fourier.log_amplitude(patches, grid).double().sum(dim=0)
     total, count = 0.0, 0
-    for batch in images:
-        points = []
-        for name, tokens in intermediates(model, batch, wanted):
-            tokens = tokens if name == "patch_embed" else tokens[:, prefix:]
-            points.append(fourier.log_amplitude(tokens, grid).double().sum(dim=0))
-        total, count = total + torch.stack(points), count + len(batch)
+    with Activations(model, wanted, of_patches) as read:
+        for batch in batches:
+            total, count = total + torch.stack(list(read(batch).values())), count + len(batch)
     mean = (total / count).cpu()  # (points, half diagonal)
     return np.stack([(mean - mean[:, :1]).numpy(), np.tile(fourier.diagonal_frequencies(grid), (len(mean), 1))])
 
 
 def table(arrays):
-    """Delta log amplitude at the last frequency as Markdown."""
+    """Return the delta log amplitude at the last frequency as Markdown."""
     points = max(array.shape[1] for array in arrays.values())
     return report.markdown(["point", *range(points)],
                            [[name, *(f"{value:.2f}" for value in array[0, :, -1])] for name, array in arrays.items()])
 
 
-def draw(arrays, path):
-    """The last frequency over depth; then for each model all frequencies, from the first point to the last."""
+def draw_amplitudes(arrays):
+    """Draw the last frequency over depth; then for each model all frequencies, from the first point to the last."""
     figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7),
                                    sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
     for (name, array), (style, colour) in zip(arrays.items(), study.line_styles()):
@@ -77,20 +78,28 @@ def draw(arrays, path):
     scale = ScalarMappable(Normalize(0, 1 / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
     bar.set_ticklabels(["first", "last"])
-    figure.savefig(path)
+    return figure
 
 
 def main(args):
-    """Measures, writes and draws; returns {model: (2, points, half diagonal)}, values and their frequencies / pi."""
-    points = {"first": args.first, "sub_blocks": args.sub_blocks}
+    """Measure, write and draw; return {model: (2, points, half diagonal)}, values and their frequencies / pi.
 
-    def numbers():
-        return study.analyse(args, study.sources(args, ROWS, "fig3"), partial(amplitudes, **points), **points)
-
-    def describe(arrays):
-        return (f"delta log amplitude at the last frequency of the diagonal; point 0 is after patch embedding, "
-                f"{args.first.replace('-', ' ')}\n\n{table(arrays)}")
-    return study.figure(args, "fig3", numbers, describe, draw)
+    {} where this rank leaves.
+    """
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        models = study.load_all(args, study.models(args, ROWS, "fig3"))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays = {name: amplitudes(model, batches, args.first, args.sub_blocks)
+                  for name, model, batches in study.each_model(args, models, images)}
+        about = study.about(args, models, images, first=args.first, sub_blocks=args.sub_blocks)
+        study.save(args, "fig3", arrays, about, f"delta log amplitude at the last frequency of the diagonal; point 0 "
+                   f"is after patch embedding, {args.first.replace('-', ' ')}\n\n{table(arrays)}")
+    study.save_picture(args, "fig3", draw_amplitudes(arrays))
+    return arrays
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ sec3_benchmark/downstream_sets.py.
 The paper's claim (Section 4.1): accuracy rises with k everywhere, more so the smaller the set, so high layers matter
 there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes fig4.json, .md and draws fig4.png.
 """
+import shlex
+
 from common import options
+from common.distributed import is_main
 from common.errors import UserError
 from sec3_benchmark import downstream
-from sec4_analysis import leading_blocks
-
-TRANSFER = "sec3_benchmark.transfer"
+from sec4_analysis import leading_blocks, study
 
 
 def build_parser():
@@ -28,17 +29,29 @@ def build_parser():
 
 
 def panels(args):
-    """A panel for each data set."""
+    """Return {title: settings}, a panel for each data set."""
     if downstream.COCO in (args.datasets or ()):
         raise UserError(f"--datasets {downstream.COCO}: Figure 4 is about classification; leave it out "
                         f"(sec3_benchmark/detect.py trains on it)")
-    return {downstream.title(name): {"dataset": name, "dataset_path": args.dataset_path}
+    return {downstream.title(name): f"sec3_benchmark/transfer.py --dataset {shlex.quote(name)}"
             for name in downstream.chosen_sets(args)}
 
 
 def main(args):
-    """Runs, writes and draws; returns the points {"panel", "method", "k", "top1" for each seed, ...}."""
-    return leading_blocks.figure(args, "fig4", TRANSFER, panels)
+    """Run, write and draw; return the points {"panel", "method", "k", "top1" for each seed, ...}.
+
+    [] where this rank leaves.
+    """
+    if args.from_numbers:
+        points = leading_blocks.read(args.from_numbers)
+    else:
+        study.prepare(args, "fig4")  # first: ranks wait for the one that downloads the sets
+        points = leading_blocks.run_points(args, panels(args), "fig4")
+        if args.dry_run or not is_main():
+            return []
+        leading_blocks.save(args, "fig4", points)
+    study.save_picture(args, "fig4", leading_blocks.draw_accuracies(points))
+    return points
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ diversity between heads in low layers. Whether fine-tuning keeps MAE's locality 
 Distances are in pixels of each model's input; the dashed line is uniform attention. Definitions: attention.py beside
 this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md and draws fig5.png from the first.
 """
-from functools import partial
-
 import numpy as np
 import torch
 
 from common import options, report
 from sec4_analysis import attention, study
-from sec4_analysis.features import geometry, intermediates
+from sec4_analysis.activations import Activations, geometry
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRAINED)
 
@@ -31,21 +29,25 @@ def build_parser():
     return parser
 
 
-def distance_and_entropy(model, images, distance_unit, keep_prefix):
-    """Means over images and query patches: (2, layers, heads + 1), float64. The last column is uniform attention."""
+@torch.inference_mode()
+def distance_and_entropy(model, batches, distance_unit, keep_prefix):
+    """Measure every head's attention, mean over images and query patches: (2, layers, heads + 1), float64.
+
+    First distances, then entropies; the last column is uniform attention.
+    """
     prefix, grid, patch_size = geometry(model)
     patch_size = attention.AUTHORS_UNIT if distance_unit == "authors" else patch_size
+    distances = attention.patch_distances(grid, patch_size).to(next(model.parameters()).device)
+
+    def of_heads(logits):
+        weights = attention.attention_weights(logits, prefix, keep_prefix)
+        return torch.stack([attention.attention_distance(weights, distances).double().sum(dim=0),
+                            attention.attention_entropy(weights).double().sum(dim=0)])  # (2, heads)
     wanted = [f"blocks.{i}.logits" for i in range(len(model.blocks))]
-    total, count, distances = 0.0, 0, None
-    for batch in images:
-        if distances is None:
-            distances = attention.patch_distances(grid, patch_size).to(batch.device)
-        layers = []
-        for _, logits in intermediates(model, batch, wanted):
-            weights = attention.attention_weights(logits, prefix, keep_prefix)
-            layers.append(torch.stack([attention.attention_distance(weights, distances).double().sum(dim=0),
-                                       attention.attention_entropy(weights).double().sum(dim=0)]))
-        total, count = total + torch.stack(layers, dim=1), count + len(batch)
+    total, count = 0.0, 0
+    with Activations(model, wanted, of_heads) as read:
+        for batch in batches:
+            total, count = total + torch.stack(list(read(batch).values()), dim=1), count + len(batch)
     keys = len(distances) + (prefix if keep_prefix else 0)
     uniform = torch.tensor([distances.double().sum() / len(distances) / keys, np.log(keys)])
     uniform = uniform.view(2, 1, 1).expand(2, len(wanted), 1)
@@ -53,7 +55,7 @@ def distance_and_entropy(model, images, distance_unit, keep_prefix):
 
 
 def table(arrays):
-    """Mean over heads, and spread between them, as Markdown: distance and entropy for each layer."""
+    """Return mean over heads, and spread between them, as Markdown: distance and entropy for each layer."""
     layers = max(array.shape[1] for array in arrays.values())
     return "\n\n".join(f"{title}, mean ± standard deviation over heads\n\n" + report.markdown(
         ["block", *range(1, layers + 1)],
@@ -62,8 +64,14 @@ def table(arrays):
         for which, (title, digits) in enumerate((("distance", 1), ("entropy (nats)", 2))))
 
 
-def draw(arrays, path):
-    """A column a model: box plots over heads for each layer, distance above, entropy below; dashed: uniform."""
+def describe(arrays, distance_unit):
+    """Return the unit, uniform attention and the table as Markdown."""
+    uniform = ", ".join(f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats" for name, array in arrays.items())
+    return f"distances in {distance_unit}; uniform attention: {uniform}\n\n{table(arrays)}"
+
+
+def draw_box_plots(arrays):
+    """Draw a column a model: box plots over heads for each layer, distance above, entropy below; dashed: uniform."""
     figure, axes = report.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4),
                                    sharex="col", sharey="row", squeeze=False)
     for column, (name, array) in enumerate(arrays.items()):
@@ -79,22 +87,24 @@ def draw(arrays, path):
                 panel.set_ylabel(f"attention {label}")
         axes[0, column].set_title(name)
         axes[1, column].set_xlabel("block")
-    figure.savefig(path)
+    return figure
 
 
 def main(args):
-    """Measures, writes and draws; returns {model: (distance and entropy, layers, heads + 1)}."""
-    measures = {"distance_unit": args.distance_unit, "keep_prefix": args.keep_prefix}
-
-    def numbers():
-        return study.analyse(args, study.sources(args, ROWS, "fig5"), partial(distance_and_entropy, **measures),
-                             **measures)
-
-    def describe(arrays):
-        uniform = ", ".join(f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats"
-                            for name, array in arrays.items())
-        return f"distances in {args.distance_unit}; uniform attention: {uniform}\n\n{table(arrays)}"
-    return study.figure(args, "fig5", numbers, describe, draw)
+    """Measure, write and draw; return {model: (distance and entropy, layers, heads + 1)}, {} where this rank leaves."""
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        models = study.load_all(args, study.models(args, ROWS, "fig5"))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays = {name: distance_and_entropy(model, batches, args.distance_unit, args.keep_prefix)
+                  for name, model, batches in study.each_model(args, models, images)}
+        about = study.about(args, models, images, distance_unit=args.distance_unit, keep_prefix=args.keep_prefix)
+        study.save(args, "fig5", arrays, about, describe(arrays, args.distance_unit))
+    study.save_picture(args, "fig5", draw_box_plots(arrays))
+    return arrays
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from common.augment import eval_transform
 from common.data import channel_statistics, load_sets
 from common.errors import UserError
 from common.loader import Views, data_loader, on_device
-from sec4_analysis.features import geometry
+from sec4_analysis.activations import geometry
 
 
 def validation_images(args):

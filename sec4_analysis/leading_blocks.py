@@ -5,22 +5,23 @@ the whole is trained. k = 0 keeps nothing, so it is training from scratch and th
 we read has the authors' code or numbers for these figures, so none stand beside ours.
 """
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from common import options, report, tables
-from common.distributed import is_main, print0
+from common.distributed import print0
 from common.errors import UserError
+from common.pretrained import read_weights
 from common.tables import PREVIOUS, Row
 from common.vit import SIZES
-from common.weights import read_weights
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
-from sec4_analysis.study import FINETUNE, MOCO, PRETRAIN, given_models, line_styles, start
+from sec4_analysis.study import MAE, MOCO, given_models, line_styles
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "laptop": {"data": "folder", "blocks": [0, 6, 12]},
            "small": {"data": "folder"}}
-METHODS = {"MAE": PRETRAIN, "MoCo-v3": MOCO}
+METHODS = {"MAE": MAE, "MoCo-v3": MOCO}
 DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
 
 
@@ -40,15 +41,15 @@ def parse(parser, argv=None):
 
 
 def starts(args):
-    """{name: (stages that make the weights, the weights)}: given files, or the preset's pre-trainings."""
+    """Return {name: (lines that make the weights, the weights)}: given files, or the preset's pre-trainings."""
     if args.models:
-        return {name: ((), checkpoint) for name, checkpoint in given_models(args).items()}
-    return {name: (((stage, {}),), PREVIOUS) for name, stage in METHODS.items()}
+        return {name: ([], shlex.quote(checkpoint)) for name, checkpoint in given_models(args).items()}
+    return {name: ([pretraining], PREVIOUS) for name, pretraining in METHODS.items()}
 
 
-def own_settings(stage, name):
-    """What the fine-tuning of a method changes, by its name."""
-    return MOCO_FINETUNING if stage == FINETUNE and "moco" in name.lower() else {}  # transfer's default is the same
+def own_words(tuning, name):
+    """Return what the fine-tuning of a method changes, by its name."""
+    return MOCO_FINETUNING if "finetune.py" in tuning and "moco" in name.lower() else ""  # transfer.py's default
 
 
 def given_weights(args):
@@ -67,54 +68,57 @@ def whole_encoders(methods, loaded, told):
     return (*ours, *(name for name, weights in loaded.items() if "fc_norm.weight" not in weights.state))
 
 
-def point_row(stage, settings, title, name, k, before, checkpoint, scratch, whole=False):
-    """The row of one point. k = 0 is the same row for every method; with `whole`, k = 12 keeps all there is."""
+def point_row(tuning, title, name, k, before, checkpoint, scratch=(), whole=False):
+    """Return the row of one point; `tuning` is the line of its training without a start. k = 0 is the same row for
+    every method, with the words `scratch`; with `whole`, k = 12 keeps all there is.
+    """
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
-        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, ((stage, {**settings, **scratch}),))
-    keep = {} if whole and k == DEPTH else {"keep_blocks": k}
-    settings = {**settings, **own_settings(stage, name), "init": checkpoint, **keep}
-    return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, (*before, (stage, settings)))
+        return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, [f"{tuning} {shlex.join(scratch)}".rstrip()])
+    keep = "" if whole and k == DEPTH else f"--keep-blocks {k}"
+    line = " ".join(filter(None, [tuning, own_words(tuning, name), f"--init {checkpoint}", keep]))
+    return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, [*before, line])
 
 
-def run_points(args, stage, panels, script):
-    """Runs everything; panels {title: settings of the stage}. Returns points {"panel", "method", "k", "top1", "run"},
+def run_points(args, panels, script):
+    """Run everything; panels {title: line of the training}. Return points {"panel", "method", "k", "top1", "run"},
     lists over seeds, or None after a dry run.
     """
     if wrong := [k for k in args.blocks if not 0 <= k <= DEPTH]:
         raise UserError(f"--blocks {' '.join(map(str, wrong))}: the models have {DEPTH} blocks, so 0 to {DEPTH}")
-    methods = starts(args)
+    methods, tuning = starts(args), next(iter(panels.values()))
     for name in methods:
-        if own := own_settings(stage, name):
-            print0(f"{name}: fine-tuned with {' '.join(options.words(own))}, for its name has moco in it")
-    loaded, told = given_weights(args), settings_told(args, stage)
-    scratch, whole = scratch_settings(loaded, told), whole_encoders(methods, loaded, told)
-    rows = {(title, name, k): point_row(stage, settings, title, name, k, *methods[name], scratch, name in whole)
-            for title, settings in panels.items() for name in methods for k in range(DEPTH + 1)}
-    points = [point for point in rows if point[-1] in args.blocks]
-    args.rows = [rows[point].key for point in points]  # of all there are, so that --set knows the stages of each
-    results = tables.run_rows(list({row.key: row for row in rows.values()}.values()), args, (), script)
+        if own := own_words(tuning, name):
+            print0(f"{name}: fine-tuned with {own}, for its name has moco in it")
+    loaded, told = given_weights(args), settings_told(args, tuning.split()[0])
+    scratch, whole = options.words(scratch_settings(loaded, told)), whole_encoders(methods, loaded, told)
+    rows = {(title, name, k): point_row(line, title, name, k, *methods[name], scratch, name in whole)
+            for title, line in panels.items() for name in methods for k in range(DEPTH + 1)}
+    points = {point: row for point, row in rows.items() if point[-1] in args.blocks}
+    every = list({row.key: row for row in rows.values()}.values())  # so that --set knows the scripts of each
+    chosen = options.replaced(args, rows=[row.key for row in points.values()])
+    results, without = tables.run_rows(every, chosen, (), script)
     if args.dry_run:
         return None
-    tables.require_weights(args)
-    last = {key: [stages[-1] for stages in seeds] for key, seeds in results.items()}
+    tables.require_weights(without)
+    last = {key: [lines[-1] for lines in seeds] for key, seeds in results.items()}
     return [{"panel": title, "method": name, "k": k, "top1": [result["top1"] for result in last[row.key]],
              "run": [Path(result["run"]).name for result in last[row.key]]}
-            for title, name, k in points for row in [rows[title, name, k]]]
+            for (title, name, k), row in points.items()]
 
 
 def table(points):
-    """Top-1, mean and spread over seeds, as Markdown: a row for each panel and method, a column for each k."""
+    """Return top-1, mean and spread over seeds, as Markdown: a row for each panel and method, a column for each k."""
     ks = sorted({point["k"] for point in points})
-    cells = {(p["panel"], p["method"], p["k"]): report.spread(p["top1"]) for p in points}
+    cells = {(p["panel"], p["method"], p["k"]): report.mean_std(p["top1"]) for p in points}
     curves = dict.fromkeys((p["panel"], p["method"]) for p in points)
     first = 0 if any(panel for panel, _ in curves) else 1  # Figure 2 has one panel, without a name
     return report.markdown([*["data", "method"][first:], *(f"k = {k}" for k in ks)],
                            [[*curve[first:], *(cells[(*curve, k)] for k in ks)] for curve in curves])
 
 
-def draw(points, path):
-    """Top-1 over k, a panel for each data set, a curve for each method; bars: standard deviation over seeds."""
+def draw_accuracies(points):
+    """Draw top-1 over k, a panel for each data set, a curve for each method; bars: standard deviation over seeds."""
     panels = list(dict.fromkeys(point["panel"] for point in points))
     figure, axes = report.subplots(1, len(panels), figsize=(2.7 * len(panels) + 0.6, 2.7), squeeze=False)
     methods = dict.fromkeys(point["method"] for point in points)
@@ -127,28 +131,19 @@ def draw(points, path):
         panel.set(title=title, xlabel="leading blocks kept, k", xticks=sorted({p["k"] for p in points}))
     axes[0, 0].set_ylabel("top-1 (%)")
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path)
+    return figure
 
 
-def figure(args, item, stage, panels):
-    """Runs, writes <item>.json and .md, draws <item>.png from the first; returns the points. `panels` is a function of
-    args: {title: settings of the stage}.
-    """
-    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json")
-    if not args.from_numbers:
-        start(args)
-        points = run_points(args, stage, panels(args), item)
-        if points is None:
-            return []
-        text = f"{item}, preset {args.preset}: top-1 (%) over the number k of leading blocks kept"
-        text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
-        report.write_text(path.parent, item, {"item": item, "preset": args.preset, "data": args.data,
-                                              "seeds": args.seeds, "points": points}, text)
-    if path.suffix != ".json":
+def save(args, item, points):
+    """Write the points as <item>.json, and their table as .md, into <output>/<item>/."""
+    text = f"{item}, preset {args.preset}: top-1 (%) over the number k of leading blocks kept"
+    text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
+    report.write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data,
+                                                       "seeds": args.seeds, "points": points}, text)
+
+
+def read(path):
+    """Return the points that `save` has written to a .json file."""
+    if Path(path).suffix != ".json":
         raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
-    if not is_main():
-        return []
-    points = json.loads(path.read_text())["points"]
-    draw(points, path.with_suffix(".png"))
-    print(f"drawn: {path.with_suffix('.png')}")
-    return points
+    return json.loads(Path(path).read_text())["points"]

@@ -4,52 +4,49 @@ import torch
 
 from common import report
 from sec4_analysis import cka, study
-from sec4_analysis.features import final_norm, geometry, intermediates
-from sec4_analysis.study import make_parser, own_runs, parse, sources  # noqa: F401  for Section 5 too
+from sec4_analysis.activations import Activations, final_norm, geometry
 
 
-def figure(args, item, checkpoints):
-    """Measures, writes and draws the models {name: checkpoint} that `checkpoints()` gives; returns {model: CKA (its
-    layers, layers of the first model)}, {} where it leaves.
-    """
-    return study.figure(args, item, lambda: similarities(args, checkpoints()), describe, draw_similarities)
+@torch.inference_mode()
+def layer_grams(model, batches, authors_norm=False, band=None):
+    """Return for each batch of n images the centred Gram matrices of the patch tokens of all layers (layers, n, n).
 
-
-def layer_grams(model, images, authors_norm=False, view=None):
-    """Centred Gram matrices of the patch tokens of all layers, per batch (layers, n, n): what each norm1 gives, then
-    the last block's output through the final norm. Index 0 is called patch embedding; positions are in it.
-    `view(tokens, grid)` is what to look at of the patch tokens (B, L, D), by default all.
+    Layers are what each norm1 gives, then the last block's output through the final norm. Index 0 is called patch
+    embedding; positions are in it. `band(tokens, grid)`: the part of the tokens (n, L, D) to look at; default: all.
     """
     prefix, grid, _ = geometry(model)
-    view = view or (lambda tokens, grid: tokens)
+
+    def gram(tokens):
+        tokens = tokens[:, prefix:]
+        return cka.centred_gram(tokens if band is None else band(tokens, grid))
     wanted = [*(f"blocks.{i}.norm1" for i in range(len(model.blocks))), "norm"]
-    norm = final_norm(model, authors_norm)
-    return [torch.stack([cka.centred_gram(view(tokens[:, prefix:], grid))
-                         for _, tokens in intermediates(model, batch, wanted, norm)]) for batch in images]
+    with Activations(model, wanted, gram, norm=final_norm(model, authors_norm)) as read:
+        return [torch.stack(list(read(batch).values())) for batch in batches]
 
 
-def similarities(args, checkpoints, view=None):
-    """{name: CKA (its layers, layers of the first model)} and what to know about it, or None: see study.analyse."""
-    done = study.analyse(args, checkpoints,
-                         lambda model, images: layer_grams(model, images, args.final_norm == "authors", view),
-                         final_norm=args.final_norm, batch_size=args.batch_size)
-    if done is None:
-        return None
-    grams, about = done
+def similarities(args, models, images, band=None):
+    """Compare all layers of every model with those of the first: {name: CKA (its layers, layers of the first)}."""
+    grams = {name: layer_grams(model, batches, args.final_norm == "authors", band)
+             for name, model, batches in study.each_model(args, models, images)}
     reference = next(iter(grams.values()))
-    return {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}, about
+    return {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}
+
+
+def about(args, models, images):
+    """Return what a reader should know about the similarities."""
+    return study.about(args, models, images, final_norm=args.final_norm, batch_size=args.batch_size)
 
 
 def describe(arrays):
-    """Similarity of equal layers as Markdown, one row a model."""
+    """Return the similarity of equal layers as Markdown, one row a model."""
     depth = max(len(array) for array in arrays.values())
     return f"CKA of equal layers with {next(iter(arrays))}\n\n" + report.markdown(
         ["layer", *range(depth)],
         [[name, *(f"{value:.2f}" for value in np.diagonal(array))] for name, array in arrays.items()])
 
 
-def draw_similarities(arrays, path):
-    """A heat map for each model (x: layers of the first), then the diagonals."""
+def draw_heat_maps(arrays):
+    """Draw a heat map for each model (x: layers of the first), then the diagonals."""
     reference, *others = arrays
     figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.4 * len(arrays) + 3.2, 2.6),
                                    gridspec_kw={"width_ratios": [1] * len(arrays) + [1.25]})
@@ -64,4 +61,4 @@ def draw_similarities(arrays, path):
                  xticks=range(0, len(arrays[reference]), 3))
     if others:
         axes[-1].legend(fontsize=8)
-    figure.savefig(path)
+    return figure

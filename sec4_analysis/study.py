@@ -1,36 +1,38 @@
 """What the analyses of Section 4 share: which models, which images, numbers before pictures.
 
-A model is any checkpoint that common/formats.py reads (`--models NAME=CHECKPOINT`), or the preset's own runs, which are
-trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
+A model is any checkpoint that common/pretrained.py reads (`--models NAME=CHECKPOINT`), or the preset's own runs, which
+are trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
 rank analyses; under torchrun the others only help to train.
+
+A figure's `main` calls these in turn: `models`, `load_all`, `images`; its measure on `each_model`; `about` and `save`;
+then it draws. With --from-numbers, `read` stands for all but the drawing.
 """
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import torch
 from timm.models.beit import Beit
 
 from common import distributed, options, report, tables
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_model
 from common.loader import seed_everything
-from common.mae import MAE
-from common.tables import PREVIOUS, Row
+from common.mae import MAE as MaskedAutoencoder
+from common.pretrained import fingerprint
+from common.tables import Row
 from common.vit import eval_mode, init_relative_vit, init_vit
-from common.weights import fingerprint
-from sec4_analysis.features import check_plain
+from sec4_analysis.activations import check_plain
 from sec4_analysis.images import batches, draw_images, preprocessing, validation_images
 
 PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
-PRETRAIN, MOCO, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.pretrain_mocov3", "sec3_benchmark.finetune"
+MAE, MOCO = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/pretrain_mocov3.py"
 # The preset's own models; the paper calls them DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
-SUPERVISED = Row("supervised", "supervised", None, ((FINETUNE, {}),))
-MAE_ROW = Row("mae", "MAE", None, ((PRETRAIN, {}),))
-MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, ((PRETRAIN, {}), (FINETUNE, {"init": PREVIOUS})))
-MOCOV3 = Row("mocov3", "MoCo-v3", None, ((MOCO, {}),))
+SUPERVISED = Row("supervised", "supervised", None, ["sec3_benchmark/finetune.py"])
+MAE_ROW = Row("mae", "MAE", None, [MAE])
+MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, [MAE, "sec3_benchmark/finetune.py --init {previous}"])
+MOCOV3 = Row("mocov3", "MoCo-v3", None, [MOCO])
 UNTRAINED = Row("random", "random", None)
 RANDOM = "random"  # as a checkpoint: the first model with initial values
 
@@ -73,8 +75,10 @@ def parse(parser, argv=None):
 # Models
 
 def given_models(args, words=()):
-    """{name: checkpoint} of --models, `words` among the checkpoints. A file that is not there is named before the first
-    model is measured or trained; a dry run may name files that are still to be made.
+    """Return {name: checkpoint} of --models, `words` among the checkpoints.
+
+    A file that is not there is named before the first model is measured or trained; a dry run may name files that are
+    still to be made.
     """
     models = options.named(args.models, "--models")
     if next(iter(models.values())) in words:
@@ -89,33 +93,41 @@ def given_models(args, words=()):
     return models
 
 
-def start(args):
-    """This rank's device. A dry run is for a cluster's login node too, which has no GPU."""
-    return distributed.start("cpu" if args.dry_run else args.device)
+def start_ranks(args):
+    """Join the ranks and return this one's device. A dry run is for a cluster's login node too, which has no GPU."""
+    return distributed.start_process_group("cpu" if args.dry_run else args.device)
 
 
-def sources(args, rows, script):
-    """{name: checkpoint} of --models or of the preset's own runs, which are trained or found now."""
-    start(args)
+def models(args, rows, item):
+    """Return {name: checkpoint} of --models, or of the preset's own runs, trained or found now; {} after a dry run."""
     if args.models:
-        return given_models(args, words=(RANDOM,))
-    results = own_runs(args, rows, script)
-    return {row.name: results[row.key]["checkpoint"] if row.stages else RANDOM for row in rows}
+        prepare(args, item)
+        checkpoints = given_models(args, words=(RANDOM,))
+    else:
+        results = own_runs(args, rows, item)
+        checkpoints = {row.name: results[row.key]["checkpoint"] if row.lines else RANDOM for row in rows}
+    return {} if args.dry_run else checkpoints
 
 
-def own_runs(args, rows, script):
-    """{key of a row: result of its last stage}: the preset's own runs, which are trained or found now."""
-    start(args)
+def prepare(args, item):
+    """Join the ranks, and make the results' folder: a place that cannot be written is found before the work."""
+    start_ranks(args)
+    if not args.dry_run:
+        (Path(args.output) / item).mkdir(parents=True, exist_ok=True)
+
+
+def own_runs(args, rows, item):
+    """Train or find the preset's own runs; return {key of a row: result of its last stage}."""
+    prepare(args, item)
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
-        draw_images(validation_images(args).labels, args)
-    args.seeds = [args.seed]
-    results = tables.run_rows(rows, args, (), script)
-    tables.require_weights(args)
-    return {key: stages[-1] for key, [stages] in results.items()}
+        draw_images(validation_images(options.settle(args)).labels, args)
+    results, without = tables.run_rows(rows, options.replaced(args, seeds=[args.seed]), (), item)
+    tables.require_weights(without)
+    return {key: lines[-1] for key, [lines] in results.items()}
 
 
 def heads_of(args, checkpoints):
-    """{name: number of heads} of --num-heads-of."""
+    """Return {name: number of heads} of --num-heads-of."""
     heads = options.named(args.num_heads_of, "--num-heads-of")
     for name, number in heads.items():
         if name not in checkpoints or not number.isdigit() or not int(number):
@@ -123,21 +135,40 @@ def heads_of(args, checkpoints):
     return {name: int(number) for name, number in heads.items()}
 
 
-def load(name, checkpoints, args, device):
-    """One of the models {name: checkpoint}, ready to be measured. A random one is the twin of the first."""
+def load_all(args, checkpoints, heads=None):
+    """Load the models {name: checkpoint} onto the CPU, all before the first is measured; return {name: model}.
+
+    heads: {name: number of heads} beside those of --num-heads-of. A UserError for what is no plain ViT, and for models
+    that read images of different channels.
+    """
+    if not checkpoints:  # after a dry run
+        return {}
+    heads = {**(heads or {}), **heads_of(args, checkpoints)}
+    loaded = {name: load(name, checkpoints, heads, args) for name in checkpoints}
+    channels = {name: model.patch_embed.proj.in_channels for name, model in loaded.items()}
+    first = next(iter(channels))
+    for name in channels:
+        if channels[name] != channels[first]:
+            raise UserError(f"{name} reads {channels[name]} channels and {first} {channels[first]}: analyse them apart")
+    return loaded
+
+
+def load(name, checkpoints, heads, args):
+    """Load one of the models {name: checkpoint}, which it then knows. A random one is the twin of the first."""
     random = checkpoints[name] == RANDOM
-    source = next(iter(checkpoints.values())) if random else checkpoints[name]
-    heads = heads_of(args, checkpoints).get(next(iter(checkpoints)) if random else name)
-    model = load_model(source, num_heads=heads, img_size=args.given.get("img_size"))
-    check_plain(model, source)
-    return eval_mode(untrained(model, args.seed) if random else model, device)
+    source = next(iter(checkpoints)) if random else name
+    model = load_model(checkpoints[source], num_heads=heads.get(source), img_size=args.img_size)
+    check_plain(model, checkpoints[source])
+    model = untrained(model, args.seed) if random else model
+    model.checkpoint = checkpoints[name]
+    return eval_mode(model, "cpu")
 
 
 def untrained(model, seed):
-    """The same model with initial values."""
+    """Return the same model with initial values."""
     seed_everything("weights", seed)
-    if isinstance(model, MAE):
-        twin = MAE(**model.config)
+    if isinstance(model, MaskedAutoencoder):
+        twin = MaskedAutoencoder(**model.config)
         twin.statistics = model.statistics
         return twin
     for module in model.modules():
@@ -146,67 +177,64 @@ def untrained(model, seed):
     return init_relative_vit(model) if isinstance(model, Beit) else init_vit(model)
 
 
-# Measuring, writing, drawing
+# Images, numbers, pictures
 
-def analyse(args, checkpoints, measure, read=validation_images, **settings):
-    """{name: measure(model, batches)} for every model {name: checkpoint} on the images that `read(args)` gives, and
-    what a reader should know about it, `settings` included. None on ranks that are not needed any more, and after a
-    dry run.
+def images(args, models):
+    """Read the validation images, with the channels that the models {name: model} take; return their ImageSet.
+
+    None where there is nothing to do: after a dry run, which has no models, and on ranks that are not needed any more.
     """
-    device = start(args)
-    if args.dry_run:
+    if not models:
         return None
-    models = {name: load(name, checkpoints, args, "cpu") for name in checkpoints}
-    first, *others = models
-    args.img_size, args.in_chans = preprocessing(models[first], args)[0], models[first].patch_embed.proj.in_channels
-    for name in others:
-        if (channels := models[name].patch_embed.proj.in_channels) != args.in_chans:
-            raise UserError(f"{name} reads {channels} channels and {first} {args.in_chans}: analyse them apart")
-    images = read(args)
-    if not distributed.is_main():
-        return None
-    chosen = draw_images(images.labels, args)
-    values, about = {}, {}
-    for name, checkpoint in checkpoints.items():
-        model = eval_mode(models.pop(name), device)
-        print0(f"{name}: {checkpoint}, {len(chosen)} images")
-        with torch.inference_mode():
-            values[name] = measure(model, batches(model, images, chosen, args, device))
-        about[name] = {"checkpoint": "/".join(Path(checkpoint).parts[-2:]),
-                       "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
-    return values, {"preset": args.preset, "data": args.data, "images": len(chosen), "order": args.order,
-                    "seed": args.seed, "image_seed": args.image_seed, "data_fingerprint": images.fingerprint(),
-                    "models": about, **settings}
+    first = next(iter(models.values()))
+    size, channels = preprocessing(first, args)[0], first.patch_embed.proj.in_channels
+    reading = options.replaced(args, img_size=size, in_chans=channels)
+    found = validation_images(reading)  # by all ranks, together
+    return found if distributed.is_main() else None
 
 
-def figure(args, item, numbers, describe, draw):
-    """The numbers first, then the picture from their file; with --from-numbers the picture alone. Returns the arrays.
+def each_model(args, models, images):
+    """Yield (name, model on this rank's device, batches of the images drawn) for each of the models {name: model}."""
+    device, chosen = start_ranks(args), draw_images(images.labels, args)
+    for name, model in models.items():
+        print0(f"{name}: {model.checkpoint}, {len(chosen)} images")
+        yield name, eval_mode(model, device), batches(model, images, chosen, args, device)
+        model.to("cpu")  # the next one has the device to itself
 
-    `numbers()` gives ({name: array}, what a reader should know about them), or None where this rank leaves, with {}.
-    `describe(arrays)` is them to read, in Markdown; `draw(arrays, path)` the picture.
-    """
+
+def about(args, models, images, **settings):
+    """Return what a reader should know about the numbers: data, images, models, and `settings` of the measure."""
+    known = {name: {"checkpoint": "/".join(Path(model.checkpoint).parts[-2:]),
+                    "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
+             for name, model in models.items()}
+    return {"preset": args.preset, "data": args.data, "images": len(draw_images(images.labels, args)),
+            "order": args.order, "seed": args.seed, "image_seed": args.image_seed,
+            "data_fingerprint": images.fingerprint(), "models": known, **settings}
+
+
+def save(args, item, arrays, about, text):
+    """Write {name: array} as <item>.npz, what is known about them as .json, and the text, Markdown, as .md."""
     folder = Path(args.output) / item
-    if not args.from_numbers:
-        if not args.dry_run:  # a place that cannot be written is found before the work
-            folder.mkdir(parents=True, exist_ok=True)
-        done = numbers()
-        if done is None:
-            return {}
-        arrays, about = done
-        write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
-        where = f"preset {args.preset}" if args.preset else args.data
-        report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {describe(arrays)}")
+    write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
+    where = f"preset {args.preset}" if args.preset else args.data
+    report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {text}")
 
-    path = Path(args.from_numbers or folder / f"{item}.npz")
-    if path.suffix != ".npz":
+
+def read(path):
+    """Return the {name: array} that `save` has written to an .npz file."""
+    if Path(path).suffix != ".npz":
         raise UserError(f"--from-numbers {path}: give the .npz that this script wrote")
     with np.load(path) as file:
-        arrays = dict(file)
-    draw(arrays, path.with_suffix(".png"))
-    print0(f"drawn: {path.with_suffix('.png')}")
-    return arrays
+        return dict(file)
+
+
+def save_picture(args, item, figure):
+    """Write a matplotlib figure as <item>.png beside the numbers that it shows."""
+    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz").with_suffix(".png")
+    figure.savefig(path)
+    print0(f"drawn: {path}")
 
 
 def line_styles():
-    """Line style with marker, and colour, for each of up to 42 curves."""
+    """Return line style with marker, and colour, for each of up to 42 curves."""
     return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(report.COLOURS))

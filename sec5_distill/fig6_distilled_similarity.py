@@ -10,36 +10,48 @@ The paper's claim (Section 5): the teacher's layers are alike to the supervised 
 the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
-from common import options
+from common import options, tables
 from common.tables import Row
-from sec4_analysis import similarity
+from sec4_analysis import similarity, study
 from sec5_distill import pretrain_dmae
 
 
 def build_parser():
-    return similarity.make_parser(__doc__)
+    return study.make_parser(__doc__)
 
 
-def models(args):
-    """{name: checkpoint} of --models or of the preset's own runs, the teacher is D-MAE's; None after a dry run."""
-    if args.models:
-        return similarity.sources(args, (), "fig6")
-    rows = [Row("supervised", "supervised", None, (("sec3_benchmark.finetune", {}),)),
-            Row("mae", "MAE", None, (("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(args.preset, {})),)),
-            Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}),))]
-    found = similarity.own_runs(args, rows, "fig6")
-    if args.dry_run:
-        return None
-    heads = args.per_stage.get("pretrain_dmae", {}).get("teacher_heads")
-    args.num_heads_of += [f"teacher={heads}"] if heads else []
-    return {"supervised": found["supervised"]["checkpoint"], "teacher": found["dmae"]["teacher"],
-            "MAE": found["mae"]["checkpoint"], "D-MAE": found["dmae"]["checkpoint"]}
+def own_models(args):
+    """Return {name: checkpoint} of the preset's own runs; the teacher is D-MAE's. {} after a dry run."""
+    rows = [Row("supervised", "supervised", None, ["sec3_benchmark/finetune.py"]),
+            Row("mae", "MAE", None, [pretrain_dmae.mae_beside(args.preset)]),
+            Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py"])]
+    found = study.own_runs(args, rows, "fig6")
+    return {} if args.dry_run else {
+        "supervised": found["supervised"]["checkpoint"], "teacher": found["dmae"]["teacher"],
+        "MAE": found["mae"]["checkpoint"], "D-MAE": found["dmae"]["checkpoint"]}
+
+
+def teacher_heads(args):
+    """Return {"teacher": number of heads} where D-MAE was told of it, since the teacher's file cannot say."""
+    told = tables.settings_set("sec5_distill/pretrain_dmae.py", args).get("teacher_heads")
+    return {"teacher": int(told[0])} if told and not args.models else {}
 
 
 def main(args):
-    """Measures, writes and draws; returns {model: CKA (its layers, layers of the first model)}."""
-    return similarity.figure(args, "fig6", lambda: models(args))
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    if args.from_numbers:
+        arrays = study.read(args.from_numbers)
+    else:
+        checkpoints = study.models(args, (), "fig6") if args.models else own_models(args)
+        models = study.load_all(args, checkpoints, teacher_heads(args))
+        images = study.images(args, models)
+        if images is None:
+            return {}
+        arrays = similarity.similarities(args, models, images)
+        study.save(args, "fig6", arrays, similarity.about(args, models, images), similarity.describe(arrays))
+    study.save_picture(args, "fig6", similarity.draw_heat_maps(arrays))
+    return arrays
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=similarity.parse)
+    options.start(main, build_parser(), parse=study.parse)

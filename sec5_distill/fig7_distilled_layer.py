@@ -16,12 +16,11 @@ from pathlib import Path
 from common import options, report, tables
 from common.distributed import is_main
 from common.errors import UserError
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec5_distill import pretrain_dmae
 
 DEPTH = 12  # of every ViT of the paper
 LAYERS = ("none", *map(str, range(1, DEPTH + 1)), "all")
-FINETUNING = {"paper": {"epochs": 100}}
 
 
 def build_parser():
@@ -40,14 +39,12 @@ def row_of(layer, preset):
     """Pre-training with one layer distilled, then fine-tuning."""
     if layer not in LAYERS:
         raise UserError(f"--layers {layer}: a layer is 1 to {DEPTH}, none or all")
-    if layer == "none":
-        pretrain = ("sec3_benchmark.pretrain_mae", pretrain_dmae.MAE_BESIDE.get(preset, {}))
-    else:
-        blocks = list(range(1, DEPTH + 1)) if layer == "all" else [int(layer)]
-        pretrain = ("sec5_distill.pretrain_dmae", {"distill_blocks": blocks})
+    blocks = range(1, DEPTH + 1) if layer == "all" else [layer]
+    pretraining = pretrain_dmae.mae_beside(preset) if layer == "none" else \
+        f"sec5_distill/pretrain_dmae.py --distill-blocks {' '.join(map(str, blocks))}"
+    epochs = " --epochs 100" if preset == "paper" else ""
     name = layer if layer in ("none", "all") else f"layer {layer}"
-    return Row(f"layer-{layer}", name, None,
-               (pretrain, ("sec3_benchmark.finetune", {**FINETUNING.get(preset, {}), "init": PREVIOUS})))
+    return Row(f"layer-{layer}", name, None, [pretraining, "sec3_benchmark/finetune.py --init {previous}" + epochs])
 
 
 def summary(row, results):
@@ -65,7 +62,7 @@ def seconds_per_step(result):
 
 COLUMNS = {
     "distilled": lambda row: row["name"],
-    "top-1 after fine-tuning": lambda row: report.spread(row["measured"]),
+    "top-1 after fine-tuning": lambda row: report.mean_std(row["measured"]),
     "seeds": lambda row: row["seeds"],
     "s per step of pre-training": lambda row: f"{statistics.mean(row['seconds_per_step']):.3f}",
 }
@@ -99,11 +96,11 @@ def main(args):
         raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not args.from_numbers:
         rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
-        args.rows = [row.key for row in rows]  # of all there are, so that --set knows the stages of each
-        results = tables.run_rows([row_of(layer, args.preset) for layer in LAYERS], args, (), "fig7")
+        every = [row_of(layer, args.preset) for layer in LAYERS]  # so that --set knows the scripts of each
+        results, without = tables.run_rows(every, options.replaced(args, rows=[row.key for row in rows]), (), "fig7")
         if args.dry_run:
             return []
-        tables.require_weights(args)
+        tables.require_weights(without)
         report.write_table("fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
                            notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
     if not is_main():

@@ -11,36 +11,42 @@ weights.pt holds the student and the map M, not the teacher; pass it to finetune
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
 from common import distributed, options, tables
-from common.data import load_images, take_statistics
+from common.data import load_images, with_statistics
 from common.errors import UserError
-from common.formats import load_model, read_weights
+from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
+from common.pretrained import read_weights
 from common.runs import open_run
 from common.training import Method, train
-from common.vit import size_of
+from common.vit import model_size
 from sec5_distill.distillation import (
     DMAE,
     Teacher,
     check_pairs,
     check_same_patches,
-    check_teacher_places,
+    check_teacher_blocks,
     visible_patches,
 )
 
+READS = "images"
 PRESETS = {
-    "demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6, epochs=6, batch_size=32,
-                 base_lr=8e-3, warmup_epochs=1, teacher="own", teacher_model="vit_tiny"),
-    "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8, epochs=30, batch_size=64,
-                   base_lr=4e-3, warmup_epochs=3, teacher="own", teacher_model="vit_tiny"),
-    "small": dict(data="folder", img_size=[64], patch_size=8, epochs=400, batch_size=256, base_lr=1e-3,
-                  warmup_epochs=20, teacher="own", teacher_model="vit_small"),
+    "demo": dict(data="fractals", epochs=6, batch_size=32, base_lr=8e-3, warmup_epochs=1, teacher="own",
+                 teacher_model="vit_tiny"),
+    "laptop": dict(data="folder", epochs=30, batch_size=64, base_lr=4e-3, warmup_epochs=3, teacher="own",
+                   teacher_model="vit_tiny"),
+    "small": dict(data="folder", epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20, teacher="own",
+                  teacher_model="vit_small"),
 }
-# The MAE beside D-MAE in Figures 6 and 7; in the demo it is trained no longer
-MAE_BESIDE = {"demo": {"epochs": PRESETS["demo"]["epochs"]}}
 DISTILLATION = ("teacher", "teacher_model", "teacher_epochs", "teacher_heads", "distill_blocks", "teacher_blocks",
                 "attention_weight", "hidden_layers", "teacher_hidden_layers", "hidden_weight")
+
+
+def mae_beside(preset):
+    """Return the line of the MAE beside D-MAE in Figures 6 and 7; in the demo it is trained no longer than D-MAE."""
+    epochs = f" --epochs {PRESETS['demo']['epochs']}" if preset == "demo" else ""
+    return f"sec3_benchmark/pretrain_mae.py{epochs}"
 
 
 def build_parser():
@@ -95,9 +101,9 @@ def places(args):
 def check_distillation(args):
     """Finds what cannot be distilled now rather than after the long pre-training of an own teacher."""
     blocks, their_blocks, layers, their_layers = places(args)
-    check_pairs(size_of(args.model)["depth"], blocks, their_blocks, layers, their_layers)
+    check_pairs(model_size(args.model)["depth"], blocks, their_blocks, layers, their_layers)
     if args.teacher == "own":
-        check_teacher_places(size_of(args.teacher_model)["depth"], their_blocks, their_layers)
+        check_teacher_blocks(model_size(args.teacher_model)["depth"], their_blocks, their_layers)
 
 
 def pretrain_teacher(args):
@@ -107,7 +113,7 @@ def pretrain_teacher(args):
     settings = {name: value for name, value in vars(args).items() if name not in DISTILLATION}
     settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
                     decoder_heads=None, epochs=args.teacher_epochs or args.epochs, seed=0, fresh=False, save_to=None)
-    return tables.stage("sec3_benchmark.pretrain_mae", explicit=settings)["checkpoint"]
+    return tables.run("sec3_benchmark/pretrain_mae.py", options.words(settings))["checkpoint"]
 
 
 def teacher_identity(args, weights):
@@ -119,15 +125,15 @@ def teacher_identity(args, weights):
     return weights.fingerprint if heads == 12 else f"{weights.fingerprint}, {heads} heads"
 
 
-def drop_defaults(args, weights):
-    """Settings that say the default in other words become the default, so that the run is the same."""
-    if (weights.config or {}).get("num_heads") or args.teacher_heads in (0, 12):
-        args.teacher_heads = None
-    if args.teacher_blocks == args.distill_blocks:
-        args.teacher_blocks = None
-    args.hidden_layers = args.hidden_layers or None
-    if args.teacher_hidden_layers == args.hidden_layers:
-        args.teacher_hidden_layers = None
+def without_defaults(args, weights):
+    """Return settings in which what says the default in other words is the default, so that the run is the same."""
+    heads_known = (weights.config or {}).get("num_heads") or args.teacher_heads in (0, 12)
+    layers = args.hidden_layers or None
+    return options.replaced(
+        args, teacher_model=None, teacher_epochs=None,  # once trained, only the teacher's content counts
+        teacher_heads=None if heads_known else args.teacher_heads, hidden_layers=layers,
+        teacher_blocks=None if args.teacher_blocks == args.distill_blocks else args.teacher_blocks,
+        teacher_hidden_layers=None if args.teacher_hidden_layers == layers else args.teacher_hidden_layers)
 
 
 def build(args, weights):
@@ -146,18 +152,19 @@ def build(args, weights):
 
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
+    args = options.settle(args)
     check_distillation(args)
     if args.teacher == "own":
-        args.teacher = pretrain_teacher(args)
-    args.teacher_model = args.teacher_epochs = None  # from here on only the teacher's content counts
+        args = options.replaced(args, teacher=pretrain_teacher(args))
     images = load_images(args)
     weights = read_weights(args.teacher)
-    take_statistics(args, weights)  # the teacher sees the student's images
+    args = with_statistics(args, weights)  # the teacher sees the student's images
     identity = teacher_identity(args, weights)
-    drop_defaults(args, weights)
+    args = without_defaults(args, weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
-    with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity}) as run:
+    with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity},
+                  no_identity=("teacher",)) as run:
         if run.result:
             return {**run.result, "teacher": args.teacher}
         model, teacher = build(args, weights)

@@ -16,10 +16,9 @@ from common import distributed, options, report, tables
 from sec3_benchmark import downstream
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
-FINETUNE = "sec3_benchmark.finetune"
 FINETUNING = {"mocov3": MOCO_FINETUNING}  # as in Table 1
 DEMO = ("supervised", "mae", "dmae")
-ROWS = [*downstream.ROWS, downstream.row("dmae", "D-MAE", "sec5_distill.pretrain_dmae")]
+ROWS = [*downstream.ROWS, downstream.row("dmae", "D-MAE", "sec5_distill/pretrain_dmae.py")]
 NOTES = {
     **tables.NOTES,
     "paper": "CIFAR-100's settings are published, those of the other sets are ours and not tuned, as no source gives "
@@ -46,18 +45,20 @@ def last_columns(args):
 
 
 def table1_row(row):
-    """The row of Table 1: fine-tuned where Table 5 transfers; the supervised one is that already."""
-    *before, (_, settings) = row.stages
-    tuned = (FINETUNE, {"init": settings["init"], **FINETUNING.get(row.key, {})})
-    return replace(row, stages=tuple(before) if before and before[-1][0] == FINETUNE else (*before, tuned))
+    """Return the row of Table 1: fine-tuned where Table 5 transfers; the supervised one is that already."""
+    *before, transfer = row.lines
+    if any("finetune.py" in line for line in before):
+        return replace(row, lines=before)
+    tuning = f"{transfer.replace('transfer.py', 'finetune.py')} {FINETUNING.get(row.key, '')}".rstrip()
+    return replace(row, lines=[*before, tuning])
 
 
 def cells(args, names, rows):
-    """The rows of tables.run_rows: one for each data set and, of the same key, one for the last column. Run together
-    they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
+    """Return the rows of tables.run_rows: one for each data set and, of the same key, one for the last column. Run
+    together they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
     """
     last = [*last_columns(args)][-1]
-    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.stages) > 1] if args.imagenet else []
+    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.lines) > 1] if args.imagenet else []
     asked = () if args.imagenet else args.rows  # else every row has a run in the last column
     return [*downstream.cells(rows, names, asked),
             *(replace(row, name=f"{row.name} {last}", column=last) for row in tuned)]
@@ -71,11 +72,11 @@ def columns(args, names):
 
 def main(args):
     """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
-    distributed.start("cpu" if args.dry_run else args.device)
+    distributed.start_process_group("cpu" if args.dry_run else args.device)
     if args.imagenet is None:
-        args.imagenet = args.preset != "demo" and bool(args.data_path)
-    rows, names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
-    results = tables.run_rows(cells(args, names, rows), args, DEMO, "table5")
+        args = options.replaced(args, imagenet=args.preset != "demo" and bool(args.data_path))
+    (rows, args), names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
+    results, without = tables.run_rows(cells(args, names, rows), args, DEMO, "table5")
     if args.dry_run:
         return []
     nothing = {name: [] for name in names}
@@ -83,7 +84,7 @@ def main(args):
     given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
     report.write_table("table5", args, columns(args, names), rows, notes=[
         "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *given,
-        *args.needs_weights.values(), NOTES[args.preset]])
+        *without.values(), NOTES[args.preset]])
     return rows
 
 

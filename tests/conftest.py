@@ -1,10 +1,11 @@
 """What every test runs under, and stages that remember what they were asked and train nothing."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from common import tables
+from common import options, tables
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +22,9 @@ def asked(monkeypatch, tmp_path):
     """[(stage, its settings)] in order; what a stage returns, weights, top-1, AP, is named after its number."""
     asked = []
 
-    def stage(name, explicit=None, row=None):
-        settings = vars(tables.stage_settings(name, explicit, row))
-        asked.append((name.split(".")[-1], settings))
+    def run(script, words=()):
+        settings = vars(options.settle(tables.settings_of(script, words)))
+        asked.append((Path(script).stem, settings))
         folder = tmp_path / f"run{len(asked)}"
         folder.mkdir()
         (folder / "settings.json").write_text(json.dumps(settings))
@@ -31,5 +32,5 @@ def asked(monkeypatch, tmp_path):
         return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
                 "best_top1": number, "box_ap": number, "mask_ap": number / 2, "seconds": 60.0,
                 "images_per_second": 2.0 * number, "train_images": 7}
-    monkeypatch.setattr(tables, "stage", stage)
+    monkeypatch.setattr(tables, "run", run)
     return asked

@@ -25,6 +25,22 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, ordinary parameters in fine-tuning
 
 
+def settings_of(module, given=None, presets=None):
+    """The settings of a script with these words, {name: value}; `presets` {}: without those of the script. They are
+    settled, as they are within it, unless weights have still to say something.
+    """
+    presets = module.PRESETS if presets is None and hasattr(module, "PRESETS") else presets
+    args = options.parse(module.build_parser(), presets, getattr(module, "RECIPES", None), options.words(given or {}))
+    weights_speak = getattr(args, "init", None) or hasattr(args, "checkpoint") or getattr(args, "preset", None) is None
+    settle = getattr(module, "settle_backbone", options.settle)  # detect.py's image size is no ViT's
+    return args if weights_speak else settle(args, None)
+
+
+def stage(script, given=None, row=None):
+    """Run a script of a row with these settings, {name: value}."""
+    return tables.run(script, options.words({**(row or {}), **(given or {})}))
+
+
 def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -76,7 +92,7 @@ def tiny_run(module, folder, monkeypatch, **explicit):
     monkeypatch.setattr(report, "draw_curve", lambda *paths: None)
     row = dict(preset="demo", data="fractals", img_size=[8], batch_size=4, epochs=2, warmup_epochs=1, base_lr=0.1,
                device="cpu", workers=0, precision="fp32", save_minutes=60, log_every=1, output=str(folder))
-    return module.main(options.resolve(module.build_parser(), {}, row=row, explicit=explicit))
+    return module.main(settings_of(module, {**row, **explicit}))
 
 
 def assert_resumes_exactly(module, folder, monkeypatch, stop=3, **explicit):

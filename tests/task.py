@@ -9,6 +9,7 @@ import time
 def task(folder, name, seconds=1.0, leave=None):
     """Leaves a file of when it ran and with how many threads; `name`.saved at a SIGTERM, exit code `leave`."""
     signal.signal(signal.SIGTERM, lambda *_: ((folder / f"{name}.saved").touch(), sys.exit(75)))
+    (folder / f"{name}.began").touch()
     began = time.time()
     print("training", name)
     time.sleep(seconds)

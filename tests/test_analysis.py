@@ -1,4 +1,4 @@
-"""The measures of Section 4 against reference values, by hand and by brute force; named intermediates against hooks."""
+"""The measures of Section 4 against reference values, by hand and by brute force."""
 import itertools
 import math
 import os
@@ -8,17 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
-from common.mae import MAE
-from common.vit import build_vit, eval_mode
 from sec4_analysis import attention, cka, fig3_fourier, fig5_attention, fourier, similarity
-from sec4_analysis.features import check_plain, final_norm, geometry, intermediates, names
 from tests.helpers import assert_close, golden
+from tests.straightforward_vit import everything, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,96 +188,6 @@ def test_a_grid_that_is_not_square_has_the_diagonal_of_the_frequency_plane():
     assert_close(fourier.delta_log_amplitude(tokens, (4, 8)), [0, f[1] - f[0]], 1e-5)
 
 
-# Named intermediates
-
-def tiny(cls=VisionTransformer, **settings):
-    torch.manual_seed(0)
-    model = cls(img_size=(32, 40), patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=4, **settings)
-    for parameter in model.parameters():  # else biases, gains and tables would be trivial
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return eval_mode(model, "cpu")
-
-
-MODELS = {  # and its number of prefix tokens
-    "class token": (lambda: tiny(), 1),
-    "no prefix": (lambda: tiny(class_token=False, global_pool="avg"), 0),
-    "distilled DeiT": (lambda: tiny(VisionTransformerDistilled), 2),
-    "registers": (lambda: tiny(reg_tokens=4, no_embed_class=True), 5),
-    "all options": (lambda: tiny(init_values=0.3, qk_norm=True, pre_norm=True, drop_path_rate=0.5), 1),
-    "fc_norm": (lambda: tiny(global_pool="avg", fc_norm=True), 1),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", MODELS)
-def test_intermediates_are_what_hooks_see(case):
-    """Every name against timm's own forward; logits through the softmax that the unfused attention hands to dropout."""
-    build, prefix = MODELS[case]
-    model, images, seen = build(), noise(2, 3, 32, 40), {}
-
-    def keep(name, entry=False):
-        return lambda module, inputs, output: seen.update({name: inputs[0] if entry else output})
-    model.patch_embed.register_forward_hook(keep("patch_embed"))
-    model.blocks[0].register_forward_hook(keep("embedded", entry=True))
-    for i, block in enumerate(model.blocks):
-        block.attn.fused_attn = False
-        block.norm1.register_forward_hook(keep(f"blocks.{i}.norm1"))
-        block.attn.attn_drop.register_forward_hook(keep(f"blocks.{i}.logits", entry=True))
-        block.norm2.register_forward_hook(keep(f"blocks.{i}.attn", entry=True))
-        block.register_forward_hook(keep(f"blocks.{i}"))
-    features = model.forward_features(images)
-    seen["norm"] = features if isinstance(model.fc_norm, torch.nn.Identity) else model.fc_norm(features)
-
-    ours = dict(intermediates(model, images, names(model)))
-    assert list(ours) == names(model) and set(ours) == set(seen)
-    for name, tensor in ours.items():
-        assert_close(tensor.softmax(dim=-1) if name.endswith("logits") else tensor, seen[name], 1e-5)
-    assert geometry(model) == (prefix, (4, 5), (8, 8))
-    assert ours["norm"].shape[1] == prefix + 20
-
-
-@torch.no_grad()
-def test_a_model_with_relative_positions_goes_through_its_own_forward():
-    for shared in (False, True):
-        model = tiny(Beit, init_values=0.2, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared)
-        images = noise(2, 3, 32, 40)
-        ours = dict(intermediates(model, images, ["blocks.0.norm1", "blocks.2", "norm"]))
-        assert isinstance(model.norm, torch.nn.Identity)
-        assert_close(ours["norm"], model.fc_norm(model.forward_features(images)), 1e-5)
-
-
-@torch.no_grad()
-def test_an_maes_encoder_sees_every_patch():
-    torch.manual_seed(0)
-    model, images = MAE("vit_demo", img_size=(16, 32), patch_size=8).eval(), noise(2, 3, 16, 32)
-    ours = dict(intermediates(model, images, ["patch_embed", "embedded", "norm"]))
-    every = torch.arange(8).expand(2, -1)
-    assert_close(ours["norm"], model.forward_encoder(model.patchify(images), every), 1e-5)
-    assert_close(ours["patch_embed"] + model.pos_embed[:, 1:], ours["embedded"][:, 1:], 1e-6)
-    assert geometry(model) == (1, (2, 4), (8, 8))
-
-
-def test_the_authors_final_norm_of_an_mae_is_untrained():
-    model = MAE("vit_demo", img_size=16, patch_size=8)
-    model.norm.weight.data.fill_(3)
-    own, authors = final_norm(model), final_norm(model, authors=True)
-    assert own is model.norm and authors.weight.eq(1).all() and authors.bias.eq(0).all() and authors.eps == 1e-6
-    classifier = build_vit("vit_demo", img_size=16, patch_size=8)
-    assert final_norm(classifier) is final_norm(classifier, authors=True) is classifier.fc_norm
-
-
-def test_what_the_model_has_not_is_an_error():
-    with pytest.raises(ValueError, match="no blocks.3.norm1, cls: its 3 blocks count from 0"):
-        next(intermediates(tiny(), noise(1, 3, 32, 40), ["cls", "norm", "blocks.3.norm1"]))
-
-
-def test_other_architectures_are_refused():
-    check_plain(tiny())
-    for model in (timm.create_model("resnet18"), tiny(block_fn=ParallelScalingBlock), tiny(global_pool="map")):
-        with pytest.raises(ValueError, match="choose timm's VisionTransformer or Beit, or an MAE"):
-            check_plain(model)
-
-
 # Whole models: every image weighs the same however the batches fall
 
 @torch.inference_mode()
@@ -297,9 +201,9 @@ def test_batches_do_not_matter_where_they_should_not():
 
 @torch.inference_mode()
 def test_amplitudes_and_distances_are_those_of_the_layers():
-    """The numbers behind Figures 3 and 5 are the measures applied to what hooks would give."""
+    """The numbers behind Figures 3 and 5 are the measures applied to the layers, computed block by block."""
     model, images = tiny(), noise(4, 3, 32, 40)
-    ours = dict(intermediates(model, images, names(model)))
+    ours = everything(model, images)
     plain = fig3_fourier.amplitudes(model, [images], "without-positions", False)
     assert plain.shape == (2, 4, 2)
     halves = fig3_fourier.amplitudes(model, [images], "with-positions", True)
@@ -317,7 +221,7 @@ def test_amplitudes_and_distances_are_those_of_the_layers():
 def test_layer_similarity_takes_patch_tokens_of_norm1_and_the_final_norm():
     model, images = tiny(), noise(8, 3, 32, 40)
     (own,) = similarity.layer_grams(model, [images])
-    ours = dict(intermediates(model, images, names(model)))
+    ours = everything(model, images)
     layers = [ours[name][:, 1:] for name in ("blocks.0.norm1", "blocks.1.norm1", "blocks.2.norm1", "norm")]
     assert_close(own, grams(layers), 1e-6)
     by_pairs = [[hsic_by_definition(x, y) / math.sqrt(hsic_by_definition(x, x) * hsic_by_definition(y, y))

@@ -4,9 +4,10 @@ import json
 import pytest
 
 from appendix import a4_transfer_sweep, a5_detection_settings, b5_dino_simmim
-from common import tables
+from common import options, tables
 from common.errors import UserError
-from common.weights import HubError
+from common.pretrained import HubError
+from sec3_benchmark import detect
 from sec3_benchmark.downstream import MOCO_FINETUNING
 from tests.helpers import run
 
@@ -53,7 +54,8 @@ def test_a5_puts_both_protocols_beside_the_published_numbers(asked, tmp_path):
     (first, vitdet), (second, other) = asked
     assert first == second == "detect" and (vitdet["pyramid"], other["pyramid"]) == ("simple", "topdown")
     changed = {name for name in vitdet if vitdet[name] != other[name]}
-    assert changed == set(a5_detection_settings.FORM)  # at one size and rate
+    form = options.given(detect.build_parser(), a5_detection_settings.FORM.split()[1:])
+    assert changed == set(form)  # at one size and rate
     rows, kept = table(tmp_path, "a5_detection")
     assert rows["ViTDet (released code)"]["box AP"] == "39.9 / 1.0"
     assert rows["ViTDet (released code)"]["mask AP"] == "35.4 / 0.5"
@@ -67,7 +69,7 @@ def test_a5_puts_both_protocols_beside_the_published_numbers(asked, tmp_path):
 def test_a5_says_which_weights_it_could_not_get(asked, tmp_path, monkeypatch):
     def offline(*args, **settings):
         raise HubError("no hub", "timm:x")
-    monkeypatch.setattr(tables, "stage", offline)
+    monkeypatch.setattr(tables, "run", offline)
     run(a5_detection_settings, tmp_path, "--init", "timm:x", "--rows", "vitdet")
     assert table(tmp_path, "a5_detection")[1][0]["status"].startswith("needs weights: no hub, in place of its name: ")
 
@@ -75,8 +77,9 @@ def test_a5_says_which_weights_it_could_not_get(asked, tmp_path, monkeypatch):
 def test_a5_in_full_has_the_papers_size_and_rate():
     rows = {row.key: row for row in a5_detection_settings.ROWS}
     assert rows["li2021"].presets == ("paper",)
-    [(_, settings)] = rows["li2021"].stages
-    assert settings["img_size"] == [1024] and settings["warmup_iterations"] == round(118_000 / 64 / 4)
+    script, *words = rows["li2021"].lines[0].split()
+    settings = tables.settings_of(script, [*words, "--preset", "paper"])
+    assert settings.img_size == [1024] and settings.warmup_iterations == round(118_000 / 64 / 4)
 
 
 def test_b5_probes_the_weights_that_it_fine_tunes(asked, tmp_path):
@@ -87,7 +90,7 @@ def test_b5_probes_the_weights_that_it_fine_tunes(asked, tmp_path):
     poolings = [[settings["pooling"] for _, settings in row[1:3]] for row in stages]
     assert poolings == [["token"] * 2, ["token"] * 2, ["avg"] * 2, ["token"] * 2]  # SimMIM leaves its token idle
     decays = [row[3][1]["layer_decay"] for row in stages]
-    assert decays[1] == MOCO_FINETUNING["layer_decay"] and len({decays[0], *decays[2:]}) == 1
+    assert MOCO_FINETUNING == f"--layer-decay {decays[1]}" and len({decays[0], *decays[2:]}) == 1
     rows, _ = table(tmp_path, "b5")
     assert [rows["SimMIM"][column] for column in ("published", "kNN", "linear", "fine-tuned")] == \
         ["77.9", "10.0", "11.0", "12.0"]

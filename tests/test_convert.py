@@ -9,18 +9,15 @@ import torch
 from appendix.tools import convert_checkpoint
 from appendix.tools.convert_checkpoint import export_timm
 from common.errors import UserError
-from common.formats import load_model
-from common.options import resolve
+from common.filling import load_encoder, load_model
+from common.pretrained import FormatError, Weights, fingerprint, read_weights
 from common.vit import build_model, build_vit
-from common.weights import FormatError, Weights, fingerprint, read_weights
-from sec3_benchmark.initial_weights import load_encoder
-from tests.helpers import assert_close, fill_by_name
+from tests.helpers import assert_close, fill_by_name, settings_of
 from tests.test_formats import autoencoder, classifier, images, latent, own_file
 
 
 def convert(**given):
-    parser = convert_checkpoint.build_parser()
-    return convert_checkpoint.main(resolve(parser, None, explicit=given))
+    return convert_checkpoint.main(settings_of(convert_checkpoint, given))
 
 
 @pytest.mark.parametrize("model", [classifier, autoencoder])

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from common.data import STATISTICS, channel_statistics, load_images, load_sets, statistics, take_statistics
+from common.data import STATISTICS, channel_statistics, load_images, load_sets, statistics, with_statistics
 from common.images import EXTENSIONS, DataError
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -211,22 +211,21 @@ def test_wrong_counts_of_statistics_are_named(channels, mean, std, named):
 def test_statistics_travel_with_weights():
     """Taken where nothing was said; the usual ones leave the arguments, so the run's identity, as they are."""
     grey, usual = {"mean": [0.5] * 3, "std": [0.2] * 3}, dict(zip(("mean", "std"), map(list, STATISTICS[3])))
+
+    def of(statistics, source="file"):
+        return SimpleNamespace(statistics=statistics, source=source)
     args = arguments(in_chans=3)
-    take_statistics(args, None)
-    take_statistics(args, SimpleNamespace(statistics=None, source="file"))
-    take_statistics(args, SimpleNamespace(statistics=usual, source="file"))
-    assert args.mean is None and args.std is None
-    take_statistics(args, SimpleNamespace(statistics=grey, source="file"))
-    assert channel_statistics(3, args.mean, args.std) == grey
+    for weights in (None, of(None), of(usual)):
+        assert vars(with_statistics(args, weights)) == vars(args)
+    taken = with_statistics(args, of(grey))
+    assert channel_statistics(3, taken.mean, taken.std) == grey and args.mean is None
     with pytest.raises(DataError, match=r"other learnt from images with mean \[0.485.* leave --mean out"):
-        take_statistics(args, SimpleNamespace(statistics=usual, source="other"))
-    narrow, more = arguments(in_chans=1), arguments(in_chans=5)
-    for args in (narrow, more):
-        take_statistics(args, SimpleNamespace(statistics={"mean": [0.2, 0.3, 0.7], "std": [0.2] * 3}, source="file"))
+        with_statistics(taken, of(usual, "other"))
+    colour = of({"mean": [0.2, 0.3, 0.7], "std": [0.2] * 3})
+    narrow, more = (with_statistics(arguments(in_chans=channels), colour) for channels in (1, 5))
     assert narrow.mean == [0.4] and narrow.std == [0.2]  # as the input layer is summed
     assert more.mean is None  # nothing to take
-    wide = arguments(in_chans=3)
-    take_statistics(wide, SimpleNamespace(statistics={"mean": [0.4], "std": [0.2]}, source="file"))
+    wide = with_statistics(arguments(in_chans=3), of({"mean": [0.4], "std": [0.2]}))
     assert wide.mean == [0.4] * 3 and wide.std == [0.2] * 3
 
 

@@ -5,11 +5,11 @@ from PIL import Image
 
 from appendix.tools import data_statistics
 from common.errors import UserError
-from common.options import resolve
+from tests.helpers import settings_of
 
 
 def run(folder, tmp_path, **given):
-    args = resolve(data_statistics.build_parser(), {}, explicit={"data_path": str(folder), "workers": 0,
+    args = settings_of(data_statistics, presets={}, given={"data_path": str(folder), "workers": 0,
                                                                  "output": str(tmp_path / "out"), **given})
     return data_statistics.main(args)
 

@@ -8,28 +8,28 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.image_list import ImageList
 
+from common.filling import load_encoder
+from common.pretrained import read_weights
 from common.vit import build_vit
-from common.weights import read_weights
 from sec3_benchmark.detection.mask_rcnn import (
     AlignedPool,
     Anchors,
     MaskRCNN,
     ProposalHead,
     ProposalNetwork,
-    blank_padding,
     box_losses,
     mask_targets,
-    paste,
+    paste_masks,
+    zero_padding,
 )
 from sec3_benchmark.detection.vitdet import (
     GridAttention,
     SimplePyramid,
     TopDownPyramid,
     ViTBackbone,
-    partition,
-    unpartition,
+    window_partition,
+    window_unpartition,
 )
-from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import assert_close
 
 
@@ -87,10 +87,10 @@ def test_attention_with_decomposed_positions_is_the_loop_over_windows_and_querie
 
 def test_windows_come_back_where_they_were():
     maps = torch.randn(2, 7, 5, 3)
-    windows = partition(maps, (4, 3))
+    windows = window_partition(maps, (4, 3))
     assert windows.shape == (2 * 2 * 2, 4, 3, 3)
     assert torch.equal(windows[1], F.pad(maps[0, :4, 3:], (0, 0, 0, 1)))
-    assert torch.equal(unpartition(windows, (7, 5)), maps)
+    assert torch.equal(window_unpartition(windows, (7, 5)), maps)
 
 
 def test_a_window_as_large_as_the_grid_with_zero_tables_is_the_plain_block():
@@ -233,7 +233,7 @@ def test_the_box_loss_is_that_of_the_labels_own_class():
 
 def test_pasting_looks_each_pixel_up_in_the_mask():
     masks, boxes = torch.rand(2, 28, 28), torch.tensor([[3.2, -4.0, 25.7, 21.3], [10.0, 12.0, 11.5, 40.0]])
-    pasted = paste(masks, boxes, 30, 26)
+    pasted = paste_masks(masks, boxes, 30, 26)
     for mask, (x1, y1, x2, y2), found in zip(masks.numpy(), boxes.tolist(), pasted.numpy()):
         expected = np.zeros((30, 26), bool)
         padded = np.pad(mask, 1)[None]  # zeros around the mask
@@ -252,7 +252,7 @@ def test_a_mask_target_pasted_back_is_the_mask():
     targets = mask_targets(torch.cat([other, disc]), boxes, torch.tensor([1, 0]), 28)
     assert set(targets.unique().tolist()) == {0.0, 1.0}
     assert targets[1, :14, :14].all() and targets[1].sum() == 14 * 14
-    back = paste(targets[:1], boxes[:1], 60, 80)
+    back = paste_masks(targets[:1], boxes[:1], 60, 80)
     assert (back & disc).sum() / (back | disc).sum() > 0.95
     assert mask_targets(disc, boxes[:0], torch.zeros(0, dtype=torch.int64), 28).shape == (0, 28, 28)
 
@@ -294,8 +294,8 @@ def test_what_lies_in_the_padding_does_not_matter():
     spoilt = images.clone()
     spoilt[1, :, 50:] = spoilt[1, :, :, 40:] = 99.0
     sizes = [(64, 64), (50, 40)]
-    assert torch.equal(blank_padding(spoilt, sizes), blank_padding(images, sizes))
-    assert blank_padding(images, sizes)[1, :, :50, :40].equal(images[1, :, :50, :40])
+    assert torch.equal(zero_padding(spoilt, sizes), zero_padding(images, sizes))
+    assert zero_padding(images, sizes)[1, :, :50, :40].equal(images[1, :, :50, :40])
     with torch.no_grad():
         for ours, theirs in zip(model(images, sizes), model(spoilt, sizes), strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)

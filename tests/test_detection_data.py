@@ -11,14 +11,14 @@ from PIL import Image
 from common.images import DataError, UnreadableImage
 from common.loader import Views, data_loader, seed_everything, step_batches
 from sec3_benchmark.detection import scenes
-from sec3_benchmark.detection.average_precision import as_coco, average_precision
+from sec3_benchmark.detection.average_precision import average_precision, to_coco
 from sec3_benchmark.detection.coco import (
     DetectionViews,
-    in_memory,
+    image_targets,
+    index_coco,
     load_coco,
     object_mask,
-    objects,
-    targets_of,
+    training_objects,
 )
 from sec3_benchmark.detection.mask_rcnn import mask_targets
 from tests.helpers import assert_close, tensor
@@ -62,7 +62,7 @@ def test_crowds_and_empty_images_are_no_training_targets_but_are_evaluated(folde
     image, annotations = train.read(0)
     assert image.shape == (3, 40, 50) and (image == 8).all() and [one["id"] for one in annotations] == [1, 2]
     assert [val.read(i)[1] for i in range(3)] == [[], [], []] and val.read(3)[1] == annotations
-    assert [objects(val.coco.imgToAnns[i]) for i in (2, 5, 6)] == [[], [], []]
+    assert [training_objects(val.coco.imgToAnns[i]) for i in (2, 5, 6)] == [[], [], []]
 
 
 def test_the_fingerprint_sees_the_annotations(folder):
@@ -182,11 +182,11 @@ def test_jitter_moves_objects_with_their_pixels_and_draws_their_boxes_anew(size)
         seed_everything("sample", seed)
         view = views(rectangle_scene(*size, 12, 6, 40, 33))
         assert view["image"].shape == (3, 64, 64) and view["image"].dtype == torch.uint8
-        height, width = view["size"].tolist()
+        height, width = view["host_size"].tolist()
         assert not view["image"][:, height:].any() and not view["image"][:, :, width:].any()
         seen.append(max(height, width))
         white = view["image"][0] > 127
-        if not view["count"]:
+        if not view["host_count"]:
             assert white.sum() < 30  # a thin rest at the edge at most
             continue
         kept += 1
@@ -204,18 +204,18 @@ def test_objects_that_the_crop_cuts_off_are_left_out():
     for seed in range(20):
         seed_everything("sample", seed)
         view = views(rectangle_scene(64, 64, 0, 0, 20, 20))
-        counts.add(view["count"])
-        assert len(view["masks"]) == len(view["boxes"]) == len(view["labels"]) == view["count"]
+        counts.add(view["host_count"])
+        assert len(view["masks"]) == len(view["boxes"]) == len(view["labels"]) == view["host_count"]
         assert view["masks"].flatten(1).any(1).all()
     assert counts == {0, 1}
 
 
 def test_evaluation_fits_the_longer_side_and_draws_nothing_at_random():
     view = DetectionViews(64, None)(rectangle_scene(50, 100, 0, 0, 25, 50))
-    assert view["size"].tolist() == [32, 64] and view["original"].tolist() == [50, 100]
-    assert set(view) == {"image", "size", "original"}
+    assert view["host_size"].tolist() == [32, 64] and view["host_original"].tolist() == [50, 100]
+    assert set(view) == {"image", "host_size", "host_original"}
     assert (view["image"][:, :15, :31] == 255).all() and not view["image"][:, 17:].any()
-    assert DetectionViews((64, 32), None)(rectangle_scene(50, 100, 0, 0, 1, 1))["size"].tolist() == [16, 32]
+    assert DetectionViews((64, 32), None)(rectangle_scene(50, 100, 0, 0, 1, 1))["host_size"].tolist() == [16, 32]
 
 
 def test_a_batch_keeps_each_images_objects_apart():
@@ -224,7 +224,7 @@ def test_a_batch_keeps_each_images_objects_apart():
     views = Views(images, DetectionViews(40, {c: c for c in images.coco.cats}, (1.0, 1.0)), 0)
     keys = step_batches(6, batch_size=6, accumulation=2, seed=0, start_step=0, total_steps=1)
     for batch in data_loader(views, keys, 0, torch.device("cpu")):
-        for index, target in zip(batch["index"].tolist(), targets_of(batch), strict=True):
+        for index, target in zip(batch["index"].tolist(), image_targets(batch), strict=True):
             annotations = images.coco.imgToAnns[index]
             assert target["labels"].tolist() == [one["category_id"] for one in annotations]
             assert [mask.sum().item() for mask in target["masks"]] == [one["area"] for one in annotations]
@@ -273,7 +273,7 @@ def ground_truth(size=(100, 120)):
     crowd = np.zeros(size, bool)
     crowd[70:, :40] = True
     annotations.append({**scenes.annotation(9, 1, crowd, 0), "iscrowd": 1})
-    return in_memory({"images": [{"id": i, "height": size[0], "width": size[1]} for i in range(2)],
+    return index_coco({"images": [{"id": i, "height": size[0], "width": size[1]} for i in range(2)],
                       "annotations": annotations, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]})
 
 
@@ -316,18 +316,18 @@ def test_detections_go_back_to_the_original_image():
     """What a perfect detector would say of the resized view is a perfect answer on the original."""
     coco, found = ground_truth((100, 120)), []
     for image_id in (0, 1):
-        pixels, annotations = torch.zeros(3, 100, 120, dtype=torch.uint8), objects(coco.imgToAnns[image_id])
+        pixels, annotations = torch.zeros(3, 100, 120, dtype=torch.uint8), training_objects(coco.imgToAnns[image_id])
         views = DetectionViews(60, {1: 1, 2: 2}, (1.0, 1.0))
         torch.manual_seed(image_id)
         while True:  # until it is not flipped
             view = views((pixels, annotations))
             if abs(view["boxes"][0, 0] - annotations[0]["bbox"][0] / 2) < 1:
                 break
-        assert view["size"].tolist() == [50, 60]
+        assert view["host_size"].tolist() == [50, 60]
         matched = torch.arange(len(view["boxes"]))
         detection = {"boxes": view["boxes"], "labels": view["labels"], "scores": torch.ones(len(matched)),
                      "masks": mask_targets(view["masks"], view["boxes"], matched, 28)}
-        found += as_coco(detection, image_id, (50, 60), (100, 120), sorted(coco.cats))
+        found += to_coco(detection, image_id, (50, 60), (100, 120), sorted(coco.cats))
     result = average_precision(coco, [0, 1], found)
     assert result["box_ap"] > 99 and result["mask_ap"] > 90
 

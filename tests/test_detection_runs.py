@@ -24,7 +24,7 @@ from sec3_benchmark.detection.average_precision import detect_all
 from sec3_benchmark.detection.mask_rcnn import MaskRCNN
 from sec3_benchmark.detection.scenes import load_detection_sets
 from sec5_distill import table5_distillation
-from tests.helpers import assert_same, log_rows
+from tests.helpers import assert_same, log_rows, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(preset="demo", img_size=[48], patch_size=12, position_size=[48], window=2, channels=8, hidden=16,
@@ -39,7 +39,7 @@ def few_scenes(monkeypatch):
 
 
 def settings(output, **changes):
-    return options.resolve(detect.build_parser(), detect.PRESETS, explicit={**TINY, "output": str(output), **changes})
+    return settings_of(detect, {**TINY, "output": str(output), **changes})
 
 
 def weights(result):
@@ -50,7 +50,7 @@ def weights(result):
 
 def test_the_paper_preset_is_the_papers_recipe():
     """Appendix A.5 as released: no layer decay, weight decay 0.05, no drop path, 640 px, unlike ViTDet-B."""
-    args = vars(options.resolve(detect.build_parser(), detect.PRESETS, explicit={"dataset_path": "COCO"}))
+    args = vars(settings_of(detect, {"dataset_path": "COCO"}))
     expected = dict(preset="paper", model="vit_tiny", num_heads=12, patch_size=16, img_size=[640], window=14,
                     global_blocks=[2, 5, 8, 11], position_size=[224], channels=256, hidden=1024, anchors=256, rois=512,
                     proposals=1000, iterations=184_375, batch_size=64, base_lr=1e-4, warmup_iterations=250,
@@ -67,7 +67,7 @@ def test_the_step_schedule():
 
 def test_the_papers_detector_and_what_decays(few_scenes):
     """ViT-Tiny/16 at 640 px: tables of 27 and 79 offsets; every bias decays, norms and positions do not."""
-    args = options.resolve(detect.build_parser(), detect.PRESETS, explicit={"dataset_path": "COCO"})
+    args = settings_of(detect, {"dataset_path": "COCO"})
     with torch.device("meta"):
         model = MaskRCNN(*detector_parts(args), 81, {})
     tables = {name: len(p) for name, p in model.named_parameters() if name.endswith("rel_pos_h")}
@@ -141,15 +141,13 @@ def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
     file = detect.read_detector(tmp_path / "w.pt")
 
     def taken(**explicit):
-        args = options.resolve(detect.build_parser(), detect.PRESETS, explicit={"preset": "demo", **explicit})
-        detect.take_detector(args, file)
-        return vars(args)
+        return vars(detect.as_built(settings_of(detect, {"preset": "demo", **explicit}), file))
     for found in (taken(), taken(img_size=[48], channels=8, mean=[0.5, 0.5, 0.5])):
         assert {name: found[name] for name in detect.BUILT_FROM} == {name: getattr(args, name)
                                                                      for name in detect.BUILT_FROM}
         assert {name: found[name] for name in statistics} == statistics
     assert taken(proposals=7)["proposals"] == 7
-    for name, value, said in (("img_size", [96], r"img_size \[48\], not \[96\]: leave --img-size out"),
+    for name, value, said in (("img_size", [64], r"img_size \[48\], not \[64\]: leave --img-size out"),
                               ("channels", 99, "channels 8, not 99: leave --channels out"),
                               ("pyramid", "topdown", "pyramid simple, not topdown: leave --pyramid out")):
         with pytest.raises(UserError, match=f"w.pt was built with {said}"):
@@ -203,11 +201,12 @@ def test_impossible_wishes_are_refused(tmp_path):
 
 # Tables 4 and 5
 
-def fake_stage(name, explicit=None, row=None):
-    """Results as the stages give them, and no run."""
-    found = {"box_ap": 12.5, "mask_ap": 10.5} if name == "sec3_benchmark.detect" else \
+def fake_run(script, words=()):
+    """Results as the scripts give them, and no run."""
+    name = Path(script).stem
+    found = {"box_ap": 12.5, "mask_ap": 10.5} if name == "detect" else \
         {"top1": 50.0, "best_top1": 51.0, "train_images": 7}
-    calls.append((name.split(".")[1], (row or {}).get("init")))
+    calls.append((name, words[words.index("--init") + 1] if "--init" in words else None))
     return {"checkpoint": f"weights of {name}", "run": "-", "seconds": 1.0, **found}
 
 
@@ -216,13 +215,13 @@ calls = []
 
 def test_the_coco_columns(tmp_path, monkeypatch):
     """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
-    monkeypatch.setattr(tables, "stage", fake_stage)
+    monkeypatch.setattr(tables, "run", fake_run)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
              "--device", "cpu", "--set", "detect.iterations=7", "detect.warmup_iterations=2"]
     calls.clear()
     rows = {row["key"]: row for row in table4_transfer.main(tables.parse(table4_transfer.build_parser(), words))}
     assert rows["mae"]["measured"] == {"fractals-small": [50.0], "coco-box": [12.5], "coco-mask": [10.5]}
-    weights = "weights of sec3_benchmark.pretrain_mae"
+    weights = "weights of pretrain_mae"
     assert calls == [("transfer", None), ("detect", None), ("pretrain_mae", None), ("transfer", weights),
                      ("detect", weights)]
     text = (tmp_path / "table4/table4.md").read_text()
@@ -231,7 +230,7 @@ def test_the_coco_columns(tmp_path, monkeypatch):
     words[2] = "dmae"
     args = tables.parse(table5_distillation.build_parser(), words[:1] + words[2:])
     [row] = [row for row in table5_distillation.main(args) if row["key"] == "dmae"]
-    assert row["measured"]["coco-mask"] == [10.5] and calls[-1] == ("detect", "weights of sec5_distill.pretrain_dmae")
+    assert row["measured"]["coco-mask"] == [10.5] and calls[-1] == ("detect", "weights of pretrain_dmae")
     assert "42.3 / 12.5" in (tmp_path / "table5/table5.md").read_text()
     words[2] = "mae"
     with pytest.raises(UserError, match="coco needs --dataset-path"):

@@ -15,16 +15,23 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import ColorJitter
 
 from appendix import dino, pretrain_dino
-from appendix.dino import DINO, Head, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
-from common import options
+from appendix.dino import DINO, DINOHead, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_encoder, load_model
 from common.loader import seed_everything
+from common.pretrained import read_weights
 from common.vit import SIZES, build_vit
-from common.weights import read_weights
-from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.moco import half_cosine
-from tests.helpers import assert_close, assert_resumes_exactly, crop_by_hand, golden, parameter_count, tensor, tiny_run
+from tests.helpers import (
+    assert_close,
+    assert_resumes_exactly,
+    crop_by_hand,
+    golden,
+    parameter_count,
+    settings_of,
+    tensor,
+    tiny_run,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(img_size=16, local_size=8, patch_size=4, num_heads=4, out_dim=10, hidden_dim=12, bottleneck_dim=6)
@@ -138,7 +145,7 @@ def test_a_crop_is_made_in_the_official_order(which, size, area, blur, solarize)
 
 def test_parameter_counts():
     """PAPER 1.3: the head 192-2048-2048-256 and the last layer 256 x 65536, whose lengths are fixed."""
-    head = Head(192, 65536, 2048, 256)
+    head = DINOHead(192, 65536, 2048, 256)
     assert parameter_count(head.mlp) == 5_116_160
     assert head.last_layer.weight_v.numel() == 16_777_216
     assert not head.last_layer.weight_g.requires_grad and (head.last_layer.weight_g == 1).all()
@@ -323,13 +330,13 @@ def test_files_give_the_teacher(tmp_path):
 
 def test_impossible_settings_are_refused(tmp_path):
     for changes, message in ((dict(local_min=0.5), "the first the smaller"), (dict(in_chans=4), "need 1 or 3")):
-        args = options.resolve(pretrain_dino.build_parser(), pretrain_dino.PRESETS, explicit=changes)
+        args = settings_of(pretrain_dino, changes)
         with pytest.raises(UserError, match=message):
             pretrain_dino.crops_of(args)
 
 
 def test_the_paper_preset():
-    settings = vars(options.resolve(pretrain_dino.build_parser(), pretrain_dino.PRESETS, explicit={"preset": "paper"}))
+    settings = vars(settings_of(pretrain_dino, {"preset": "paper"}))
     expected = dict(model="vit_tiny", num_heads=12, img_size=[224], local_size=96, local_crops=8, out_dim=65536,
                     base_lr=5e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4, clip_each=3.0,
                     clip_grad=0, freeze_last_layer=1, teacher_temp=0.04, teacher_temp_epochs=0, momentum=0.996,

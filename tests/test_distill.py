@@ -17,11 +17,10 @@ from common import mae as mae_module
 from common import options, tables
 from common.checkpoint import load_newest
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_model
 from common.mae import MAE, take
-from common.vit import SIZES, build_vit, choose_attention
-from common.weights import read_weights
-from sec3_benchmark import pretrain_mae
+from common.pretrained import read_weights
+from common.vit import SIZES, build_vit, set_fused_attention
 from sec4_analysis.attention import attention_logits
 from sec5_distill import pretrain_dmae
 from sec5_distill.distillation import (
@@ -33,7 +32,7 @@ from sec5_distill.distillation import (
     hidden_loss,
     visible_patches,
 )
-from tests.helpers import assert_close, assert_same, fill_by_name, golden
+from tests.helpers import assert_close, assert_same, fill_by_name, golden, settings_of, stage
 from tests.processes import assert_nearly_the_same, said, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +189,7 @@ def test_half_precision_is_autocasts_without_the_casting():
     images, noise = batch()
     seen = visible_patches(student(), images, noise)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, _ = choose_attention(Teacher(larger(), (2, 5)), "cpu", torch.bfloat16)(*seen)
+        expected, _ = set_fused_attention(Teacher(larger(), (2, 5)), "cpu", torch.bfloat16)(*seen)
         teacher = Teacher(larger(), (2, 5)).prepare("cpu", torch.bfloat16)
         logits, _ = teacher(*seen)
     assert_same(logits, expected)
@@ -232,7 +231,7 @@ def test_blocks_that_are_not_there_or_not_paired_are_refused():
 def test_mistakes_are_found_before_a_teacher_is_pre_trained(monkeypatch, settings, message):
     monkeypatch.setattr(pretrain_dmae, "pretrain_teacher", None)  # whoever pre-trains now fails
     explicit = {"preset": "demo", "device": "cpu", **settings}
-    args = options.resolve(pretrain_dmae.build_parser(), pretrain_dmae.PRESETS, explicit=explicit)
+    args = settings_of(pretrain_dmae, explicit)
     assert args.teacher == "own"
     with pytest.raises(UserError, match=message):
         pretrain_dmae.main(args)
@@ -247,9 +246,9 @@ def test_a_teachers_identity_and_the_settings_of_its_run(known, asked, identity,
                            teacher_hidden_layers=None)
     weights = SimpleNamespace(config=known and {"num_heads": known}, fingerprint="f")
     assert pretrain_dmae.teacher_identity(args, weights) == identity
-    pretrain_dmae.drop_defaults(args, weights)
-    assert vars(args) == dict(teacher="t", teacher_heads=left, distill_blocks=[3], teacher_blocks=None,
-                              hidden_layers=None, teacher_hidden_layers=None)
+    assert vars(pretrain_dmae.without_defaults(args, weights)) == dict(
+        teacher="t", teacher_model=None, teacher_epochs=None, teacher_heads=left, distill_blocks=[3],
+        teacher_blocks=None, hidden_layers=None, teacher_hidden_layers=None)
 
 
 # Whole runs, 8 steps of 4 images
@@ -284,7 +283,7 @@ def distil(pictures, teacher_file, tmp_path):
     def run(**settings):
         settings = {**COMMON, "data_path": str(pictures), "output": str(tmp_path), "teacher": str(teacher_file),
                     "distill_blocks": [3], "teacher_blocks": [5], **settings}
-        return tables.stage("sec5_distill.pretrain_dmae", explicit=settings)
+        return stage("sec5_distill/pretrain_dmae.py", settings)
     return run
 
 
@@ -293,8 +292,7 @@ def weights(result):
 
 
 def test_with_weight_zero_it_is_the_mae_bit_for_bit(distil, pictures, tmp_path):
-    mae = tables.stage("sec3_benchmark.pretrain_mae",
-                        explicit={**COMMON, "data_path": str(pictures), "output": str(tmp_path)})
+    mae = stage("sec3_benchmark/pretrain_mae.py", {**COMMON, "data_path": str(pictures), "output": str(tmp_path)})
     dmae = distil(attention_weight=0.0, hidden_layers=[2], hidden_weight=0.0)
     ours = {name.removeprefix("model."): w for name, w in weights(dmae).items() if name.startswith("model.")}
     assert_same(ours, dict(weights(mae)))
@@ -388,14 +386,14 @@ def test_the_student_sees_images_normalised_as_the_teachers_were(distil, tmp_pat
 
 def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teacher_file):
     """Larger, of seed 0, as long as the student or longer, and never begun afresh."""
-    asked, stage = [], tables.stage
+    asked, run = [], tables.run
 
-    def record(name, explicit=None, row=None):
-        if name != "sec3_benchmark.pretrain_mae":
-            return stage(name, explicit, row)
-        asked.append(options.resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS, explicit=explicit))
+    def record(script, words=()):
+        if script != "sec3_benchmark/pretrain_mae.py":
+            return run(script, words)
+        asked.append(tables.settings_of(script, words))
         return {"checkpoint": str(teacher_file)}
-    monkeypatch.setattr(tables, "stage", record)
+    monkeypatch.setattr(tables, "run", record)
     first = distil(teacher="own", teacher_model="large", teacher_heads=5, seed=3, fresh=True, decoder_dim=24)
     [args] = asked
     assert (args.model, args.num_heads, args.epochs, args.seed, args.fresh) == ("large", 5, 2, 0, False)
@@ -414,7 +412,7 @@ def test_two_ranks_equal_one_process(pictures, tmp_path):
     words = [sys.executable, str(ROOT / "sec5_distill" / "pretrain_dmae.py"), *options.words(settings)]
     for process in start_ranks([*words, "--output", str(tmp_path / "two")], tmp_path):
         assert process.wait(120) == 0, said(tmp_path)
-    one = tables.stage("sec5_distill.pretrain_dmae", explicit={**settings, "output": str(tmp_path / "one")})
+    one = stage("sec5_distill/pretrain_dmae.py", {**settings, "output": str(tmp_path / "one")})
     [two] = (tmp_path / "two").glob("pretrain_dmae/*/weights.pt")
     assert_nearly_the_same(weights({"checkpoint": two}), weights(one))
 

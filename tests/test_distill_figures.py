@@ -10,7 +10,7 @@ from common import tables
 from common.errors import UserError
 from common.images import ImageSet
 from sec3_benchmark import finetune, table1_pretraining_methods, table4_transfer
-from sec4_analysis import similarity, study
+from sec4_analysis import study
 from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer, pretrain_dmae, table5_distillation
 from tests.helpers import commands, run
 
@@ -19,21 +19,21 @@ from tests.helpers import commands, run
 def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
     """Supervised first, the teacher is the one that D-MAE was distilled from, MAE is trained as long as D-MAE."""
     seen = {}
-    monkeypatch.setattr(similarity, "figure", lambda args, item, checkpoints: seen.update({item: checkpoints()}))
-    run(fig6_distilled_similarity, tmp_path, "--seed", "4", parse=similarity.parse)
+    monkeypatch.setattr(study, "load_all", lambda args, checkpoints, heads: seen.update(checkpoints, heads=heads))
+    run(fig6_distilled_similarity, tmp_path, "--seed", "4", "--set", "pretrain_dmae.teacher_heads=6", parse=study.parse)
     assert [name for name, _ in asked] == ["finetune", "pretrain_mae", "pretrain_dmae"]
     assert {settings["seed"] for _, settings in asked} == {4}
     assert asked[1][1]["epochs"] == asked[2][1]["epochs"] == pretrain_dmae.PRESETS["demo"]["epochs"]
-    assert seen == {"fig6": {"supervised": f"{tmp_path}/run1/weights.pt", "teacher": "teacher.pt",
-                             "MAE": f"{tmp_path}/run2/weights.pt", "D-MAE": f"{tmp_path}/run3/weights.pt"}}
-    assert list(seen["fig6"])[0] == "supervised"  # the reference
+    assert seen == {"supervised": f"{tmp_path}/run1/weights.pt", "teacher": "teacher.pt", "heads": {"teacher": 6},
+                    "MAE": f"{tmp_path}/run2/weights.pt", "D-MAE": f"{tmp_path}/run3/weights.pt"}
+    assert list(seen)[0] == "supervised"  # the reference
 
 
 def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(similarity, "figure", lambda args, item, checkpoints: checkpoints())
+    monkeypatch.setattr(study, "load_all", lambda args, checkpoints, heads: {})
     monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
     monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1024) % 8, []))
-    run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=similarity.parse)
+    run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=study.parse)
     assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]
     assert asked[2][1]["teacher"] == "timm:vit_base_patch16_224.mae" and asked[2][1]["distill_blocks"] == [12]
 
@@ -41,7 +41,7 @@ def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeyp
 def test_figure_6_misses_images_before_it_trains(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1023) % 8, []))
     with pytest.raises(UserError, match="--num-images 1024 needs 1024 images, the validation set has 1023"):
-        run(fig6_distilled_similarity, tmp_path, "--preset", "small", "--data-path", "DIR", parse=similarity.parse)
+        run(fig6_distilled_similarity, tmp_path, "--preset", "small", "--data-path", "DIR", parse=study.parse)
     assert not asked
 
 
@@ -88,7 +88,7 @@ def test_a_layer_that_is_not_there_is_refused(layer, tmp_path):
 
 
 def test_figure_7_fine_tunes_for_100_epochs_in_the_paper():
-    assert dict(fig7_distilled_layer.row_of("12", "paper").stages[1][1])["epochs"] == 100
+    assert fig7_distilled_layer.row_of("12", "paper").lines[1].endswith(" --epochs 100")
 
 
 # Table 5

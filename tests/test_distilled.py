@@ -10,22 +10,21 @@ from appendix.tools.convert_checkpoint import export_timm
 from common import options, report
 from common.augment import contiguous, eval_transform
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_encoder, load_model
 from common.images import ImageSet
 from common.mae import MAE
+from common.pretrained import FormatError, read_weights
 from common.vit import SIZES, build_vit
-from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
-from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.layer_decay import layer_groups
-from tests.helpers import assert_close, noisy, tensor
+from tests.helpers import assert_close, noisy, settings_of, tensor
 
 SMALL = dict(img_size=12, patch_size=4, num_heads=4)
 
 
 def settings(**explicit):
-    return options.resolve(finetune_distilled.build_parser(), finetune_distilled.PRESETS, finetune_distilled.RECIPES,
-                           explicit=dict(img_size=[12], patch_size=4, num_heads=4, device="cpu", workers=0, **explicit))
+    return settings_of(finetune_distilled, dict(img_size=[12], patch_size=4, num_heads=4, device="cpu", workers=0,
+                                                **explicit))
 
 
 def distilled(num_classes=3):
@@ -118,14 +117,12 @@ def test_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "load_sets", lambda args: (images, images))
     monkeypatch.setattr(finetune_distilled, "load_sets", lambda args: (images, images))
     monkeypatch.setattr(finetune, "TrainViews", lambda args: contiguous)
-    row = dict(preset="demo", model="vit_demo", img_size=[4], patch_size=2, num_heads=2, batch_size=4, epochs=1,
+    row = dict(preset="demo", model="vit_demo", patch_size=2, num_heads=2, batch_size=4, epochs=1,
                warmup_epochs=0, eval_every=0, device="cpu", workers=0, precision="fp32", output=str(tmp_path / "out"))
 
     def run(teacher):
-        args = options.resolve(finetune_distilled.build_parser(), {}, finetune_distilled.RECIPES, row=row,
-                               explicit={"teacher": str(tmp_path / teacher)})
-        args.explicit -= {"img_size"}  # as a preset gives it
-        return finetune_distilled.main(args)
+        monkeypatch.setitem(options.NETWORKS["demo"], "img_size", [4])
+        return finetune_distilled.main(settings_of(finetune_distilled, {**row, "teacher": str(tmp_path / teacher)}, {}))
     first = run("teacher")
     assert run("copy")["run"] == first["run"] and 0 <= first["top1"] <= 100
     assert "head_dist.weight" in torch.load(first["checkpoint"], weights_only=True)["model"]
@@ -182,7 +179,6 @@ def test_an_evaluation_needs_no_teacher(tmp_path, monkeypatch):
 
 
 def test_the_recipe_is_ori():
-    args = options.resolve(finetune_distilled.build_parser(), finetune_distilled.PRESETS, finetune_distilled.RECIPES,
-                           explicit={"preset": "paper"})
+    args = settings_of(finetune_distilled, {"preset": "paper"})
     assert (args.recipe, args.mixup, args.cutmix, args.erasing, args.drop_path) == ("ori", 0.8, 1.0, 0.25, 0.1)
     assert (args.alpha, args.teacher) == (0.5, "timm:regnety_160.deit_in1k")

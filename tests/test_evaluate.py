@@ -8,17 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from common import tables
+from common import options
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
-from common.options import resolve
-from common.weights import read_weights
+from common.pretrained import read_weights
 from sec3_benchmark import evaluate, finetune, pretrain_mae
 from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator
-from tests.helpers import near
+from tests.helpers import near, settings_of, stage
 
 CPU = torch.device("cpu")
-PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
+PRETRAIN, FINETUNE = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/finetune.py"
 
 
 # Accuracy
@@ -153,13 +152,13 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
     """Each stage takes the weights of the one before; evaluating the last gives the fine-tuning's accuracy again."""
     data = make_folder(tmp_path / "data", channels)
     common = settings(tmp_path, data, img_size=img_size, patch_size=patch, in_chans=channels)
-    pretrained = tables.stage(PRETRAIN, explicit={**common, "mean": [0.3] * channels})  # the file says it
+    pretrained = stage(PRETRAIN, {**common, "mean": [0.3] * channels})  # the file says it
     common["randaugment"] = "rand-m9-mstd0.5-inc1" if channels == 3 else "none"  # its operations are for colour images
     for told_by_the_file in ("img_size", "patch_size", "in_chans"):
         del common[told_by_the_file]
-    tuned = tables.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})
+    tuned = stage(FINETUNE, common, row={"init": pretrained["checkpoint"]})
     common["data_path"] = str(only_val(tmp_path, data))
-    again = tables.stage(FINETUNE, explicit={**common, "init": tuned["checkpoint"], "eval_only": True})
+    again = stage(FINETUNE, {**common, "init": tuned["checkpoint"], "eval_only": True})
     assert tuned["last"]["images"] == again["images"] == 12
     assert tuned["top1"] == tuned["last"]["top1"] == again["top1"] <= tuned["best_top1"]
     assert tuned["top5"] == again["top5"] == 100
@@ -177,10 +176,10 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
 
 def test_other_classes_are_not_evaluated_as_if_they_were_the_same(tmp_path, folder):
     """One class called otherwise comes elsewhere in the order, and the accuracy would be another's."""
-    trained = tables.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[32], patch_size=8))
+    trained = stage(FINETUNE, settings(tmp_path, folder, img_size=[32], patch_size=8))
     (folder / "val" / "bright").rename(folder / "val" / "light")
     with pytest.raises(UserError, match="other classes .*: bright there is dark here"):
-        tables.stage(FINETUNE, explicit=settings(tmp_path, folder, init=trained["checkpoint"], eval_only=True))
+        stage(FINETUNE, settings(tmp_path, folder, init=trained["checkpoint"], eval_only=True))
 
 
 def test_an_unreadable_validation_image_is_found_before_the_training(tmp_path, folder, monkeypatch):
@@ -188,12 +187,12 @@ def test_an_unreadable_validation_image_is_found_before_the_training(tmp_path, f
     (folder / "val" / "dark" / "3.png").write_bytes(b"no image")
     monkeypatch.setattr(finetune, "train", lambda *args, **more: pytest.fail("it was trained"))
     with pytest.raises(UnreadableImage, match="val/dark/3.png could not be read"):
-        tables.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[32], patch_size=8, on_bad_image="skip"))
+        stage(FINETUNE, settings(tmp_path, folder, img_size=[32], patch_size=8, on_bad_image="skip"))
 
 
 def test_bright_and_dark_can_be_learned(tmp_path, folder):
     """The chain learns: a few epochs tell the two classes apart on images it has not seen."""
-    result = tables.stage(FINETUNE, explicit=settings(tmp_path, folder, img_size=[16], patch_size=8, epochs=8,
+    result = stage(FINETUNE, settings(tmp_path, folder, img_size=[16], patch_size=8, epochs=8,
                                                        base_lr=0.1, layer_decay=1.0, mixup=0.0, randaugment="none"))
     assert result["top1"] == 100 and result["last"]["val_loss"] < 0.5
 
@@ -201,11 +200,11 @@ def test_bright_and_dark_can_be_learned(tmp_path, folder):
 def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
     """Embedding, positions and blocks 1..k are the pre-trained ones, everything else is as from scratch."""
     common = settings(tmp_path, folder, img_size=[32], patch_size=8)
-    pretrained = tables.stage(PRETRAIN, explicit=common)
+    pretrained = stage(PRETRAIN, common)
     weights = read_weights(pretrained["checkpoint"])
 
     def build(**more):
-        args = resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, explicit={**common, **more})
+        args = options.settle(settings_of(finetune, {**common, **more}))
         torch.manual_seed(1)
         return finetune.build_classifier(args, 2, weights if "init" in more else None).state_dict()
     scratch = build()
@@ -220,8 +219,8 @@ def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
     assert whole.keys() == kept.keys() and all(torch.equal(value, whole[name]) for name, value in kept.items())
     assert not torch.equal(scratch["blocks.0.attn.qkv.weight"], weights.state["blocks.0.attn.qkv.weight"])
 
-    runs = [tables.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"], "keep_blocks": k})
-            for k in (0, 3)] + [tables.stage(FINETUNE, explicit=common, row={"init": pretrained["checkpoint"]})]
+    runs = [stage(FINETUNE, common, row={"init": pretrained["checkpoint"], "keep_blocks": k})
+            for k in (0, 3)] + [stage(FINETUNE, common, row={"init": pretrained["checkpoint"]})]
     assert len({result["run"] for result in runs}) == 3
     assert len({result["last"]["val_loss"] for result in runs}) == 3
 
@@ -230,8 +229,8 @@ def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeyp
     """By content: a copy of the images and of the weights is the same run, not trained again; other weights are not."""
     def stages(data, init=None):
         common = settings(tmp_path, data, img_size=[16], patch_size=8)
-        first = tables.stage(PRETRAIN, explicit=common)
-        return first, tables.stage(FINETUNE, explicit=common, row={"init": init or first["checkpoint"]})
+        first = stage(PRETRAIN, common)
+        return first, stage(FINETUNE, common, row={"init": init or first["checkpoint"]})
     expected = stages(folder)
     shutil.copytree(folder, tmp_path / "elsewhere" / "data")
     shutil.copy(expected[0]["checkpoint"], tmp_path / "copied.pt")
@@ -254,7 +253,7 @@ def test_the_worker_count_changes_no_weight(tmp_path, folder):
     states = []
     for workers in (0, 2):
         common = settings(tmp_path / str(workers), folder, img_size=[16], patch_size=8, workers=workers, epochs=2)
-        result = tables.stage(FINETUNE, explicit={**common, "recipe": "ori"})
+        result = stage(FINETUNE, {**common, "recipe": "ori"})
         states.append(torch.load(result["checkpoint"], weights_only=True)["model"])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -265,8 +264,8 @@ def test_a_skipped_image_is_reported_by_the_run(tmp_path):
     (data / "train" / "dark" / "7.png").write_bytes(b"no image")
     common = settings(tmp_path, data, img_size=[16], patch_size=8, batch_size=50)
     with pytest.raises(ValueError, match="dark/7.png"):
-        tables.stage(PRETRAIN, explicit=common)
-    result = tables.stage(PRETRAIN, explicit={**common, "on_bad_image": "skip"})
+        stage(PRETRAIN, common)
+    result = stage(PRETRAIN, {**common, "on_bad_image": "skip"})
     assert result["bad_images"] == 1
     [listing] = list((tmp_path / "outputs").glob("pretrain_mae/*/bad_images*.txt"))
     assert listing.read_text() == f"{data}/train/dark/7.png\n"
@@ -283,4 +282,4 @@ def test_a_skipped_image_is_reported_by_the_run(tmp_path):
 ])
 def test_what_cannot_be_trained_is_named(tmp_path, folder, more, error, named):
     with pytest.raises(error, match=named):
-        tables.stage(FINETUNE, explicit={**settings(tmp_path, folder, img_size=[16], patch_size=8), **more})
+        stage(FINETUNE, {**settings(tmp_path, folder, img_size=[16], patch_size=8), **more})

@@ -9,9 +9,8 @@ from common.augment import eval_transform
 from common.checkpoint import save_torch
 from common.errors import UserError
 from common.images import ImageSet, read_image
-from common.options import resolve
 from common.vit import build_vit
-from tests.helpers import assert_close
+from tests.helpers import assert_close, settings_of
 
 
 def test_each_row_is_its_file_s_features(tmp_path):
@@ -21,7 +20,7 @@ def test_each_row_is_its_file_s_features(tmp_path):
     for i, folder in enumerate(("b", "a/x", "a/y")):
         (tmp_path / "images" / folder).mkdir(parents=True)
         Image.new("RGB", (40, 30), (80 * i, 20, 255 - 60 * i)).save(tmp_path / "images" / folder / f"{i}.png")
-    args = resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={
+    args = settings_of(extract_features, {
         "init": str(tmp_path / "vit.pt"), "data_path": str(tmp_path / "images"), "device": "cpu", "workers": 0,
         "save_to": str(tmp_path / "out" / "features.npz")})
     assert extract_features.main(args) == {"features": args.save_to, "images": 3, "dim": 96}
@@ -52,7 +51,7 @@ def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path, capsys):
              "output": str(tmp_path / "out")}
 
     def extract(**more):
-        args = resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={**given, **more})
+        args = settings_of(extract_features, {**given, **more})
         return np.load(extract_features.main(args)["features"])["features"]
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     image = (eval_transform([32])(read_image(tmp_path / "images" / "0.png")) - mean) / std
@@ -75,7 +74,7 @@ def test_where_train_alone_is_read_a_line_says_so(tmp_path, capsys):
         Image.new("RGB", (32, 32)).save(tmp_path / "images" / place / "0.png")
 
     def said(folder):
-        extract_features.main(resolve(extract_features.build_parser(), extract_features.PRESETS, explicit={
+        extract_features.main(settings_of(extract_features, {
             "init": str(tmp_path / "ft.pt"), "data_path": str(folder), "device": "cpu", "workers": 0,
             "output": str(tmp_path / "out")}))
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("these are")]

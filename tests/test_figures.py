@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from appendix import a6_cka_settings
+from common import options
 from common.checkpoint import save_torch
 from common.data import load_sets
 from common.loader import seed_everything
@@ -95,7 +96,7 @@ def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
     model = build_vit("vit_demo", img_size=(16, 32), patch_size=8)
     args = study.parse(fig1_layer_similarity.build_parser(), [
         "--preset", "small", "--data-path", str(place / "data"), "--batch-size", "8", "--workers", "0"])
-    val, = load_sets(args, splits=("val",))
+    val, = load_sets(options.settle(args), splits=("val",))
     parts = list(images.batches(model, val, np.arange(17), args, torch.device("cpu")))
     assert [tuple(part.shape) for part in parts] == [(6, 3, 16, 32), (6, 3, 16, 32), (5, 3, 16, 32)]
 
@@ -190,7 +191,7 @@ def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
 
 def test_an_image_beyond_the_drawn_ones_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="--image 6: 6 images are drawn"):
-        attention_maps.parse(attention_maps.build_parser(), ["--num-images", "6", "--image", "6"])
+        attention_maps.parse_maps(attention_maps.build_parser(), ["--num-images", "6", "--image", "6"])
 
 
 def test_the_twin_of_a_model_has_its_kind_s_initial_values():
@@ -211,18 +212,18 @@ def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
     """Its maps are those of the same image in a data set."""
     file = place / "data" / "val" / "class2" / "7.png"
     words = ["--models", f"A={place / 'vit.pt'}", "--picture", str(file), "--device", "cpu", "--output", str(tmp_path)]
-    arrays = attention_maps.main(attention_maps.parse(attention_maps.build_parser(), words))
+    arrays = attention_maps.main(attention_maps.parse_maps(attention_maps.build_parser(), words))
     about = json.loads((tmp_path / "attention_maps" / "attention_maps.json").read_text())
     assert (about["preset"], about["data"], about["images"]) == (None, "7.png", 1)
     (tmp_path / "alone" / "val" / "all").mkdir(parents=True)
     (tmp_path / "alone" / "val" / "all" / "7.png").write_bytes(file.read_bytes())
     words = [*words[:2], "--preset", "small", "--data-path", str(tmp_path / "alone"), "--num-images", "1", *words[4:]]
-    again = attention_maps.main(attention_maps.parse(attention_maps.build_parser(), words))
+    again = attention_maps.main(attention_maps.parse_maps(attention_maps.build_parser(), words))
     assert arrays.keys() == again.keys() and all(np.array_equal(arrays[key], again[key]) for key in again)
     for words, message in ((["--picture", "no.png", "--models", f"A={place / 'vit.pt'}"], "no.png: no such file"),
                            (["--picture", str(file)], "--picture needs --models")):
         with pytest.raises(ValueError, match=message):
-            attention_maps.main(attention_maps.parse(attention_maps.build_parser(),
+            attention_maps.main(attention_maps.parse_maps(attention_maps.build_parser(),
                                                      [*words, "--output", str(tmp_path)]))
 
 
@@ -250,7 +251,8 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
     assert all("--preset small" in line for line in commands)
     assert not any("--num-images" in line or "--batch-size" in line for line in commands)
     assert all("--epochs 30" in line for line in commands if "finetune.py" in line)
-    [pretrain], [tuned] = ([line.split() for line in commands if word in line] for word in ("pretrain_mae", "--init"))
+    [pretrain], [tuned] = ([line.split() for line in commands if word in line]
+                           for word in ("pretrain_mae.py", "--init"))
     assert tuned[tuned.index("--init") + 1] == pretrain[pretrain.index("--save-to") + 1]  # it can be run by hand
 
 
@@ -269,6 +271,24 @@ def test_all_models_are_looked_for_before_the_first_is_measured(place, tmp_path,
     with pytest.raises(ValueError, match="--models B=no/where.pt: no weights at no/where.pt"):
         run(fig1_layer_similarity, place, tmp_path, "--models", f"A={place / 'vit.pt'}", "twin=random",
             "hub=timm:vit_tiny_patch16_224", "B=no/where.pt", models=False)
+
+
+@pytest.mark.parametrize("module", [fig1_layer_similarity, attention_maps, a6_cka_settings, fig2_leading_blocks],
+                         ids=["fig1", "maps", "a6", "fig2"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(module, place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way of a folder")
+    for work in ((study, "load"), (study.tables, "run_rows")):
+        monkeypatch.setattr(*work, lambda *args: pytest.fail("the work was begun"))
+    with pytest.raises(OSError):
+        run(module, place, tmp_path / "file")
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=lambda module: module.__name__.split(".")[-1])
+def test_other_ranks_leave_before_anything_is_measured(module, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(study, "each_model", lambda *args: pytest.fail("a model was measured"))
+    assert run(module, place, tmp_path, "--num-images", "6") == {}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_path):
@@ -327,7 +347,7 @@ def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
         words = ["--preset", "small", "--models", *words]
         args = leading_blocks.parse(fig2_leading_blocks.build_parser(), words)
         return leading_blocks.scratch_settings(leading_blocks.given_weights(args),
-                                               leading_blocks.settings_told(args, leading_blocks.FINETUNE))
+                                               leading_blocks.settings_told(args, "sec3_benchmark/finetune.py"))
     network = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12}
     assert scratch(f"A={tmp_path / 'small.pt'}") == {**network, **other}
     told = scratch(f"A={tmp_path / 'small.pt'}", "--img-size", "64", "--set", "finetune.model=vit_tiny")
@@ -352,11 +372,11 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
 def test_ranks_meet_before_figure_4_looks_for_its_sets(monkeypatch, tmp_path):
     """Else they would not wait for the one that downloads them."""
     order = []
-    monkeypatch.setattr(leading_blocks, "start", lambda args: order.append("met"))
-    monkeypatch.setattr(leading_blocks, "run_points", lambda args, stage, panels, item: None)
-    args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), ["--output", str(tmp_path)])
-    leading_blocks.figure(args, "fig4", None, lambda args: order.append("looked"))
-    assert order == ["met", "looked"]
+    monkeypatch.setattr(study, "start_ranks", lambda args: order.append("met"))
+    monkeypatch.setattr(fig4_leading_blocks_small_data, "panels", lambda args: order.append("looked"))
+    monkeypatch.setattr(leading_blocks, "run_points", lambda args, panels, item: None)
+    args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), ["--output", str(tmp_path), "--dry-run"])
+    assert fig4_leading_blocks_small_data.main(args) == [] and order == ["met", "looked"]
 
 
 def test_figure_4_transfers_to_every_set(tmp_path, capsys):
@@ -384,22 +404,21 @@ def test_a_random_twin_has_the_first_model_s_heads(place):
     torch.save({"model": build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3).state_dict()},
                place / "foreign.pth")
     args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small", "--num-heads-of", "A=3"])
-    checkpoints = {"A": str(place / "foreign.pth"), "Init": study.RANDOM}
-    heads = [study.load(name, checkpoints, args, torch.device("cpu")).blocks[0].attn.num_heads for name in checkpoints]
+    models = study.load_all(args, {"A": str(place / "foreign.pth"), "Init": study.RANDOM})
+    heads = [model.blocks[0].attn.num_heads for model in models.values()]
     assert heads == [3, 3]
 
 
-def test_other_ranks_do_not_read_what_the_first_one_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(leading_blocks, "is_main", lambda: False)
+@pytest.mark.parametrize("module", [fig2_leading_blocks, fig4_leading_blocks_small_data], ids=["fig2", "fig4"])
+def test_other_ranks_leave_the_writing_to_the_first(tmp_path, monkeypatch, module):
+    monkeypatch.setattr(module, "is_main", lambda: False)
     monkeypatch.setattr(leading_blocks, "run_points", lambda *args: [
         {"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}])
-    monkeypatch.setattr(leading_blocks.report, "write_text", lambda *args: None)  # as on a rank that is not the first
-    args = SimpleNamespace(from_numbers=None, output=str(tmp_path), preset="small", data="folder", seeds=[0],
-                           dry_run=False, device="cpu")
-    assert leading_blocks.figure(args, "fig2", study.FINETUNE, lambda args: {"": {}}) == []
+    args = leading_blocks.parse(module.build_parser(), ["--output", str(tmp_path), "--device", "cpu"])
+    assert module.main(args) == [] and not list(tmp_path.rglob("*.*"))
 
 
 def test_moco_is_fine_tuned_by_its_own_layer_decay_however_it_is_spelled():
-    for name, expected in (("MoCo-v3", 0.75), ("MoCov3-Tiny", 0.75), ("MAE", None)):
-        row = leading_blocks.point_row(study.FINETUNE, {}, "", name, 6, (), "file.pt", {})
-        assert row.stages[-1][1].get("layer_decay") == expected
+    for name, expected in (("MoCo-v3", True), ("MoCov3-Tiny", True), ("MAE", False)):
+        row = leading_blocks.point_row("sec3_benchmark/finetune.py", "", name, 6, [], "file.pt")
+        assert ("--layer-decay 0.75" in row.lines[-1]) == expected

@@ -1,4 +1,4 @@
-"""common/weights.py and common/formats.py: every layout is written from a real model's weights and read back.
+"""common/pretrained.py and common/pretrained.py: every layout is written from a real model's weights and read back.
 
 Outputs are compared, not only names. Where a number can be had otherwise (interpolation, a grey image, counts of
 tensors) it is. No network: the hub is replaced by timm building its model here.
@@ -15,11 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from common.formats import load_model
+from common.filling import leading_blocks, load_encoder, load_model
 from common.mae import MAE
+from common.pretrained import SAFE_GLOBALS, FormatError, Weights, fingerprint, read_weights
 from common.vit import build_model, build_vit
-from common.weights import SAFE_GLOBALS, FormatError, Weights, fingerprint, read_weights
-from sec3_benchmark.initial_weights import leading_blocks, load_encoder
 from tests.helpers import assert_close, fill_by_name
 
 SMALL = {"model": "vit_demo", "img_size": 32, "patch_size": 8}  # 96 wide, 12 blocks: 152 tensors as a classifier

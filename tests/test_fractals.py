@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common import fractals
-from common.fractals import class_system, draw, fractal_set
+from common.fractals import class_system, draw_fractals, fractal_set
 from common.vit import pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def render(seed, cls, index, size):
     """One image alone."""
-    return draw(seed, [cls], [index], *pair(size))[0]
+    return draw_fractals(seed, [cls], [index], *pair(size))[0]
 
 
 def start_python(code, *args):
@@ -33,10 +33,10 @@ def start_python(code, *args):
 
 def test_an_image_does_not_depend_on_its_batch():
     classes, indices = [3, 0, 3, 2, 1] * 9, list(range(45))
-    images = draw(0, classes, indices, 64, 64)
+    images = draw_fractals(0, classes, indices, 64, 64)
     assert images.shape == (45, 64, 64, 3) and images.dtype == np.uint8
-    assert np.array_equal(images, draw(0, classes, indices, 64, 64))
-    assert np.array_equal(images[::-1], draw(0, classes[::-1], indices[::-1], 64, 64))
+    assert np.array_equal(images, draw_fractals(0, classes, indices, 64, 64))
+    assert np.array_equal(images[::-1], draw_fractals(0, classes[::-1], indices[::-1], 64, 64))
     for i in (0, 7, 16, 44):
         assert np.array_equal(images[i], render(0, classes[i], indices[i], 64))
 
@@ -44,8 +44,8 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_an_image_does_not_depend_on_the_process_or_the_global_generator():
     np.random.seed(1)
     here = hashlib.sha256(render(5, 2, 7, 48).tobytes()).hexdigest()
-    code = "import hashlib; from common.fractals import draw; "
-    code += "print(hashlib.sha256(draw(5, [2], [7], 48, 48).tobytes()).hexdigest())"
+    code = "import hashlib; from common.fractals import draw_fractals; "
+    code += "print(hashlib.sha256(draw_fractals(5, [2], [7], 48, 48).tobytes()).hexdigest())"
     assert start_python(code).communicate()[0].strip() == here
 
 
@@ -56,7 +56,8 @@ def test_seed_class_and_index_each_change_the_image():
 
 def test_version_guards_the_pixels():
     """Grey levels of the quarters of three images: if they move, VERSION must, or old caches would be taken for new."""
-    quarters = draw(0, [0, 1, 2], [0, 1, 2], 16, 16).reshape(3, 2, 8, 2, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 4)
+    images = draw_fractals(0, [0, 1, 2], [0, 1, 2], 16, 16)
+    quarters = images.reshape(3, 2, 8, 2, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 4)
     expected = {
         2: [[118.7, 115.8, 134.6, 134.7], [52.9, 92.8, 101.4, 106.2], [96.9, 61.9, 104.8, 98.6]],
     }[fractals.VERSION]
@@ -104,7 +105,7 @@ def test_classes_contract_and_fill():
 def test_instances_stay_in_the_frame():
     pose = np.random.default_rng(0).random((50, 5), np.float32)
     x, y = np.random.default_rng(1).standard_normal((2, 50, 300)).astype(np.float32)
-    pixel = fractals.place(x, y, pose, 40, 60)
+    pixel = fractals.points_to_pixels(x, y, pose, 40, 60)
     assert pixel.min() >= 0 and pixel.max() == 40 * 60  # some points fall outside,
     assert (pixel == 40 * 60).mean() < 0.05  # few of them
 
@@ -115,7 +116,7 @@ def split_features(features, num_classes, seed=0):
     for count, parity in ((40, 0), (20, 1)):
         labels = np.tile(np.arange(num_classes), count)
         indices = 2 * np.repeat(np.arange(count), num_classes) + parity
-        sets += [features(draw(seed, labels, indices, 32, 32)), labels]
+        sets += [features(draw_fractals(seed, labels, indices, 32, 32)), labels]
     return sets
 
 
@@ -158,7 +159,7 @@ def test_splits_share_no_image_and_downstream_no_class(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(
         fractals,
-        "draw",
+        "draw_fractals",
         lambda seed, classes, indices, height, width: (
             asked.setdefault(split, set()).update(zip(classes.tolist(), indices.tolist(), strict=True)),
             np.zeros((len(classes), height, width, 3), np.uint8),
@@ -179,7 +180,7 @@ def test_set_is_what_render_draws_and_is_drawn_once(tmp_path, monkeypatch):
     assert labels.dtype == np.int64 and labels.tolist() == [0, 1, 2] * 5
     assert np.array_equal(images[7], render(2, 1, 5, (8, 16)))  # class 1's third image: index 2 * 2 + 1
     (path,) = (tmp_path / "new").iterdir()  # one file, nothing temporary
-    monkeypatch.setattr(fractals, "draw", None)  # calling it would raise
+    monkeypatch.setattr(fractals, "draw_fractals", None)  # calling it would raise
     again, _ = fractal_set(tmp_path / "new", "val", 3, 5, (8, 16), seed=2)
     assert np.array_equal(images, again)
     assert np.array_equal(np.load(path, mmap_mode="r"), images)
@@ -205,7 +206,7 @@ def test_damaged_file_is_drawn_again(tmp_path, capsys, change):
 
 
 def test_interrupted_drawing_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(fractals, "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(fractals, "draw_fractals", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fractal_set(tmp_path, "train", 2, 3, 8)
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +222,7 @@ def test_two_processes_make_one_right_file(tmp_path):
         process.stdin.write("\n")
         process.stdin.flush()
     hashes = {process.communicate(timeout=60)[0].strip() for process in both}
-    expected = draw(0, list(range(5)) * 200, np.repeat(range(0, 400, 2), 5), 16, 16)
+    expected = draw_fractals(0, list(range(5)) * 200, np.repeat(range(0, 400, 2), 5), 16, 16)
     assert hashes == {hashlib.sha256(expected.tobytes()).hexdigest()}
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from appendix import pretrain_dino, pretrain_simmim
-from common import options, tables
 from common.mae import MAE
 from sec3_benchmark import finetune, pretrain_mae, pretrain_mocov3
 from sec5_distill import pretrain_dmae
-from tests.helpers import assert_resumes_exactly, noisy, tiny_run
+from tests.helpers import assert_resumes_exactly, noisy, settings_of, stage, tiny_run
 from tests.processes import free_port
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -71,9 +70,9 @@ def test_a_compiled_model_learns_the_same(method, teacher, tmp_path, monkeypatch
 def test_the_demo_pretrains_fine_tunes_and_evaluates(tmp_path):
     """Augmented batches, mixup, drop path and the evaluation's float32 on the device."""
     short = dict(output=str(tmp_path), device="cuda", epochs=1, warmup_epochs=0)
-    mae = tables.stage("sec3_benchmark.pretrain_mae", explicit=short)
-    tuned = tables.stage("sec3_benchmark.finetune", explicit={**short, "recipe": "ori", "init": mae["checkpoint"]})
-    again = finetune.main(options.resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, explicit=dict(
+    mae = stage("sec3_benchmark/pretrain_mae.py", short)
+    tuned = stage("sec3_benchmark/finetune.py", {**short, "recipe": "ori", "init": mae["checkpoint"]})
+    again = finetune.main(settings_of(finetune, dict(
         output=str(tmp_path), device="cpu", init=tuned["checkpoint"], eval_only=True)))
     assert again["top1"] == pytest.approx(tuned["top1"], abs=0.5)  # a near tie may fall the other way
 

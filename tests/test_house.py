@@ -14,7 +14,7 @@ MAY_IMPORT = {  # besides itself and common: a section's whole folder, or module
     "sec3_benchmark": (),
     "sec4_analysis": ("sec3_benchmark.downstream",),
     "sec5_distill": ("sec3_benchmark.downstream", "sec4_analysis.cka", "sec4_analysis.fourier",
-                     "sec4_analysis.attention", "sec4_analysis.similarity"),
+                     "sec4_analysis.attention", "sec4_analysis.similarity", "sec4_analysis.study"),
     "appendix": ("sec3_benchmark", "sec4_analysis", "sec5_distill"),
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]

@@ -338,7 +338,7 @@ def test_another_version_of_the_pixels_is_another_fingerprint(monkeypatch):
     """So that no run goes on with pixels that it did not begin with."""
     images = ImageSet("cifar10", RANDOM[None], None, [])
     before = images.fingerprint()
-    monkeypatch.setattr(images_module, "PIXELS", images_module.PIXELS + 1)
+    monkeypatch.setattr(images_module, "PIXELS_VERSION", images_module.PIXELS_VERSION + 1)
     assert images.fingerprint() != before
 
 

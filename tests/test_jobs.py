@@ -11,11 +11,9 @@ import pytest
 
 from common import jobs
 from common.options import ROOT
-from common.tables import PREVIOUS, Row
+from common.tables import Row
 from sec3_benchmark import table1_pretraining_methods as table1
 from tests.task import task
-
-PRETRAIN, FINETUNE = "sec3_benchmark.pretrain_mae", "sec3_benchmark.finetune"
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +24,14 @@ def threads_unset(monkeypatch):
 
 
 def test_rows_that_begin_alike_stay_together():
-    both = [Row("a", "", None, ((PRETRAIN, {}), (FINETUNE, {"init": PREVIOUS}))),
-            Row("b", "", None, ((FINETUNE, {}),)),
-            Row("c", "", None, ((PRETRAIN, {}), (FINETUNE, {"init": PREVIOUS, "epochs": 3}))),
-            Row("a", "", None, ((PRETRAIN, {}), (FINETUNE, {"init": PREVIOUS, "epochs": 9})), column="other")]
+    both = [Row("a", "", None, ["pretrain.py", "tune.py --init {previous}"]),
+            Row("b", "", None, ["tune.py"]),
+            Row("c", "", None, ["pretrain.py", "tune.py --init {previous} --epochs 3"]),
+            Row("a", "", None, ["pretrain.py", "tune.py --init {previous} --epochs 9"], column="other")]
     a, b, c, other = both
     assert jobs.groups(both) == [[a, c, other], [b]]
-    every = [row.key for group in jobs.groups([row for row in table1.ROWS if row.stages]) for row in group]
-    assert sorted(every) == sorted(row.key for row in table1.ROWS if row.stages)
+    every = [row.key for group in jobs.groups([row for row in table1.ROWS if row.lines]) for row in group]
+    assert sorted(every) == sorted(row.key for row in table1.ROWS if row.lines)
 
 
 def test_tasks_run_at_once_each_with_its_share_of_the_cores(tmp_path, capsys):
@@ -58,13 +56,14 @@ def test_a_task_that_fails_is_left_to_the_caller(tmp_path):
 
 def test_a_stopped_training_stops_all_and_each_saves(tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        jobs.run_at_once([("stops", task, (tmp_path, "stops", 3.0, 75)), ("waits", task, (tmp_path, "waits", 60))], 2)
+        jobs.run_at_once([("waits", task, (tmp_path, "waits", 60)), ("stops", task, (tmp_path, "stops", 5.0, 75))], 2)
     assert stopped.value.code == 75 and (tmp_path / "waits.saved").exists()
 
 
 def test_a_signal_to_the_table_reaches_its_trainings(tmp_path):
     def interrupt():
-        time.sleep(6.0)
+        while len(list(tmp_path.glob("*.began"))) < 2:
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):

@@ -223,29 +223,29 @@ def test_bad_images_are_counted_once_and_listed(damaged, tmp_path, capsys):
     run = SimpleNamespace(folder=tmp_path)
     watch = BadImages(run, damaged)
     for batch in batches(steps=40, batch_size=10, images=damaged, bad="skip"):  # two epochs: each is met twice
-        watch.note(batch["bad"])
+        watch.record(batch["bad"])
     assert watch.known == {7, 11}
     [listing] = tmp_path.glob("bad_images*.txt")
     assert listing.read_text().splitlines() == [damaged.where(7), damaged.where(11)]
     assert capsys.readouterr().out.count("007.png") == 1
-    BadImages(run, damaged, known=[7, 11]).note(torch.tensor([7, -1]))  # a resumed run has not forgotten
+    BadImages(run, damaged, known=[7, 11]).record(torch.tensor([7, -1]))  # a resumed run has not forgotten
     assert capsys.readouterr().out == ""
 
 
 def test_more_than_one_percent_of_bad_images_stops(damaged, tmp_path):
     """Two of 200 are just 1 %; with the third it is enough."""
     watch = BadImages(SimpleNamespace(folder=tmp_path), damaged)
-    watch.note(torch.tensor([7, -1, 11]))
+    watch.record(torch.tensor([7, -1, 11]))
     with pytest.raises(DataError, match=r"1\.5% of 200 images are unreadable, more than 1%.*bad_images") as error:
-        watch.note(torch.tensor([20]))
+        watch.record(torch.tensor([20]))
     assert str(error.value).rsplit(" ", 1)[1] in map(str, tmp_path.iterdir())  # the list it points to is there
-    BadImages(SimpleNamespace(folder=tmp_path), damaged).note(torch.tensor([-1, -1]))
+    BadImages(SimpleNamespace(folder=tmp_path), damaged).record(torch.tensor([-1, -1]))
 
 
 def test_one_percent_is_of_the_images_whatever_the_number_of_ranks(damaged, tmp_path, monkeypatch):
     """After some epochs a rank has met every image, so every bad one."""
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
-    BadImages(SimpleNamespace(folder=tmp_path), damaged).note(torch.tensor([7, 11]))
+    BadImages(SimpleNamespace(folder=tmp_path), damaged).record(torch.tensor([7, 11]))
 
 
 # Evaluation
@@ -279,7 +279,7 @@ def test_bytes_are_normalised_as_torchvision_does_it():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     array = image_set(2).images
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    rest = {"noise": torch.rand(2, 4), "label": torch.tensor([1, 2]), "erase_box": torch.arange(8).view(2, 4)}
+    rest = {"noise": torch.rand(2, 4), "label": torch.tensor([1, 2]), "host_box": torch.arange(8).view(2, 4)}
     moved = to_device({"image": torch.from_numpy(array).permute(0, 3, 1, 2), **rest}, CPU, torch.tensor(mean) * 255,
                       torch.tensor(std) * 255)
     assert moved["image"].dtype == torch.float32

@@ -15,7 +15,7 @@ from common.augment import pretrain_transform
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
 from common.loader import Views, data_loader, step_batches
-from common.memory import Pixels, free_memory, keep_decoded
+from common.memory import DecodedImages, free_memory, keep_decoded
 
 CPU = torch.device("cpu")
 
@@ -76,10 +76,10 @@ def test_only_what_fits_is_kept(images, monkeypatch):
 
 def test_pixels_of_any_size_and_absent_ones_come_back():
     tensors = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((3, 2, 5), (1, 1, 1), (5, 4, 3))]
-    pixels = Pixels([tensors[0], None, *tensors[1:]])
+    pixels = DecodedImages([tensors[0], None, *tensors[1:]])
     assert pixels[1] is None
     assert all(torch.equal(pixels[at], tensor) for at, tensor in zip((0, 2, 3), tensors))
-    assert Pixels([None])[0] is None
+    assert DecodedImages([None])[0] is None
 
 
 def test_free_memory_is_the_least_of_machine_and_control_groups(tmp_path, monkeypatch):

@@ -20,18 +20,17 @@ from torch import multiprocessing, nn
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as TF
 
-from common import distributed, options, report
+from common import distributed, report
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_encoder, load_model
 from common.images import ImageSet
 from common.loader import Views, seed_everything, to_device
 from common.mae import sincos_positions
 from common.optim import learning_rate
+from common.pretrained import FormatError, read_weights
 from common.training import Engine
 from common.vit import SIZES, build_vit
-from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune, pretrain_mocov3, subsets, table1_pretraining_methods
-from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.moco import (
     GlobalBatchNorm,
     MoCo,
@@ -39,12 +38,12 @@ from sec3_benchmark.moco import (
     contrastive_loss,
     half_cosine,
     mlp,
-    positions,
+    moco_positions,
     symmetric_loss,
     view_transform,
 )
 from sec3_benchmark.pretrain_mocov3 import MoCoMethod, MoCoViews, decay_everything
-from tests.helpers import assert_close, crop_by_hand, golden, tensor
+from tests.helpers import assert_close, crop_by_hand, golden, settings_of, tensor
 
 CPU = torch.device("cpu")
 TINY = {"embed_dim": 16, "depth": 2}
@@ -123,7 +122,7 @@ def test_initial_values():
         assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
         assert module.bias is None or not module.bias.any()
     assert 0 < base.cls_token.abs().max() < 1e-5
-    assert not base.pos_embed[0, 0].any() and torch.equal(base.pos_embed[0, 1:], positions(192, (2, 2)))
+    assert not base.pos_embed[0, 0].any() and torch.equal(base.pos_embed[0, 1:], moco_positions(192, (2, 2)))
     for name, value in moco.momentum_encoder.state_dict().items():
         assert torch.equal(value, base.state_dict()[name])
 
@@ -131,11 +130,11 @@ def test_initial_values():
 def test_positions_are_maes_with_the_grid_transposed():
     grid, dim = (3, 5), 16
     transposed = sincos_positions(dim, grid[::-1]).view(5, 3, dim).transpose(0, 1).reshape(15, dim)
-    assert_close(positions(dim, grid), transposed, 1e-7)
+    assert_close(moco_positions(dim, grid), transposed, 1e-7)
     for row, column in ((0, 4), (2, 1)):  # the public code's order: sines, cosines of the row, then of the column
         omega = [10000 ** (-k / 4) for k in range(4)]
         expected = [f(p * w) for p in (row, column) for f in (math.sin, math.cos) for w in omega]
-        assert_close(positions(dim, grid)[row * 5 + column], expected, 1e-6)
+        assert_close(moco_positions(dim, grid)[row * 5 + column], expected, 1e-6)
 
 
 def test_what_is_trained():
@@ -177,7 +176,7 @@ def by_hand(image, size, blur, solarize):
 
 @pytest.mark.parametrize(("name", "blur", "solarize"), [("view1", 1.0, 0.0), ("view2", 0.1, 0.2)])
 def test_a_view_is_made_in_the_authors_order(name, blur, solarize):
-    args = options.resolve(pretrain_mocov3.build_parser(), {}, explicit={"img_size": [24]})
+    args = settings_of(pretrain_mocov3, presets={}, given={"img_size": [24]})
     view, counts = getattr(MoCoViews(args), name), {}
     for seed in range(200):
         pixels = np.random.RandomState(seed).randint(0, 256, (10, 12, 3), dtype=np.uint8)
@@ -312,11 +311,11 @@ def toy_images():
 def train_here(output, **explicit):
     """pretrain_mocov3.main on 35 images of noise, two steps an epoch; returns its result."""
     SIZES["vit_demo"] = TINY
-    subsets.pretraining_images = lambda args: toy_images()
+    subsets.pretraining_images = lambda args: (args, toy_images())
     row = {**MODEL, "preset": "demo", "img_size": [8], "batch_size": BATCH, "epochs": EPOCHS, "warmup_epochs": 1,
            "base_lr": 0.016, "momentum": 0.9, "device": "cpu", "precision": "fp32", "workers": 0, "log_every": 1,
            "output": str(output)}
-    args = options.resolve(pretrain_mocov3.build_parser(), {}, row=row, explicit=explicit)
+    args = settings_of(pretrain_mocov3, {**row, **explicit}, {})
     return pretrain_mocov3.main(args)
 
 
@@ -345,7 +344,7 @@ def on_one_of_two(rank, port, folder):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     report.draw_curve = lambda *paths: None
-    distributed.start("cpu")
+    distributed.start_process_group("cpu")
     norm, x, weigh = norm_step()
     mine = slice(6 * rank, 6 * rank + 6)
     x = x[mine].requires_grad_()
@@ -359,7 +358,7 @@ def on_one_of_two(rank, port, folder):
     for name, micro_batch in (("two ranks", 8), ("two ranks, accumulated", 4)):
         train_here(Path(folder) / name, micro_batch=micro_batch)
     torch.save(found, Path(folder) / f"found-{rank}.pt")
-    distributed.stop()
+    distributed.stop_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -488,7 +487,7 @@ def test_the_encoder_is_rebuilt_as_it_was_trained(tmp_path):
 
 def test_finetuning_reads_a_finished_run(trained):
     result = trained()
-    args = options.resolve(finetune.build_parser(), {}, explicit={
+    args = settings_of(finetune, presets={}, given={
         "preset": "paper", "model": "vit_demo", "img_size": [8], "patch_size": 4, "num_heads": 2})
     vit = finetune.build_classifier(args, 5, read_weights(result["checkpoint"]))
     state = weights(result)

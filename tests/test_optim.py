@@ -6,11 +6,10 @@ import torch
 from common import optim
 from common.mae import MAE
 from common.optim import adamw, learning_rate, parameter_groups, set_learning_rate, warmup_cosine
-from common.options import resolve
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune, pretrain_mae
-from sec3_benchmark.layer_decay import EXEMPT, layer_groups, layer_of
-from tests.helpers import golden
+from sec3_benchmark.layer_decay import EXEMPT, layer_groups, layer_index
+from tests.helpers import golden, settings_of
 
 IMAGENET = range(1_281_167)  # only its length counts
 
@@ -42,7 +41,7 @@ def test_schedule_without_warmup_and_beyond_its_end():
     (finetune, 1251, 5, 4e-3, 1e-6)])
 def test_the_papers_rates_on_imagenet(module, per_epoch, warmup, peak, end, capsys):
     """Appendix A.1 and A.2: base rates are per 256 images, steps per epoch are rounded down, the first rate is 0."""
-    args = resolve(module.build_parser(), module.PRESETS, explicit={"preset": "paper"})
+    args = settings_of(module, {"preset": "paper"})
     rate = warmup_cosine(args, IMAGENET, vars(args).get("min_lr", 0.0))
     assert f"{per_epoch} steps per epoch; peak lr {peak:.3g} = " in capsys.readouterr().out
     assert rate(0) == 0
@@ -90,7 +89,7 @@ def test_smallest_scales_at_depth_12(layer_decay, smallest):
 def test_layers_of_a_name():
     names = {"cls_token": 0, "reg_token": 0, "mask_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0,
              "blocks.0.norm1.bias": 1, "blocks.10.attn.qkv.weight": 11, "norm.weight": 13, "head.bias": 13}
-    assert {name: layer_of(name, 12) for name in names} == names
+    assert {name: layer_index(name, 12) for name in names} == names
 
 
 def models():
@@ -168,6 +167,6 @@ def test_adamw_equals_the_textbook():
 
 def test_an_epoch_says_how_many_images_sit_out():
     def said(images, batch_size):
-        return optim.epoch_in_words(range(images), batch_size)
+        return optim.describe_epoch(range(images), batch_size)
     assert said(186, 128) == "186 images, 1 steps per epoch (58 images sit out each epoch: lower --batch-size)"
     assert said(1000, 64) == "1000 images, 15 steps per epoch"  # 4 %

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,10 +19,9 @@ from PIL import Image
 
 from common import distributed, loader, options, runs, tables
 from common.errors import UserError
-from common.options import explicit_arguments, resolve
 from common.runs import open_run, settings_hash
-from common.tables import command_line
-from sec3_benchmark import finetune, initial_weights, pretrain_mae, pretrain_mocov3
+from sec3_benchmark import detect, finetune, pretrain_mae, pretrain_mocov3
+from tests.helpers import settings_of, stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.pretrain_mocov3": pretrain_mocov3,
@@ -30,7 +30,7 @@ SCRIPTS = {"sec3_benchmark.pretrain_mae": pretrain_mae, "sec3_benchmark.pretrain
 
 # Precedence
 
-LEVELS = {"default": 1, "preset": 2, "recipe": 3, "row": 4, "explicit": 5}
+LEVELS = {"default": 1, "preset": 2, "recipe": 3, "words": 4}
 
 
 def toy_parser():
@@ -43,33 +43,33 @@ def toy_parser():
     return parser
 
 
-def test_explicit_beats_row_beats_recipe_beats_preset_beats_default():
-    """Each level sets its own name and all those of the levels that win over it."""
+def test_words_beat_recipe_beats_preset_beats_default():
+    """Each level sets its own name and all those of the levels that win over it; of two equal flags the last counts."""
     def at(level):
         return {f"from_{name}": LEVELS[level] for name in LEVELS if LEVELS[name] >= LEVELS[level]}
-    settings = resolve(toy_parser(), {"demo": at("preset")}, {"ori": at("recipe"), "impr": {}}, explicit=at("explicit"),
-                       row={**at("row"), "recipe": "ori"})
+    words = ["--recipe", "ori", "--from-words", "7", *options.words(at("words"))]
+    settings = options.parse(toy_parser(), {"demo": at("preset")}, {"ori": at("recipe"), "impr": {}}, words)
     assert {level: getattr(settings, f"from_{level}") for level in LEVELS} == LEVELS
 
 
-def test_a_value_given_explicitly_wins_even_where_it_is_the_default():
-    explicit = explicit_arguments(toy_parser(), ["--from-preset", "1"])
-    assert explicit == {"from_preset": 1}
-    assert resolve(toy_parser(), {"demo": {"from_preset": 2}}, explicit=explicit).from_preset == 1
-    assert resolve(toy_parser(), {"demo": {"from_preset": 2}}).from_preset == 2
+def test_a_value_given_wins_even_where_it_is_the_default():
+    assert options.given(toy_parser(), ["--from-preset", "1"]) == {"from_preset": 1}
+    presets = {"demo": {"from_preset": 2}}
+    assert options.parse(toy_parser(), presets, argv=["--from-preset", "1"]).from_preset == 1
+    assert options.parse(toy_parser(), presets, argv=[]).from_preset == 2
 
 
-def test_the_recipe_itself_may_come_from_a_row_or_the_command_line():
+def test_the_recipe_itself_comes_from_the_command_line():
     recipes = {"impr": {"from_recipe": 7}, "ori": {"from_recipe": 8}}
-    assert resolve(toy_parser(), {}, recipes).from_recipe == 7
-    assert resolve(toy_parser(), {}, recipes, row={"recipe": "ori"}).from_recipe == 8
-    assert resolve(toy_parser(), {}, recipes, row={"recipe": "ori"}, explicit={"recipe": "impr"}).from_recipe == 7
+    assert options.parse(toy_parser(), {}, recipes, []).from_recipe == 7
+    assert options.parse(toy_parser(), {}, recipes, ["--recipe", "ori"]).from_recipe == 8
+    assert options.parse(toy_parser(), {}, recipes, ["--recipe", "ori", "--recipe", "impr"]).from_recipe == 7
 
 
 def test_ori_is_deits_augmentation():
     """Appendix A.1: what the older recipe changes, and what explicit arguments change in turn."""
     def settings(**explicit):
-        return resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, explicit=explicit)
+        return settings_of(finetune, explicit)
     names = ("randaugment", "erasing", "mixup", "cutmix", "smoothing", "drop_path")
     assert [getattr(settings(), n) for n in names] == ["rand-m10-mstd0.5-inc1", 0, 0.2, 0, 0, 0]
     ori = settings(recipe="ori", cutmix=0.5)
@@ -79,7 +79,7 @@ def test_ori_is_deits_augmentation():
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_the_preset_follows_from_the_data_path(module):
     def preset(**explicit):
-        settings = resolve(module.build_parser(), module.PRESETS, explicit=explicit)
+        settings = options.settle(settings_of(module, explicit))
         return settings.preset, settings.data, settings.model
     assert preset() == ("demo", "fractals", "vit_demo")
     assert preset(data_path="somewhere") == ("paper", "imagenet", "vit_tiny")
@@ -98,18 +98,18 @@ def test_the_preset_follows_from_the_data_path(module):
                     layer_decay=0.85, clip_grad=0, global_pool="avg", eval_every=10))])
 def test_the_paper_preset_is_the_papers_recipe(module, paper):
     """Appendix A.2, A.3 and A.1."""
-    settings = vars(resolve(module.build_parser(), module.PRESETS, explicit={"preset": "paper"}))
+    settings = vars(options.settle(settings_of(module, {"preset": "paper"})))
     expected = {**paper, "model": "vit_tiny", "num_heads": 12, "patch_size": 16, "img_size": [224], "in_chans": 3}
     assert {name: settings[name] for name in expected} == expected
 
 
 def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     parser = pretrain_mae.build_parser()
-    options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"mask_ratio": 0.6}))
+    options.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--mask-ratio", "0.6"]))
     printed = capsys.readouterr().out
     assert printed.startswith("# preset demo: ") and "--model vit_demo" in printed and "--mask-ratio 0.6" in printed
     assert "beta2" not in printed
-    options.announce(parser, resolve(parser, pretrain_mae.PRESETS, explicit={"preset": "paper", "data_path": "D"}))
+    options.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--data-path", "D"]))
     assert capsys.readouterr().out == "# preset paper: --data-path D (else the paper's values)\n"
 
 
@@ -120,12 +120,12 @@ def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs 5 leaves nothing of --epochs 5")])
 def test_values_that_no_run_can_have_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS, explicit=settings)
+        settings_of(pretrain_mae, settings)
 
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="--device gpu: choose auto, cpu, cuda"):
-        distributed.start("gpu")
+        distributed.start_process_group("gpu")
 
 
 def test_a_gpu_that_cannot_be_used_is_said_unless_it_was_hidden_on_purpose(monkeypatch):
@@ -134,10 +134,10 @@ def test_a_gpu_that_cannot_be_used_is_said_unless_it_was_hidden_on_purpose(monke
     monkeypatch.setattr(os.path, "exists", lambda path: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match="PyTorch cannot use it.*--device cpu goes on without"):
-        distributed.start("auto")
-    assert distributed.start("cpu").type == "cpu"
+        distributed.start_process_group("auto")
+    assert distributed.start_process_group("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert distributed.start("auto").type == "cpu"
+    assert distributed.start_process_group("auto").type == "cpu"
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path):
@@ -149,14 +149,12 @@ def test_a_failed_start_leaves_no_folder(tmp_path):
         assert len(list((tmp_path / "script").iterdir())) == left
 
 
-def test_unknown_settings_are_named():
-    with pytest.raises(UserError, match="stage sec3_benchmark.finetune: no setting epochz; perhaps epochs"):
-        tables.stage("sec3_benchmark.finetune", row={"epochz": 3})
-    with pytest.raises(UserError, match="no setting mask_ratio, mixup_x; perhaps .*mixup"):
-        resolve(finetune.build_parser(), {}, explicit={"mixup_x": 1}, row={"mask_ratio": 0.5})
-    with pytest.raises(SystemExit) as error:
-        explicit_arguments(pretrain_mae.build_parser(), ["--epoch", "3"])  # no abbreviations
-    assert error.value.code == 2
+def test_unknown_settings_are_named(capsys):
+    for script, words, said in (("sec3_benchmark/finetune.py", {"epochz": 3}, "finetune.py: error: .*--epochz 3 .per"),
+                                ("sec3_benchmark/pretrain_mae.py", {"epoch": 3}, "--epoch ")):  # no abbreviations
+        with pytest.raises(SystemExit) as error:
+            stage(script, words)
+        assert error.value.code == 2 and re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -164,34 +162,37 @@ def test_unknown_settings_are_named():
 def test_a_row_cannot_choose_what_the_command_line_refuses(name, value, capsys):
     """An unknown preset or recipe must not silently be the defaults."""
     with pytest.raises(SystemExit) as error:
-        resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, row={name: value})
+        settings_of(finetune, {name: value})
     assert value in f"{error.value} {capsys.readouterr().err}"
 
 
 # Commands
 
-def settings_of(module, argv):
-    given = explicit_arguments(module.build_parser(), argv)
-    return vars(resolve(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), explicit=given))
+def settled(module, argv):
+    """What enters the identity of a run of these words."""
+    args = options.parse(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), argv)
+    args = detect.settle_backbone(args, None) if module is detect else options.settle(args)
+    own = ("keep_activations", "draw") if module is detect else ("teacher",) if hasattr(args, "teacher") else ()
+    outside = ("subset", "equal", "pretrain_path", *own)
+    return {name: value for name, value in vars(args).items() if name not in outside}
 
 
 @pytest.mark.parametrize(("name", "argv"), [
-    ("sec3_benchmark.pretrain_mae", ""),
-    ("sec3_benchmark.pretrain_mae", "--preset small --data-path d --img-size 64 96 --raw-pixels --base-lr 1e-3 "
+    ("sec3_benchmark/pretrain_mae.py", ""),
+    ("sec3_benchmark/pretrain_mae.py", "--preset small --data-path d --img-size 64 96 --raw-pixels --base-lr 1e-3 "
                                     "--decoder-depth 2 --workers -1 --fresh --clip-grad 0.3333333333333333 --seed 3"),
-    ("sec3_benchmark.finetune", "--data-path d --recipe ori --cutmix 0 --init timm:x --keep-blocks 0 --in-chans 2 "
+    ("sec3_benchmark/finetune.py", "--data-path d --recipe ori --cutmix 0 --init timm:x --keep-blocks 0 --in-chans 2 "
                                 "--mean -0.5 0.3 --std 1 2 --eval-only --precision bf16")])
-def test_a_printed_command_means_the_same_settings(name, argv):
-    settings = settings_of(SCRIPTS[name], argv.split())
-    python, script, *words = shlex.split(command_line(name, settings))
-    assert python == "python" and (ROOT / script).is_file()
-    assert settings_of(SCRIPTS[name], words) == settings
+def test_settings_in_words_mean_the_same_settings(name, argv):
+    settings = tables.settings_of(name, argv.split())
+    assert tables.settings_of(name, options.words(vars(settings))) == settings
 
 
 def test_a_printed_command_survives_the_shell():
-    settings = settings_of(pretrain_mae, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
-    words = shlex.split(command_line("sec3_benchmark.pretrain_mae", settings))[2:]
-    assert settings_of(pretrain_mae, words) == settings
+    script = "sec3_benchmark/pretrain_mae.py"
+    settings = tables.settings_of(script, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
+    words = shlex.split(shlex.join(options.words(vars(settings))))
+    assert tables.settings_of(script, words) == settings
 
 
 def test_workers_share_the_cores_of_a_node(monkeypatch):
@@ -231,7 +232,7 @@ def test_new_arguments_leave_the_papers_runs_where_they_are(name):
     """Fails when an argument is added with a default that is not off, or a default changes. A new argument goes into
     ADDED_LATER; only a change that gives other results may change the hash here, and it loses every finished run."""
     where = "--dataset-path" if name.endswith("detect") else "--data-path"
-    settings = settings_of(importlib.import_module(name), ["--preset", "paper", where, "anywhere"])
+    settings = settled(importlib.import_module(name), ["--preset", "paper", where, "anywhere"])
     assert settings_hash(settings, {"data": "0123456789abcdef"}) == STORED_DEFAULTS[name]
 
 
@@ -242,12 +243,12 @@ def changed(value):
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_what_changes_the_result_enters_and_nothing_else(module):
     """Every argument of both scripts: those of execution and those known by content stay out, all others enter."""
-    settings = settings_of(module, ["--data-path", "here"])
+    settings = settled(module, ["--data-path", "here"])
     outside = {name for name, value in settings.items()
                if settings_hash({**settings, name: changed(value)}, {}) == settings_hash(settings, {})}
     execution = {"output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "keep_decoded",
                  "compile", "deterministic", "allow_inexact", "save_minutes", "log_every", "on_bad_image"}
-    assert outside == execution | {"data_path", "download", "preset"} | ({"init", "subset"} & set(settings))
+    assert outside == execution | {"data_path", "download", "preset"} | ({"init"} & set(settings))
     assert settings_hash(settings, {"data": "x"}) != settings_hash(settings, {"data": "y"})
 
 
@@ -272,24 +273,23 @@ def test_sizes_enter_as_they_were_stored():
 
 def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
     """Tables share finished runs with scripts started by hand: 1 is 1.0, 64 is [64], (2, 3) is [2, 3]."""
-    by_hand = settings_of(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
+    by_hand = settled(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
     row = {"clip_grad": 1, "mixup": 0, "img_size": 64, "mean": (0, 0, 0)}
-    assert settings_hash(vars(resolve(finetune.build_parser(), finetune.PRESETS, finetune.RECIPES, row=row)), {}) == \
-        settings_hash(by_hand, {})
+    assert settings_hash(settled(finetune, options.words(row)), {}) == settings_hash(by_hand, {})
 
 
 @pytest.mark.parametrize("given", [{"data_path": ""}, {"init": ""}])
 def test_an_empty_value_is_not_taken_for_none(given):
     """A shell variable that is not set would train from scratch, or the demo."""
     with pytest.raises(UserError, match="is empty: is a shell variable in it not set"):
-        resolve(finetune.build_parser(), finetune.PRESETS, explicit=given)
+        settings_of(finetune, given)
 
 
 @pytest.mark.parametrize(("name", "value"), [("clip_grad", -1.0), ("mixup", -0.2), ("beta2", 1.0), ("base_lr", -1e-3)])
 def test_numbers_that_no_recipe_can_have(name, value):
     module = pretrain_mae if name == "beta2" else finetune
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: "):
-        resolve(module.build_parser(), module.PRESETS, explicit={name: value})
+        settings_of(module, {name: value})
 
 
 # A run's folder
@@ -384,13 +384,15 @@ def test_a_run_with_replaced_images_is_reused_only_by_who_allows_it(tmp_path):
         assert again.result["top1"] == 1.0
 
 
-def test_a_files_settings_give_way_to_what_was_asked_for():
+def test_a_files_settings_give_way_to_what_was_asked_for(capsys):
     """Those of the preset do not."""
-    args = resolve(finetune.build_parser(), finetune.PRESETS, explicit={"num_heads": 3}, row={"patch_size": 4})
-    initial_weights.take_config(args, {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7})
-    assert (args.num_heads, args.patch_size, args.img_size, args.model) == (3, 4, [48, 48], "vit_demo")
-    assert "explicit" not in vars(args) and not hasattr(args, "depth")
-    initial_weights.take_config(args, None)
+    args = options.parse(finetune.build_parser(), finetune.PRESETS, argv=["--num-heads", "3", "--patch-size", "4"])
+    config = {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7}
+    weights = SimpleNamespace(config=config, statistics=None)
+    settled = options.settle(args, weights)
+    assert (settled.num_heads, settled.patch_size, settled.img_size, settled.model) == (3, 4, [48, 48], "vit_demo")
+    assert (args.img_size, args.model) == (None, None) and not hasattr(settled, "depth")
+    assert "as the weights say: --img-size 48 48" in capsys.readouterr().out
 
 
 def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):

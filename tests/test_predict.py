@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from appendix.tools import convert_checkpoint, predict
-from common import tables
 from common.checkpoint import save_torch
 from common.errors import UserError
 from common.mae import MAE
-from common.options import resolve
+from tests.helpers import settings_of, stage
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +32,13 @@ def place(tmp_path_factory):
     common = {"preset": "small", "data_path": str(folder / "data"), "output": str(folder / "outputs"), "device": "cpu",
               "workers": 0, "img_size": [16], "patch_size": 8, "model": "vit_demo", "epochs": 3, "batch_size": 16,
               "warmup_epochs": 0, "precision": "fp32", "randaugment": "none", "mixup": 0.0}
-    trained = {name: tables.stage("sec3_benchmark.finetune", explicit={**common, "in_chans": channels})
+    trained = {name: stage("sec3_benchmark/finetune.py", {**common, "in_chans": channels})
                for name, channels in (("colour", 3), ("grey", 1))}
     return SimpleNamespace(folder=folder, **trained)
 
 
 def run(place, tmp_path, init, data, **given):
-    return predict.main(resolve(predict.build_parser(), {}, explicit={
+    return predict.main(settings_of(predict, presets={}, given={
         "init": str(init), "data_path": str(data), "device": "cpu", "workers": 0, "output": str(tmp_path), **given}))
 
 
@@ -73,7 +72,7 @@ def test_16_bit_and_single_images_are_read_as_in_training(place, tmp_path):
 
 
 def test_the_names_travel_to_timm(place, tmp_path):
-    convert_checkpoint.main(resolve(convert_checkpoint.build_parser(), {}, explicit={
+    convert_checkpoint.main(settings_of(convert_checkpoint, presets={}, given={
         "checkpoint": place.colour["checkpoint"], "to": "timm", "output": str(tmp_path / "out")}))
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert list(model.pretrained_cfg["label_names"]) == ["cat", "dog"]

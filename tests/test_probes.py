@@ -13,14 +13,14 @@ from appendix import features, knn_probe, linear_probe
 from appendix.features import extract
 from appendix.knn_probe import knn_accuracy, vote
 from appendix.linear_probe import build_probe, fit_probe, probe_accuracy
-from common import distributed, options
+from common import distributed
 from common.augment import eval_transform
 from common.errors import UserError
 from common.images import ImageSet
 from common.mae import MAE
 from common.optim import set_learning_rate
 from common.vit import build_model
-from tests.helpers import noisy
+from tests.helpers import noisy, settings_of
 
 CPU = torch.device("cpu")
 
@@ -64,8 +64,7 @@ def test_knn_accuracy_counts_each_query_once():
 # The linear probe
 
 def probe_settings(**changes):
-    return options.resolve(linear_probe.build_parser(), linear_probe.PRESETS, linear_probe.RECIPES,
-                           explicit={"init": "x", "preset": "demo", **changes})
+    return settings_of(linear_probe, {"init": "x", "preset": "demo", **changes})
 
 
 @pytest.mark.parametrize("recipe", ["official", "quick"])
@@ -147,7 +146,7 @@ def mae_file(tmp_path):
 
 
 def knn_settings(file, folder, **changes):
-    return options.resolve(knn_probe.build_parser(), knn_probe.PRESETS, explicit=dict(
+    return settings_of(knn_probe, dict(
         init=str(file), device="cpu", workers=0, output=str(folder), **changes))
 
 
@@ -157,7 +156,7 @@ def test_layer_and_pooling(mae_file, tmp_path, layer, pooling):
     """Against the MAE's own encoder with every patch visible; 0 is the last block and the norm, 12 goes without it."""
     mae, file = mae_file
     args = knn_settings(file, tmp_path, layer=layer, pooling=pooling)
-    vit, _ = features.build_encoder(args, CPU)
+    vit, _, args = features.build_encoder(args, CPU)
     assert args.img_size == [12, 12] and args.num_heads == 4  # the file says so
     images, ids = torch.randn(2, 3, 12, 12), torch.arange(9).expand(2, -1)
     outputs = []
@@ -178,9 +177,7 @@ def test_a_classifier_says_its_pooling_unless_it_is_given(mae_file, tmp_path, la
         torch.save({"model": vit.state_dict(), **({"config": vit.config} if config else {})}, tmp_path / "vit.pt")
         row = dict(init=str(tmp_path / "vit.pt"), device="cpu", workers=0, layer=layer, img_size=[12], patch_size=4,
                    num_heads=4, model="vit_demo", **given)
-        args = options.resolve(knn_probe.build_parser(), knn_probe.PRESETS, row=row)
-        features.build_encoder(args, CPU)
-        return args.pooling
+        return features.build_encoder(settings_of(knn_probe, row), CPU)[2].pooling
     assert [pooling(kind) for kind in ("avg", "token")] == ["avg", "token"]
     assert pooling("avg", config=False) == "avg" and pooling("token", pooling="avg") == "avg"
     if layer:
@@ -189,8 +186,7 @@ def test_a_classifier_says_its_pooling_unless_it_is_given(mae_file, tmp_path, la
         with pytest.raises(UserError, match="was fine-tuned on the mean"):
             pooling("avg", pooling="token")
     args = knn_settings(mae_file[1], tmp_path, layer=layer)
-    features.build_encoder(args, CPU)
-    assert args.pooling == "token"
+    assert features.build_encoder(args, CPU)[2].pooling == "token"
 
 
 def test_the_relative_model_has_features_too():
@@ -203,7 +199,7 @@ def test_the_relative_model_has_features_too():
 def test_ranks_share_the_images(mae_file, tmp_path, monkeypatch):
     """Each rank computes every second image, the sum over ranks puts them together."""
     args = knn_settings(mae_file[1], tmp_path)
-    vit, _ = features.build_encoder(args, CPU)
+    vit, _, args = features.build_encoder(args, CPU)
     images, transform = toy_images(7), eval_transform(12)
     alone = extract(vit, images, transform, args, CPU)
     parts = []
@@ -217,7 +213,7 @@ def test_ranks_share_the_images(mae_file, tmp_path, monkeypatch):
 
 def test_features_are_computed_once(mae_file, tmp_path, monkeypatch):
     args = knn_settings(mae_file[1], tmp_path)
-    vit, fingerprint = features.build_encoder(args, CPU)
+    vit, fingerprint, args = features.build_encoder(args, CPU)
     calls = []
     monkeypatch.setattr(features, "extract", lambda *a, **k: calls.append(a) or extract(*a, **k))
     first = features.cached_features(vit, fingerprint, toy_images(), args, CPU)
@@ -237,7 +233,7 @@ def test_the_scripts(mae_file, tmp_path, monkeypatch, script):
     """A set that is its own training set is recognised; the result names the weights that were probed."""
     monkeypatch.setattr(script, "load_sets", lambda args: (toy_images(), toy_images()))
     changes = dict(k=1) if script is knn_probe else dict(recipe="quick", epochs=300, batch_size=6, base_lr=1.0)
-    args = options.resolve(script.build_parser(), script.PRESETS, getattr(script, "RECIPES", None), explicit=dict(
+    args = settings_of(script, dict(
         init=str(mae_file[1]), device="cpu", workers=0, output=str(tmp_path), **changes))
     result = script.main(args)
     assert result["top1"] == 100 and result["checkpoint"] == str(mae_file[1])
@@ -258,8 +254,7 @@ def test_views_take_turns_and_fresh_ones_are_computed_once(mae_file, tmp_path, m
 
     def probe(**more):
         extracted.clear()
-        linear_probe.main(options.resolve(linear_probe.build_parser(), linear_probe.PRESETS, linear_probe.RECIPES,
-                                          explicit=dict(init=str(mae_file[1]), device="cpu", workers=0, views=2,
+        linear_probe.main(settings_of(linear_probe, dict(init=str(mae_file[1]), device="cpu", workers=0, views=2,
                                                         output=str(tmp_path), **more)))
         return len(extracted)
     assert probe() == 3 and probe() == 0 and probe(fresh=True) == 3  # two views, and the validation images
@@ -273,16 +268,16 @@ def test_only_a_file_of_weights_can_be_handed_on(mae_file, tmp_path, monkeypatch
     """Known before any work; what holds for training alone is not offered."""
     monkeypatch.setattr(script, "build_encoder", lambda *args: pytest.fail("work was begun"))
     for source in ("timm:vit_tiny_patch16_224", str(tmp_path)):
-        args = options.resolve(script.build_parser(), {}, explicit=dict(init=source, save_to=str(tmp_path / "w.pt")))
+        args = settings_of(script, presets={}, given=dict(init=source, save_to=str(tmp_path / "w.pt")))
         with pytest.raises(UserError, match="is not a file: leave --save-to out"):
             script.main(args)
-    with pytest.raises(UserError, match="no setting on_bad_image"):
-        options.resolve(script.build_parser(), {}, explicit=dict(init="x", on_bad_image="skip"))
+    with pytest.raises(SystemExit):
+        settings_of(script, presets={}, given=dict(init="x", on_bad_image="skip"))
 
 
 def test_mistakes(mae_file, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--init is missing"):
-        features.build_encoder(options.resolve(knn_probe.build_parser(), knn_probe.PRESETS), CPU)
+        features.build_encoder(settings_of(knn_probe), CPU)
     with pytest.raises(UserError, match="--layer 13: from 1 to 12"):
         features.build_encoder(knn_settings(mae_file[1], tmp_path, layer=13), CPU)
     monkeypatch.setattr(knn_probe, "load_sets", lambda args: (toy_images(), toy_images()))

@@ -8,8 +8,8 @@ import pytest
 from appendix.tools import report_page
 from common import report
 from common.errors import UserError
-from common.options import resolve
 from common.tables import NOTES
+from tests.helpers import settings_of
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 
@@ -35,9 +35,8 @@ class Reader(HTMLParser):
 
 
 def make(folders, tmp_path):
-    parser = report_page.build_parser()
-    args = resolve(parser, {}, explicit={"folders": [str(folder) for folder in folders] or None,
-                                         "output_file": str(tmp_path / "page" / "report.html")})
+    args = settings_of(report_page, {"folders": [str(folder) for folder in folders] or None,
+                                     "output_file": str(tmp_path / "page" / "report.html")})
     result = report_page.main(args)
     return result, Reader((tmp_path / "page" / "report.html").read_text())
 

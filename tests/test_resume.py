@@ -189,13 +189,13 @@ def test_a_barrier_waits_for_every_rank(tmp_path):
     ranks = start_ranks([sys.executable, "-c", """
 import time
 from common import distributed
-distributed.start("cpu")
+distributed.start_process_group("cpu")
 distributed.barrier()
 time.sleep(distributed.rank() == 2)
 began = time.time()
 distributed.barrier()
 print(f"rank {distributed.rank()} waited {time.time() - began:.2f}\\n", end="", flush=True)
-distributed.stop()
+distributed.stop_process_group()
 """], tmp_path, world=3)
     assert [rank.wait(WAIT) for rank in ranks] == [0, 0, 0], said(tmp_path)
     waited = dict(line.split()[1::2] for line in said(tmp_path).splitlines() if line.startswith("rank"))
@@ -208,10 +208,10 @@ def test_the_first_step_sums_over_ranks_as_every_other(tmp_path):
 import torch
 from common import distributed, training
 from common.mae import MAE
-device = distributed.start("cpu")
+device = distributed.start_process_group("cpu")
 torch.manual_seed(0)
 model = MAE("vit_demo", img_size=24, patch_size=6)
-forward = training.wrap(model, device, None, False)
+forward = training.compile_and_distribute(model, device, None, False)
 torch.manual_seed(distributed.rank())
 images, noise, gradients = torch.randn(2, 3, 24, 24), torch.rand(2, 16), []
 for step in range(3):
@@ -219,7 +219,7 @@ for step in range(3):
     forward(images, noise).backward()
     gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
 assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
-distributed.stop()
+distributed.stop_process_group()
 """], tmp_path, world=4)
     assert [rank.wait(WAIT) for rank in ranks] == [0] * 4, said(tmp_path)
 
@@ -227,15 +227,16 @@ distributed.stop()
 def test_a_rank_that_fails_alone_leaves_at_once_with_its_message(tmp_path):
     """The other one waits for it, and does not learn of it by a time limit."""
     ranks = start_ranks([sys.executable, "-c", """
+import argparse
 from common import distributed, options
 from common.errors import UserError
 def main(args):
-    distributed.start("cpu")
+    distributed.start_process_group("cpu")
     distributed.barrier()
     if distributed.rank() == 1:
         raise UserError("no such thing on this node")
     distributed.barrier()
-options.start(main, options.make_parser("toy"), {}, parse=lambda parser, presets: options.Settings())
+options.start(main, options.make_parser("toy"), {}, parse=lambda parser, presets: argparse.Namespace())
 """], tmp_path, world=2)
     assert ranks[1].wait(30) == 1 and ranks[0].wait(30) != 0, said(tmp_path)
     assert "rank 1: -c: error: no such thing on this node" in said(tmp_path)

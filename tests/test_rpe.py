@@ -6,19 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import options
 from common.augment import contiguous
-from common.formats import load_model
+from common.filling import load_encoder, load_model
 from common.images import ImageSet
 from common.mae import MAE
+from common.pretrained import FormatError, read_weights
 from common.vit import SIZES, build_model
-from common.weights import FormatError, read_weights
 from sec3_benchmark import finetune
-from sec3_benchmark.initial_weights import load_encoder
 from sec3_benchmark.layer_decay import layer_groups
+from sec4_analysis.activations import Activations
 from sec4_analysis.attention import attention_logits
-from sec4_analysis.features import intermediates
-from tests.helpers import brute_force_bias, noisy, parameter_count, table_row
+from tests.helpers import brute_force_bias, noisy, parameter_count, settings_of, table_row
 
 SMALL = dict(img_size=(12, 8), patch_size=4, num_classes=3, num_heads=4)  # 3 x 2 patches
 
@@ -111,10 +109,11 @@ def test_the_analysis_reads_relative_models():
     images = torch.randn(2, 3, 12, 8)
     for shared in (False, True):
         model = noisy(build_model("vit_demo_simmim", shared_table=shared, **SMALL))
-        read = dict(intermediates(model, images, [f"blocks.3.{part}" for part in ("norm1", "logits")] + ["norm"]))
-        attention, tokens = model.blocks[3].attn, read["blocks.3.norm1"]
+        with Activations(model, ["blocks.3.norm1", "blocks.3.logits"]) as read:
+            found = read(images)
+        attention, tokens = model.blocks[3].attn, found["blocks.3.norm1"]
         values = (tokens @ attention.qkv.weight[192:].T + attention.v_bias).reshape(2, 7, 4, 24).transpose(1, 2)
-        mixed = attention.proj((read["blocks.3.logits"].softmax(dim=3) @ values).transpose(1, 2).reshape(2, 7, 96))
+        mixed = attention.proj((found["blocks.3.logits"].softmax(dim=3) @ values).transpose(1, 2).reshape(2, 7, 96))
         bias = {"shared_rel_pos_bias": model.rel_pos_bias()} if shared else {}
         torch.testing.assert_close(mixed, attention(tokens, **bias), rtol=1e-4, atol=1e-5)
 
@@ -197,7 +196,7 @@ def test_finetune_takes_it_by_name_or_from_the_file(tmp_path, monkeypatch):
                eval_every=0, device="cpu", workers=0, precision="fp32", output=str(tmp_path))
 
     def run(**explicit):
-        return finetune.main(options.resolve(finetune.build_parser(), {}, row=row, explicit=explicit))
+        return finetune.main(settings_of(finetune, {**row, **explicit}, {}))
     first = run(model="vit_demo_rpe")
     assert load_model(first["checkpoint"]).config["model"] == "vit_demo_rpe"
     second = run(init=first["checkpoint"], base_lr=0.0, min_lr=0.0)

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from appendix.tools import shrink_folder
 from common.data import labelled_folder, load_sets
 from common.errors import UserError
-from common.options import resolve
 from sec3_benchmark import finetune
+from tests.helpers import settings_of
 from tests.processes import ENVIRONMENT, ROOT, WAIT
 
 SIDE = 32
@@ -57,7 +57,7 @@ def photos(tmp_path):
 
 def run(folder, small, **given):
     explicit = {"data_path": str(folder), "output": str(small), "short_side": SIDE, "workers": 0, **given}
-    return shrink_folder.main(resolve(shrink_folder.build_parser(), {}, explicit=explicit))
+    return shrink_folder.main(settings_of(shrink_folder, presets={}, given=explicit))
 
 
 def contents(folder):
@@ -134,7 +134,7 @@ def test_the_copy_takes_the_place_of_the_folder(photos, tmp_path, capsys):
     save(picture(70, 70), photos / "val/c/1.jpg")
     run(photos, tmp_path / "small")
     assert f"use the smaller ones by --data-path {tmp_path / 'small'}" in capsys.readouterr().out
-    args = resolve(finetune.build_parser(), {}, explicit={"data": "folder", "data_path": str(tmp_path / "small")})
+    args = settings_of(finetune, presets={}, given={"data": "folder", "data_path": str(tmp_path / "small")})
     for ours, theirs in zip(load_sets(args), (labelled_folder(photos / split, 3, "") for split in ("train", "val"))):
         assert ours.classes == theirs.classes == ["a", "b", "c"] and ours.labels.tolist() == theirs.labels.tolist()
         stems = [[os.path.splitext(os.path.basename(images.images[i]))[0] for i in range(len(images))]

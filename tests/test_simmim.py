@@ -10,13 +10,11 @@ import torch.nn.functional as F
 
 from appendix import pretrain_simmim
 from appendix.simmim import SimMIM, masked_l1, random_mask
-from common import options
 from common.errors import UserError
-from common.formats import load_model
+from common.filling import load_encoder, load_model
 from common.optim import parameter_groups
+from common.pretrained import read_weights
 from common.vit import SIZES, build_model
-from common.weights import read_weights
-from sec3_benchmark.initial_weights import load_encoder
 from tests.helpers import (
     assert_close,
     assert_resumes_exactly,
@@ -24,6 +22,7 @@ from tests.helpers import (
     golden,
     noisy,
     parameter_count,
+    settings_of,
     tiny_run,
 )
 
@@ -132,8 +131,7 @@ def test_schedule():
 
 
 def test_the_paper_preset():
-    settings = vars(options.resolve(pretrain_simmim.build_parser(), pretrain_simmim.PRESETS,
-                                    explicit={"preset": "paper"}))
+    settings = vars(settings_of(pretrain_simmim, {"preset": "paper"}))
     expected = dict(model="vit_tiny_simmim", mask_ratio=0.6, warmup_epochs=10, warmup_lr=5e-7, weight_decay=0.05,
                     clip_grad=5.0, drop_path=0.1, crop_min=0.67, img_size=[224], patch_size=16, num_heads=12)
     assert {name: settings[name] for name in expected} == expected

@@ -7,8 +7,8 @@ from PIL import Image
 from appendix.tools import split_folder
 from common.data import load_sets
 from common.errors import UserError
-from common.options import resolve
 from sec3_benchmark import finetune
+from tests.helpers import settings_of
 
 SIZES = {"a": 10, "b": 25, "c": 2}
 
@@ -24,7 +24,7 @@ def classes(tmp_path):
 
 
 def run(folder, target, **given):
-    return split_folder.main(resolve(split_folder.build_parser(), {}, explicit={
+    return split_folder.main(settings_of(split_folder, presets={}, given={
         "data_path": str(folder), "split_path": str(target), **given}))
 
 
@@ -38,7 +38,7 @@ def test_every_image_is_on_one_side_and_read_from_there(classes, tmp_path, monke
     train, val = files(tmp_path / "split" / "train"), files(tmp_path / "split" / "val")
     assert not train & val and train | val == files(classes)
     monkeypatch.chdir("/")  # the links hold from anywhere
-    args = resolve(finetune.build_parser(), {}, explicit={"data": "folder", "data_path": str(tmp_path / "split")})
+    args = settings_of(finetune, presets={}, given={"data": "folder", "data_path": str(tmp_path / "split")})
     sets = load_sets(args)
     assert [len(images) for images in sets] == [29, 8] and sets[0].read(0).shape == (3, 4, 4)
 

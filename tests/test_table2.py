@@ -137,20 +137,20 @@ def test_mistakes_about_the_variants_are_named(imagenet, tmp_path):
 
 @pytest.mark.parametrize("key", QUICK)
 def test_parameters_are_the_published_ones(key):
-    model, problem = light_networks.build(NETWORKS[key])
+    model, problem = light_networks.build_network(NETWORKS[key])
     assert problem is None and parameter_count(model) / 1e6 == pytest.approx(NETWORKS[key].params, abs=0.0051)
 
 
 def test_ours_is_the_papers_vit_tiny():
     """5,717,416 parameters, twelve heads, whichever way it was trained; DeiT-Tiny and its kin have three."""
     for key in ("scratch", "mae-300", "mae-1000"):
-        vit, _ = light_networks.build(NETWORKS[key])
+        vit, _ = light_networks.build_network(NETWORKS[key])
         assert parameter_count(vit) == 5_717_416 and vit.blocks[0].attn.num_heads == 12
         assert NETWORKS[key].marks == ""
     starred = {key for key, network in NETWORKS.items() if "⋆" in network.marks}
     assert starred == {"deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"}
     for key in starred:
-        assert light_networks.build(NETWORKS[key])[0].blocks[0].attn.num_heads == 3
+        assert light_networks.build_network(NETWORKS[key])[0].blocks[0].attn.num_heads == 3
     assert [NETWORKS[key].top1 for key in ("scratch", "mae-300", "mae-1000", "mae-rpe")] == [75.8, 78.0, 78.5, 79.0]
 
 
@@ -163,7 +163,7 @@ def test_daggers_are_where_timm_says_distilled():
 
 
 def test_a_network_that_cannot_be_built_says_why():
-    assert light_networks.build(NETWORKS["edgevit"]) == (None, f"not in timm {timm.__version__}")
+    assert light_networks.build_network(NETWORKS["edgevit"]) == (None, f"not in timm {timm.__version__}")
     args = SimpleNamespace(batch_size=1)
     assert table2.measure(NETWORKS["mobile_former"], True, args, CPU)["status"].startswith("not in timm")
 

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.images import ImageSet
 from sec3_benchmark import pretrain_mae, subsets
 from sec3_benchmark import table3_pretraining_data as table3
+from tests.helpers import settings_of
 
 # images per class of ImageNet-LT's train split, as published beside github.com/JiahuiKChen/LT-classification
 OFFICIAL_LT = np.sort(json.loads((Path(__file__).parent / "imagenet_lt_class_counts.json").read_text()))[::-1]
@@ -151,7 +152,8 @@ def test_a_list_needs_files(tmp_path):
     (1_281_167, 12_811, 4096, 400, 40), (1_281_167, 128_116, 1024, 400, 40), (4000, 400, 128, 10, 1),
     (1_281_167, 14_197_122, 4096, 400, 40), (500, 450, 100, 2, 1)])
 def test_equal_iterations_are_as_many_steps_to_half_an_epoch(full, part, batch, epochs, warmup):
-    settings = table3.equal_iterations(epochs, warmup, batch, range(full), range(part))
+    args = SimpleNamespace(epochs=epochs, warmup_epochs=warmup, batch_size=batch)
+    settings = subsets.equal_iterations(args, range(full), range(part))
     per_epoch = len(list(range(batch, part + 1, batch)))  # whole batches, counted
     target = epochs * len(list(range(batch, full + 1, batch)))
     assert abs(settings["epochs"] * per_epoch - target) <= per_epoch / 2
@@ -161,7 +163,8 @@ def test_equal_iterations_are_as_many_steps_to_half_an_epoch(full, part, batch, 
 
 def test_one_percent_takes_a_hundred_times_the_epochs():
     """12,811 images are 3 batches of 4,096 where all of ImageNet is 312: 104 times 400 epochs."""
-    assert table3.equal_iterations(400, 40, 4096, range(1_281_167), range(12_811)) == \
+    args = SimpleNamespace(epochs=400, warmup_epochs=40, batch_size=4096)
+    assert subsets.equal_iterations(args, range(1_281_167), range(12_811)) == \
         {"epochs": 41_600, "warmup_epochs": 4_160}
 
 
@@ -216,22 +219,22 @@ def dry_run(folder, capsys, *words):
     return [dict(zip(line, line[1:])) for line in lines]
 
 
-def test_a_drys_run_commands_carry_subset_and_epochs(folder, capsys):
-    """What the table works out wins over --set, which sets the epochs on all of the data."""
+def test_a_dry_runs_commands_say_part_and_length(folder, capsys):
+    """--set gives the epochs on all of the data; the pre-training itself makes them as many iterations on a part."""
     [part, full] = dry_run(folder, capsys, "mae-10", "mae-full")
-    assert (part["--subset"], part["--epochs"], part["--warmup-epochs"]) == ("10%", "30", "10")
-    assert "--subset" not in full and (full["--epochs"], full["--warmup-epochs"]) == ("3", "1")
+    assert (part["--subset"], part["--equal"], part["--epochs"]) == ("10%", "iterations", "3")
+    assert "--subset" not in full and "--equal" not in full and full["--epochs"] == "3"
     [part] = dry_run(folder, capsys, "mae-10", "--equal", "epochs")
-    assert (part["--epochs"], part["--warmup-epochs"]) == ("3", "1")
+    assert part["--equal"] == "epochs"
     [other] = dry_run(folder, capsys, "mae-in21k", "--in21k", str(folder / "more"))
-    assert (other["--data-path"], other["--epochs"]) == (str(folder / "more"), "15")
+    assert (other["--pretrain-path"], other["--equal"]) == (str(folder / "more"), "iterations")
 
 
 def test_official_lists_take_the_place_of_draws(folder, capsys):
     ten = folder / "90percent.txt"
     ten.write_text("\n".join(f"n0000000{c}_{i}.png" for c in (1, 2) for i in (7, 11)))
     [part] = dry_run(folder, capsys, "mae-10", "--lists", f"10%={ten}")
-    assert (part["--subset"], part["--epochs"]) == (str(ten), "30")
+    assert part["--subset"] == str(ten)
     with pytest.raises(UserError, match="MAE, 1 %: .* holds 10 % of the images. suncet names its lists by the part w"):
         dry_run(folder, capsys, "mae-1", "--preset", "small", "--lists", f"1%={ten}")
     with pytest.raises(UserError, match="--lists 5%=x: the parts with a list are 1%, 10%, lt"):
@@ -249,8 +252,7 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
     with pytest.raises(UserError, match="--rows mae-lt has 3 images, fewer than one batch of 4: .*batch_size=N"):
         dry_run(folder, capsys, "mae-full", "mae-lt")
     assert {line.get("--subset") for line in dry_run(folder, capsys, "all")} == {"10%", None}  # the others are left out
-    args = arguments(folder)
-    args.rows, args.preset = None, "demo"  # its own rows are asked for too
+    args = options.replaced(arguments(folder), rows=None, preset="demo")  # its own rows are asked for too
     with pytest.raises(UserError, match="--rows mae-10 has too few"):
         table3.without(table3.ROWS[1], args, "has too few")
     assert not (folder / "out").exists()
@@ -259,13 +261,13 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
 def test_a_subset_is_part_of_a_runs_identity_by_its_images(folder):
     """The same images, drawn or listed, are the same run."""
     def run(**settings):
-        args = options.resolve(pretrain_mae.build_parser(), pretrain_mae.PRESETS, explicit={
+        args = settings_of(pretrain_mae, {
             "preset": "demo", "data": "folder", "data_path": folder / "data", "img_size": [16], "patch_size": 8,
             "epochs": 1, "warmup_epochs": 0, "batch_size": 4, "workers": 0, "device": "cpu", "precision": "fp32",
             "output": folder / "out", **settings})
         return pretrain_mae.main(args)["run"]
-    drawn = subsets.pretraining_images(SimpleNamespace(data="folder", data_path=folder / "data", in_chans=3,
-                                                       subset="10%"))
+    _, drawn = subsets.pretraining_images(SimpleNamespace(data="folder", data_path=folder / "data", in_chans=3,
+                                                          subset="10%", pretrain_path=None, equal="epochs"))
     (folder / "same.txt").write_text("\n".join(Path(file).name for file in drawn.images))
     assert run(subset="10%") == run(subset=str(folder / "same.txt"))
     assert run(subset="20%") != run(subset="10%") != run()

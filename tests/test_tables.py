@@ -8,8 +8,8 @@ import pytest
 
 from common import options, report, tables
 from common.errors import UserError
-from common.tables import PREVIOUS, Row
-from common.weights import HubError
+from common.pretrained import HubError
+from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
 
@@ -18,7 +18,7 @@ def ran(monkeypatch):
     """Two stages that only note how they were called."""
     calls = []
 
-    def stage(name, **arguments):
+    def toy(name, reads, **arguments):
         def build_parser():
             parser = options.make_parser(name)
             options.add_data(parser)
@@ -35,17 +35,18 @@ def ran(monkeypatch):
 
         module = ModuleType(f"toys.{name}")
         module.build_parser, module.main, module.PRESETS = build_parser, main, {"demo": {"data": "fractals"}}
+        module.READS = reads
         monkeypatch.setitem(sys.modules, f"toys.{name}", module)
 
-    stage("before", epochs=4, warmup_epochs=1, teacher=None)
-    stage("after", epochs=3, init=None, rate=0.5)
+    toy("before", "images", epochs=4, warmup_epochs=1, teacher=None)
+    toy("after", "labels", epochs=3, init=None, rate=0.5)
     return calls
 
 
-ROWS = [Row("plain", "from nothing", 1.0, (("toys.after", {}),)),
-        Row("one", "one", 2.0, (("toys.before", {"epochs": 5}), ("toys.after", {"init": PREVIOUS}))),
-        Row("two", "two", None, (("toys.before", {"epochs": 5}), ("toys.after", {"init": PREVIOUS, "rate": 0.1}))),
-        Row("big", "only for the paper", 3.0, (("toys.after", {}),), presets=("paper",)),
+ROWS = [Row("plain", "from nothing", 1.0, ["toys/after.py"]),
+        Row("one", "one", 2.0, ["toys/before.py --epochs 5", "toys/after.py --init {previous}"]),
+        Row("two", "two", None, ["toys/before.py --epochs 5", "toys/after.py --init {previous} --rate 0.1"]),
+        Row("big", "only for the paper", 3.0, ["toys/after.py"], presets=("paper",)),
         Row("later", "nobody built it", 4.0)]
 DEMO = ("plain", "one")
 
@@ -56,7 +57,7 @@ def run(*argv):
     tables.add_rows(parser, ROWS, DEMO)
     options.add_execution(parser)
     args = tables.parse(parser, argv)
-    return tables.run_rows(ROWS, args, DEMO, "table")
+    return tables.run_rows(ROWS, args, DEMO, "table")[0]
 
 
 def test_stages_run_in_order_and_hand_on_their_weights(ran):
@@ -96,7 +97,7 @@ def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monke
     names = [row["name"] for row in accuracy_table("table8", ROWS[:2], DEMO, args)]
     assert names == ["from nothing", "one [--epochs 9]"]
     assert "one: --epochs 9 by the command line" in capsys.readouterr().out
-    args.rows, args.per_stage = ["two"], {"after": {"rate": None}}  # --set after.rate=null
+    args = options.replaced(args, rows=["two"], set=["after.rate=0"])
     assert accuracy_table("table8", ROWS[2:3], DEMO, args)[0]["name"] == "two [--rate off]"
 
 
@@ -122,8 +123,8 @@ def test_a_dry_run_misses_a_path_that_no_command_would_have(ran):
 
 
 @pytest.mark.parametrize(("argv", "error", "message"), [
-    (["--set", "between.rate=1"], UserError, "no stage of this table: between; its stages are after, before"),
-    (["--set", "after.rat=1"], UserError, "stage .*after: no setting rat"),
+    (["--set", "between.rate=1"], UserError, "no script of this table: between; its scripts are after, before"),
+    (["--set", "after.rat=1"], SystemExit, "2"),
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
@@ -137,7 +138,7 @@ def test_what_is_wrong_is_said_before_the_first_stage(ran, argv, error, message)
 
 
 def test_one_seed_is_not_counted_as_several(ran):
-    with pytest.raises(UserError, match="--seeds 0 1: .*--set has the last stage.s"):
+    with pytest.raises(UserError, match="--seeds 0 1: .*--set has the last script.s"):
         run("--rows", "one", "--seeds", "0", "1", "--set", "after.seed=3")
     assert ran == []
 
@@ -148,7 +149,7 @@ def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ra
             raise HubError("timm cannot load timm:x. Give the folder", "timm:x")
         return {"checkpoint": "a.pt", "run": "a", "top1": 50.0, "best_top1": 51.0, "seconds": 1}
     monkeypatch.setattr(sys.modules["toys.after"], "main", main)
-    rows = [Row("hub", "from the hub", 5.0, (("toys.after", {"init": "timm:x", "rate": 0.25}),)), ROWS[0]]
+    rows = [Row("hub", "from the hub", 5.0, ["toys/after.py --init timm:x --rate 0.25"]), ROWS[0]]
     args = tables.parse(tables.make_parser("a table", rows, ()), ["--rows", "all", "--output", str(tmp_path),
                                                                    "--seeds", "0", "1"])
     hub, plain = accuracy_table("table8", rows, (), args)
@@ -160,7 +161,7 @@ def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ra
 
 def test_a_teacher_out_of_reach_is_given_to_the_table(tmp_path):
     args = tables.parse(tables.make_parser("a table", ROWS, ()), ["--data-path", str(tmp_path)])
-    row = Row("dmae", "D-MAE", None, (("sec5_distill.pretrain_dmae", {}), ("sec3_benchmark.finetune", {})))
+    row = Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py", "sec3_benchmark/finetune.py"])
     assert tables.remedy(row, "timm:vit_base_patch16_224.mae", args, 0) == "here as --set pretrain_dmae.teacher=FOLDER"
 
 
@@ -174,10 +175,7 @@ def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
     assert "# before.py: as above" not in printed
     run("--rows", "one", "two", "--dry-run")
     assert "# row 2 of 2: two, seed 0\n# before.py: as above\n" in capsys.readouterr().out
-    before, after = (options.resolve(sys.modules[f"toys.{name}"].build_parser(), {"demo": {"data": "fractals"}},
-                                     explicit=options.explicit_arguments(
-                                         sys.modules[f"toys.{name}"].build_parser(), list(words)))
-                     for name, words in zip(("before", "after"), settings))
+    before, after = (tables.settings_of(script, words) for script, words in zip(scripts, settings))
     assert (before.epochs, before.seed, after.rate, after.seed) == (5, 2, 0.3, 2)
     assert before.save_to == after.init  # each command finds the weights of the one before
 
@@ -187,7 +185,7 @@ def test_rows_that_were_not_run_stand_below_the_table(tmp_path, capsys):
     rows = [{"name": "a", "published": 78.0, "status": "run", "measured": [1.0, 2.0]},
             {"name": "b", "published": None, "status": "not chosen", "measured": []}]
     path = report.write_table("table9", args, {"row": lambda row: row["name"],
-                                               "measured": lambda row: report.spread(row["measured"])}, rows)
+                                               "measured": lambda row: report.mean_std(row["measured"])}, rows)
     assert path == tmp_path / "table9" / "table9.json" and len(json.loads(path.read_text())["rows"]) == 2
     text = path.with_suffix(".md").read_text()
     assert "| a   | 1.5 ± 0.7 |" in text and "| b" not in text

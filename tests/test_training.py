@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, distributed, options, report, training
+from common import checkpoint, distributed, report, training
 from common.augment import contiguous
 from common.checkpoint import load_newest, steps_saved
 from common.errors import UserError
@@ -25,7 +25,7 @@ from common.runs import Run
 from common.training import Method, train
 from common.vit import SIZES
 from sec3_benchmark import finetune, pretrain_mae
-from tests.helpers import assert_same, log_rows
+from tests.helpers import assert_same, log_rows, settings_of
 
 IMAGES, BATCH, PER_EPOCH, EPOCHS = 13, 4, 3, 3  # one image of 13 is left out of every epoch
 TOTAL, PEAK, WARMUP = PER_EPOCH * EPOCHS, 0.02, 2
@@ -79,7 +79,7 @@ def settings(**changes):
     """A run of nine steps: a row in the log after each, a checkpoint only when stopped."""
     row = dict(data="folder", device="cpu", precision="fp32", workers=0, epochs=EPOCHS, warmup_epochs=0,
                batch_size=BATCH, log_every=1, save_minutes=60, eval_every=0)
-    return options.resolve(finetune.build_parser(), {}, explicit=changes, row=row)
+    return settings_of(finetune, {**row, **changes}, {})
 
 
 def toy_images():
@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
         fit(run, args)
     assert str(run / "step-00000005.pt") in str(error.value) and "Free some space" in str(error.value)
     assert steps_saved(run) == [4, 3] and not list(run.glob(".*"))
-    assert checkpoint.read_whole(run / "step-00000004.pt")
+    assert checkpoint.load_verified(run / "step-00000004.pt")
     assert_same(state(fit(run, args)), state(fit(tmp_path / "whole", args)))
 
 
@@ -439,12 +439,12 @@ def small_mae(tmp_path, monkeypatch):
     """pretrain_mae.main with a model of one narrow block, on the images of this file: settings -> result."""
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 8, "depth": 1})
     monkeypatch.setitem(DECODERS, "vit_demo", (8, 1, 2))
-    monkeypatch.setattr(pretrain_mae.subsets, "pretraining_images", lambda args: toy_images())
+    monkeypatch.setattr(pretrain_mae.subsets, "pretraining_images", lambda args: (args, toy_images()))
     row = dict(preset="demo", img_size=[4], patch_size=2, num_heads=2, batch_size=BATCH, epochs=2, warmup_epochs=1,
                device="cpu", workers=0, output=str(tmp_path))
 
     def run(**explicit):
-        return pretrain_mae.main(options.resolve(pretrain_mae.build_parser(), {}, row=row, explicit=explicit))
+        return pretrain_mae.main(settings_of(pretrain_mae, {**row, **explicit}, {}))
     return run
 
 

@@ -23,11 +23,11 @@ from common.images import DataError, ImageSet
 from common.mae import DECODERS, MAE
 from common.runs import settings_hash
 from common.vit import SIZES, build_vit
-from sec3_benchmark import downstream, downstream_sets, initial_weights, pretrain_mae, table4_transfer, transfer
+from sec3_benchmark import downstream, downstream_sets, pretrain_mae, table4_transfer, transfer
 from sec3_benchmark.downstream import PUBLISHED
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
 from sec3_benchmark.layer_decay import layer_groups
-from tests.helpers import assert_close, assert_same
+from tests.helpers import assert_close, assert_same, settings_of
 from tests.processes import ROOT, start, start_ranks
 
 
@@ -280,11 +280,11 @@ def test_the_fractal_sets_share_classes_and_test_images_and_none_with_pretrainin
 # The recipe
 
 def resolved(**explicit):
-    return options.resolve(transfer.build_parser(), transfer.PRESETS, transfer.RECIPES, explicit=explicit)
+    return settings_of(transfer, explicit)
 
 
 def test_the_paper_preset_is_the_authors_recipe():
-    """PAPER A.4: the class defaults, and CIFAR-100's published settings."""
+    """Appendix A.4: the class defaults, and CIFAR-100's published settings."""
     settings = vars(resolved(preset="paper", dataset="anything", dataset_path="somewhere"))
     expected = dict(epochs=300, warmup_epochs=20, batch_size=512, base_lr=0.03, lr=None, min_lr=1e-6, momentum=0.9,
                     weight_decay=0, clip_grad=1, layer_decay=0.75, crop_min=0.08, global_pool="avg", eval_every=10,
@@ -389,7 +389,7 @@ def small(tmp_path, monkeypatch):
 
     def run(output="out", **explicit):
         explicit = {"output": str(tmp_path / output), **explicit}
-        return transfer.main(options.resolve(transfer.build_parser(), {}, row=row, explicit=explicit))
+        return transfer.main(settings_of(transfer, {**row, **explicit}, {}))
     return run
 
 
@@ -526,7 +526,7 @@ def test_given_weights_are_transferred_and_nothing_is_pretrained(table, tmp_path
     assert rows["mae"]["note"] == f"weights given: {tmp_path.name}/mae.pt"
     settings = [json.loads((Path(rows[key]["run"]["mine"][0]) / "settings.json").read_text())
                 for key in ("random", "mae")]
-    assert all(settings[0][name] == settings[1][name] for name in initial_weights.SHAPE)
+    assert all(settings[0][name] == settings[1][name] for name in options.SHAPE)
     for row in (rows["random"], rows["mae"], rows["late"]):
         assert row["train_images"] == {"mine": 16, "more": 24} and list(row["measured"]) == ["mine", "more"]
     for words in (["mae"], ["mae="], ["=file"], ["mae=a", "mae=b"]):
@@ -543,11 +543,12 @@ def test_the_random_row_is_the_network_of_the_given_files(tmp_path):
     def random_row(*words):
         args = tables.parse(table4_transfer.build_parser(), ["--preset", "small", "--models", f"mae={tmp_path}/mae.pt",
                                                              *words])
-        row = next(row for row in downstream.with_models(table4_transfer.ROWS, args) if row.key == "random")
-        return downstream.random_like(row, args).stages[0][1]
+        rows, args = downstream.with_models(table4_transfer.ROWS, args)
+        line = downstream.random_like(next(row for row in rows if row.key == "random"), args).lines[0]
+        return options.given(transfer.build_parser(), line.split()[1:])
     shape = {"model": "vit_small", "img_size": [32, 16], "patch_size": 8, "in_chans": 3, "num_heads": 12, **other}
-    assert random_row("--rows", "random") == {"init": tables.PREVIOUS, **shape}
-    assert random_row() == {"init": tables.PREVIOUS}  # not to be run
+    assert random_row("--rows", "random") == shape
+    assert random_row() == {}  # not to be run
     assert "img_size" not in random_row("--rows", "all", "--img-size", "64")
 
 
@@ -563,7 +564,7 @@ def test_in_coco_the_random_network_has_the_size_of_the_given_files_and_the_canv
 
 def test_given_weights_of_simmim_may_be_a_plain_vit(tmp_path):
     args = tables.parse(table4_transfer.build_parser(), ["--models", "simmim=plain.pt", "--rows", "mae"])
-    given = downstream.cells(downstream.with_models(table4_transfer.ROWS, args), ["coco"])
+    given = downstream.cells(downstream.with_models(table4_transfer.ROWS, args)[0], ["coco"])
     assert "simmim" in {row.key for row in given}
     assert "simmim" not in {row.key for row in downstream.cells(table4_transfer.ROWS, ["coco"])}
     with pytest.raises(UserError, match="--rows simmim: detect.py takes plain ViTs"):
@@ -600,10 +601,10 @@ def test_gaps_are_differences_to_the_supervised_row():
 def test_given_weights_keep_their_row_s_settings_and_colours_suffice(tmp_path):
     given = {"simmim": "F", "a": "F", "b": "F"}
     args = argparse.Namespace(models=[f"{name}={file}" for name, file in given.items()], rows=["random"])
-    rows = {row.key: row for row in downstream.with_models(table4_transfer.ROWS, args)}
+    rows, args = downstream.with_models(table4_transfer.ROWS, args)
+    rows = {row.key: row for row in rows}
     assert args.rows == ["random", "simmim", "a", "b"]
-    assert rows["simmim"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
-    assert rows["a"].stages == (("sec3_benchmark.transfer", {"init": "F"}),)
+    assert rows["simmim"].lines == rows["a"].lines == ["sec3_benchmark/transfer.py --init F"]
     table = {"preset": "small", "rows": [
         {"key": row.key, "name": row.name, "published": row.published, "measured": {"mine": [50.0 + i]},
          "train_images": {"mine": 100}} for i, row in enumerate(rows.values())]}

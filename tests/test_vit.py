@@ -3,15 +3,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.filling import leading_blocks
 from common.vit import (
     SIZES,
     build_vit,
-    choose_attention,
     eval_mode,
     pair,
     patch_grid,
+    set_fused_attention,
 )
-from sec3_benchmark.initial_weights import leading_blocks
 from sec4_analysis.attention import attention_logits
 from tests.helpers import assert_close, fill_by_name, golden, parameter_count
 
@@ -33,7 +33,7 @@ def test_reference_logits(monkeypatch):
     monkeypatch.setitem(SIZES, "golden", {"embed_dim": c["dim"], "depth": c["depth"]})
     vit = build_vit("golden", img_size=c["img"], patch_size=c["patch"], num_classes=11, num_heads=c["heads"])
     fill_by_name(vit, fill_positions=True).eval()
-    for model in (vit, choose_attention(vit, "cpu", torch.bfloat16)):
+    for model in (vit, set_fused_attention(vit, "cpu", torch.bfloat16)):
         assert_close(model(torch.from_numpy(values["images"])), values["logits"], 1e-5)
 
 
@@ -140,7 +140,7 @@ def test_plain_attention_equals_the_fused_kernel(settings):
     x = images(*vit.patch_embed.img_size)
     assert all(block.attn.fused_attn for block in vit.blocks)  # else there is nothing to compare
     fused = vit(x)
-    assert not any(block.attn.fused_attn for block in choose_attention(vit, "cpu", torch.bfloat16).blocks)
+    assert not any(block.attn.fused_attn for block in set_fused_attention(vit, "cpu", torch.bfloat16).blocks)
     assert_close(vit(x), fused, 1e-5)
 
 

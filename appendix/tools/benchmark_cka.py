@@ -109,7 +109,7 @@ def peak_memory(version, args, device):
 
 def main(args):
     """Measures and writes; returns {version: {"seconds", "peak_gib"}}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     if args.num_images < args.batch_size:
         raise UserError(f"--num-images {args.num_images} is less than one --batch-size {args.batch_size}: lower it too")
     if args.memory_of:

@@ -20,7 +20,7 @@ from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
 from common.runs import identity
-from common.vit import choose_attention
+from common.vit import set_fused_attention
 from sec5_distill.distillation import DMAE, Teacher, visible_patches
 
 VERSIONS = ("D-MAE", "MAE", "straightforward", "all")
@@ -47,11 +47,11 @@ def build(version, args, device, dtype):
         return model, model
     student = MAE(**view)
     if version == "MAE":
-        model = choose_attention(student.to(device), device, dtype)
+        model = set_fused_attention(student.to(device), device, dtype)
         return model, model
     blocks = range(1, 13) if version == "all" else (12,)
     teacher = Teacher(MAE("vit_base", **view), blocks).prepare(device, dtype)
-    model = choose_attention(DMAE(student, teacher, blocks).to(device), device, dtype)
+    model = set_fused_attention(DMAE(student, teacher, blocks).to(device), device, dtype)
     return model, lambda images, noise: model(images, noise, *teacher(*visible_patches(student, images, noise)))[0]
 
 
@@ -77,7 +77,7 @@ def measure(precision, args, device):
 
 def main(args):
     """Measures and writes; returns {precision: {version: ...}}."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()
         print(benchmarking.resident("VmHWM"))

@@ -21,7 +21,7 @@ from common import options
 from common.augment import eval_transform, pretrain_transform
 from common.data import labelled_folder
 from common.distributed import print0
-from common.fractals import draw
+from common.fractals import draw_fractals
 from common.loader import Views, data_loader, step_batches
 from sec3_benchmark import pretrain_mocov3
 from sec3_benchmark.moco import GaussianBlur, colour_jitter
@@ -110,7 +110,7 @@ def generated_folder(folder, count=1000, size=256):
     for first in range(0, count, 50):
         target = Path(folder) / f"class{first // 50:02d}"
         target.mkdir(parents=True)
-        for index, image in enumerate(draw(0, [first // 50] * 50, list(range(50)), size, size)):
+        for index, image in enumerate(draw_fractals(0, [first // 50] * 50, list(range(50)), size, size)):
             Image.fromarray(image).save(target / f"{index}.jpg", quality=90)
     return folder
 

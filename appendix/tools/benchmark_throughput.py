@@ -22,7 +22,7 @@ from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
 from common.runs import identity
-from common.vit import choose_attention
+from common.vit import set_fused_attention
 
 
 def build_parser():
@@ -48,7 +48,7 @@ def make_step(version, precision, args, device, compiled=False):
     dtype = DTYPES[precision]
     if version == "ours":
         model = MAE(img_size=args.img_size, patch_size=args.patch_size).to(device)
-        choose_attention(model, device, dtype)
+        set_fused_attention(model, device, dtype)
         optimizer = adamw(parameter_groups(model, 0.05), (0.9, 0.95))
     else:
         reference = from_tests("straightforward_mae").StraightforwardMAE
@@ -131,7 +131,7 @@ def write(args, device, steps, loader):
 
 def main(args):
     """Measures and writes what --parts asks for."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()
         print(benchmarking.resident("VmHWM"))

@@ -21,7 +21,8 @@ from common.errors import UserError
 from common.runs import identity
 
 ROWS = 30  # of a reference
-ABOUT = ("script", "fingerprints")  # what settings.json holds besides settings
+# What settings.json holds besides the settings that decide a run: its script, and what fingerprints tell
+ABOUT = ("script", "fingerprints", "subset", "teacher", "keep_activations", "draw")
 
 
 def build_parser():

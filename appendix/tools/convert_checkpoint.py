@@ -4,9 +4,10 @@
     python appendix/tools/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth  # {"model": public names}
     python appendix/tools/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.tar  # module.base_encoder.*
 
-Reads what common/formats.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models with relative positions. A file
-of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). What is written does,
-with image size, mean and std, for timm and for the scripts here. Other projects' readers look at the tensors alone:
+Reads what common/pretrained.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models of relative positions. A
+file of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). What is written
+does, with image size, mean and std, for timm and for the scripts here. Other projects' readers look at the tensors
+alone:
 what they must be told is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
 `out.pth?matching_heuristics=True`.
 """
@@ -20,14 +21,13 @@ from timm.models import VisionTransformer
 from common import options
 from common.augment import CROP_PCT
 from common.checkpoint import save_json, save_torch, write_atomically
-from common.data import channel_statistics, take_statistics
+from common.data import channel_statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model, read_weights, require_fit
+from common.filling import DECODER, load_model, require_fit
 from common.mae import DECODERS, MAE
+from common.pretrained import STEM, TABLE, read_weights, shape_config, vit_config
 from common.vit import SIZES, eval_mode
-from common.weights import STEM, TABLE, shape_config, vit_config
-from sec3_benchmark.initial_weights import DECODER
 
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
 TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output
@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest o
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--checkpoint", "--init", required=True, help="any format of common/formats.py, also timm:NAME")
+    parser.add_argument("--checkpoint", "--init", required=True, help="as common/pretrained.py reads, also timm:NAME")
     parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
     parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
@@ -154,8 +154,7 @@ def main(args):
         raise UserError(f"{args.checkpoint} is a {type(model).__name__}: ViTs and MAEs can be converted, no others")
     if args.to != "timm" and model.config["model"] is None:
         raise UserError(f"{args.checkpoint} has the width and depth of none of {', '.join(SIZES)}: choose --to timm")
-    args.in_chans = model.config["in_chans"]
-    take_statistics(args, weights)
+    args = with_statistics(options.replaced(args, in_chans=model.config["in_chans"]), weights)
     statistics = channel_statistics(args.in_chans, args.mean, args.std)
     names = weights.classes if getattr(model, "num_classes", 0) else None
     if args.to == "timm":

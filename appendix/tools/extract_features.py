@@ -24,9 +24,7 @@ from common.data import load_images
 from common.distributed import print0
 from common.errors import UserError
 
-PRESETS = {"demo": dict(data="fractals", img_size=[36], model="vit_demo", patch_size=6),
-           "laptop": dict(data="folder", img_size=[48], model="vit_demo", patch_size=8),
-           "small": dict(data="folder", img_size=[64], patch_size=8), "paper": dict(data="folder")}
+PRESETS = {"demo": dict(data="fractals"), **dict.fromkeys(("laptop", "small", "paper"), dict(data="folder"))}
 
 
 def build_parser():
@@ -54,8 +52,8 @@ def read_alone(root):
 
 def main(args):
     """Returns {"features": the file written, "images", "dim"}."""
-    device = distributed.start(args.device)
-    encoder, fingerprint = build_encoder(args, device)
+    device = distributed.start_process_group(args.device)
+    encoder, fingerprint, args = build_encoder(args, device)
     images = load_images(args)
     about = json.dumps({"weights": fingerprint, "images": images.fingerprint(), **settings_of(args)}, sort_keys=True)
     name = f"{Path(args.init).name}-layer{args.layer}-{args.pooling}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"

@@ -18,10 +18,11 @@ from common import distributed, options
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model, read_weights
+from common.filling import load_model
 from common.images import ImageSet, list_images
+from common.pretrained import read_weights
 from common.vit import eval_mode
-from sec4_analysis.features import check_plain
+from sec4_analysis.activations import check_plain
 from sec4_analysis.images import batches
 
 
@@ -83,7 +84,7 @@ def class_folders(files, root, classes):
 
 def main(args):
     """Returns {"classes": the most likely one's name for each image, "accuracy" (None where unknown), "file"}."""
-    device, weights = distributed.start(args.device), read_weights(args.init)
+    device, weights = distributed.start_process_group(args.device), read_weights(args.init)
     model = eval_mode(load_model(weights, num_heads=args.num_heads, img_size=args.img_size), device)
     check_plain(model, args.init)
     if not getattr(model, "num_classes", 0):

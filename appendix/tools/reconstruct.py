@@ -15,12 +15,13 @@ import torch
 
 from common import data, distributed, options
 from common.augment import eval_transform
-from common.data import load_images, statistics, take_statistics
+from common.data import load_images, statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.formats import load_model, read_weights
+from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import take
+from common.pretrained import read_weights
 from common.report import subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
@@ -99,15 +100,15 @@ def draw(arrays, path, title):
 @torch.inference_mode()
 def main(args):
     """Writes reconstruction.npz and reconstruction.png; returns their folder."""
-    device = distributed.start(args.device)
+    device = distributed.start_process_group(args.device)
     weights = read_weights(args.checkpoint)
     if "decoder_embed.weight" not in weights.state:
         raise UserError(f"{args.checkpoint} holds no MAE decoder, so nothing can be reconstructed")
     model = load_model(weights, num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size,
                        mask_ratio=args.mask_ratio, norm_pix=False if args.raw_pixels else None)
     model = eval_mode(model, device)
-    args.img_size, args.in_chans = model.config["img_size"], model.config["in_chans"]
-    take_statistics(args, weights)
+    args = options.replaced(args, img_size=model.config["img_size"], in_chans=model.config["in_chans"])
+    args = with_statistics(args, weights)
     images = load_images(args)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]

@@ -1,4 +1,4 @@
-"""Average precision of a detector on COCO's terms: every image's detections, back on the original, to pycocotools."""
+"""COCO average precision of a detector, computed by pycocotools on the original images."""
 import contextlib
 import io
 
@@ -11,15 +11,18 @@ from common import distributed
 from common.data import statistics
 from common.loader import on_device
 from sec3_benchmark.detection.coco import DetectionViews
-from sec3_benchmark.detection.mask_rcnn import paste
+from sec3_benchmark.detection.mask_rcnn import paste_masks
 from sec3_benchmark.evaluate import eval_loader
 
-MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # where COCOeval.stats keeps them
+MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # measure -> index in COCOeval.stats
 
 
 @torch.inference_mode()
 def detect_all(model, images, args, device, rank=0, world=1):
-    """COCO detections on every `world`-th image, boxes and masks back on the original image."""
+    """Detect objects on every `world`-th image, from number `rank` on: a list of COCO result entries.
+
+    Boxes and masks are in pixels of the original image.
+    """
     model.eval()
     mean, std = (values.to(device) for values in statistics(args))
     views = DetectionViews(args.img_size, None)
@@ -27,20 +30,23 @@ def detect_all(model, images, args, device, rank=0, world=1):
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
     categories, found = list(images.categories), []
     for batch in on_device(loader, device, mean, std):
-        sizes = [tuple(size) for size in batch["size"].tolist()]
+        sizes = [tuple(size) for size in batch["host_size"].tolist()]
         for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
-                                                    batch["original"].tolist()):
-            found += as_coco(detection, images.ids[index], size, original, categories)
+                                                    batch["host_original"].tolist()):
+            found += to_coco(detection, images.ids[index], size, original, categories)
     return found
 
 
 def evaluator(model, images, args, device):
-    """Box and mask AP on `images` as a function of nothing, for the training loop; every rank takes its share."""
+    """Make the evaluation of a detector: a zero-argument callable that returns the dict of `average_precision`.
+
+    All ranks call it; each evaluates its share of the images.
+    """
     rank, world = distributed.rank(), distributed.world_size()
 
     def evaluate():
         parts = [detect_all(model, images, args, device, rank, world)]
-        if world > 1:  # to rank 0 alone: the masks of 5,000 images are large
+        if world > 1:  # only rank 0 gets them: the masks of 5,000 images are large
             mine, parts = parts[0], [None] * world
             torch.distributed.gather_object(mine, parts if rank == 0 else None)
         result = average_precision(images.coco, images.ids, sum(parts, [])) if rank == 0 else None
@@ -49,12 +55,16 @@ def evaluator(model, images, args, device):
     return evaluate
 
 
-def as_coco(detection, image_id, size, original, categories):
-    """One image's detections as COCO entries; `size` is what the model saw of the image of size `original`."""
+def to_coco(detection, image_id, size, original, categories):
+    """Convert one image's detections to COCO result entries.
+
+    size: (height, width) of the resized image that the model saw; original: of the original image. categories: COCO
+    category ids in the order of the labels 1, 2, ...
+    """
     (height, width), (seen_height, seen_width) = original, size
     zoom = torch.tensor([width / seen_width, height / seen_height] * 2, device=detection["boxes"].device)
     boxes = detection["boxes"] * zoom
-    masks = paste(detection["masks"], boxes, height, width).cpu().numpy()
+    masks = paste_masks(detection["masks"], boxes, height, width).cpu().numpy()
     entries, scores, labels = [], detection["scores"].tolist(), detection["labels"].tolist()
     for box, score, label, mask in zip(boxes.tolist(), scores, labels, masks):
         lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -64,13 +74,14 @@ def as_coco(detection, image_id, size, original, categories):
     return entries
 
 
-def average_precision(coco, ids, found):
-    """{"box_ap", "mask_ap", "box_ap50", ...} in percent, of COCO detections on the images `ids`. A measure with no
-    object to find (no small ones, say) is left out.
+def average_precision(coco, ids, found) -> dict[str, float]:
+    """Compute {"box_ap", "mask_ap", "box_ap50", ...} in percent from COCO result entries on the images `ids`.
+
+    A measure without any ground-truth object (no small objects, say) is left out.
     """
     result = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        # without their boxes masks are ranked small, medium, large by their own area, as in detectron2
+        # without "bbox", pycocotools takes a mask's own area as its size (small, medium, large), as detectron2 does
         entries = [{k: v for k, v in one.items() if kind == "bbox" or k != "bbox"} for one in found]
         stats = [0.0] * 6
         if entries:
@@ -82,6 +93,6 @@ def average_precision(coco, ids, found):
                 evaluation.summarize()
             stats = evaluation.stats
         for measure, place in MEASURES.items():
-            if stats[place] >= 0:  # COCOeval says -1 for "no such object"
+            if stats[place] >= 0:  # -1: no ground-truth object of this size
                 result[f"{name}_{measure.lower()}"] = 100 * float(stats[place])
     return result

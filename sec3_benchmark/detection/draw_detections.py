@@ -1,4 +1,4 @@
-"""Pictures of detections: below each image's own objects those that were found."""
+"""Pictures of detections: each image with its annotations, below it the same image with the detected objects."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,12 @@ from common.images import to_pillow
 from sec3_benchmark.detection.average_precision import detect_all
 from sec3_benchmark.detection.coco import object_mask
 
-SHOWN = 0.4  # lowest score of a detection that is drawn
-PER_ROW = 4
+SHOWN = 0.4  # lowest score of the detections drawn
+PER_ROW = 4  # images
 
 
-def draw(model, images, args, device, folder):
-    """predictions.json, the detections on the first validation images, and predictions.png, drawn from it."""
+def detect_and_draw(model, images, args, device, folder):
+    """Detect objects on the first args.draw images: write predictions.json and, from it, predictions.png (rank 0)."""
     if not args.draw or not distributed.is_main():
         return
     few = replace(images, images=images.images[:args.draw], ids=images.ids[:args.draw])
@@ -29,7 +29,7 @@ def draw(model, images, args, device, folder):
 
 
 def draw_detections(images, found, path):
-    """All images of a (small) CocoSet: annotations above, the detections of the file `found` below."""
+    """Draw all images of a small CocoSet: annotations above, the detections in the JSON file `found` below."""
     found, count = json.loads(Path(found).read_text()), len(images)
     columns, blocks = min(PER_ROW, count), -(-count // PER_ROW)
     figure, axes = report.subplots(2 * blocks, columns, figsize=(2.4 * columns, 4.8 * blocks), squeeze=False)
@@ -38,7 +38,7 @@ def draw_detections(images, found, path):
     for i in range(count):
         image, annotations = images.read(i)
         predicted = [one for one in found if one["image_id"] == images.ids[i] and one["score"] >= SHOWN]
-        predicted.sort(key=lambda one: one["score"])  # the surest on top
+        predicted.sort(key=lambda one: one["score"])  # highest scores are drawn last, on top
         row, column = 2 * (i // PER_ROW), i % PER_ROW
         for axis, entries, title in ((axes[row, column], annotations, "annotated"),
                                      (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
@@ -48,10 +48,10 @@ def draw_detections(images, found, path):
 
 
 def overlay(axis, image, entries, categories):
-    """The image with each object's mask, box, category and, where there is one, score."""
+    """Draw an image with each object's mask, box, category and, for detections, score."""
     pixels = np.asarray(image.convert("RGB")).astype(float)
     for i, one in enumerate(entries):
-        colour = report.COLOURS[i % (len(report.COLOURS) - 1)]  # the last is black
+        colour = report.COLOURS[i % (len(report.COLOURS) - 1)]  # without the last, black
         tint = np.array([int(colour[k:k + 2], 16) for k in (1, 3, 5)])
         mask = object_mask(one, image.height, image.width)
         pixels[mask] = 0.5 * pixels[mask] + 0.5 * tint

@@ -1,9 +1,10 @@
-"""Mask R-CNN on the pyramid of vitdet.py (Appendix A.5): torchvision's parts with detectron2's constants and losses.
+"""Mask R-CNN on the pyramid of vitdet.py (Appendix A.5): torchvision modules, detectron2's constants and losses.
 
-Ours are what torchvision has no setting for: exact anchors, ROIAlign with its half-pixel shift ("aligned"), plain L1
-losses, norms in the heads, mask targets and pasted masks sampled where detectron2 samples them. Boxes are (x1, y1, x2,
-y2) in pixels of the padded image; class 0 is the background. Predictions leave the heads in float32, as bf16 knows
-pixel 639 only to within 2. Every remaining difference is listed in the section's README.
+Implemented here is what torchvision cannot be configured to do: exact anchors, ROIAlign with half-pixel offset
+("aligned"), plain L1 losses, norms in the heads, and detectron2's sampling points for mask targets and pasted masks.
+Boxes are (x1, y1, x2, y2) in pixels of the padded image; class 0 is the background. The heads' predictions are
+converted to float32, because bf16 resolves a coordinate near pixel 639 only to within 2 pixels. The section's README
+lists every remaining difference from detectron2.
 """
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,21 @@ from torchvision.ops import roi_align
 from sec3_benchmark.detection.vitdet import LEVELS
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-ANCHOR = 8  # their side in strides: 32 px at stride 4 to 512 px at stride 64, for patches of 16 px
-CANONICAL = 14  # a box of 14 patches (224 px) is pooled from p4, one half as large from p3
+ANCHOR = 8  # side of an anchor in strides of its level: 32 px at stride 4 to 512 px at stride 64, for 16 px patches
+CANONICAL = 14  # side in patches of a box pooled from p4 (224 px at 16 px patches); each halving is one level lower
 
 
 class Anchors(nn.Module):
-    """Three anchors around each position of each level; unlike torchvision's they are not rounded to whole pixels."""
+    """Three anchors at each position of each level; unlike torchvision's they are not rounded to whole pixels."""
 
     def num_anchors_per_location(self):
         return [len(RATIOS)]
 
     def forward(self, images, features):
-        """Maps of the levels (B, C, h, w) -> for each image (sum of 3hw, 4), in the order level, row, column, ratio."""
+        """Compute the anchors of each image from the levels' maps (B, C, h, w): a list of (sum of 3hw, 4).
+
+        The order is level, row, column, ratio.
+        """
         levels = []
         for level in features:
             rows, columns = level.shape[-2:]
@@ -45,15 +49,22 @@ class Anchors(nn.Module):
 
 
 class ProposalHead(RPNHead):
+    """torchvision's RPN head with outputs in float32."""
+
     def forward(self, features):
-        """Objectness and box deltas of each level, in float32."""
+        """Predict objectness and box deltas of each level: two lists of float32 tensors."""
         objectness, deltas = super().forward(features)
         return [level.float() for level in objectness], [level.float() for level in deltas]
 
 
 class ProposalNetwork(RegionProposalNetwork):
+    """torchvision's region proposal network with detectron2's losses."""
+
     def compute_loss(self, objectness, deltas, labels, targets):
-        """Binary cross-entropy and L1, both divided by the anchors asked for, as in detectron2, not those found."""
+        """Compute binary cross-entropy and L1 loss of the sampled anchors.
+
+        As in detectron2 both are divided by the number of anchors to sample, even if fewer were available.
+        """
         positive, negative = (torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels))
         sampled, asked = torch.cat([positive, negative]), self.fg_bg_sampler.batch_size_per_image * len(labels)
         labels, targets = torch.cat(labels), torch.cat(targets)
@@ -62,8 +73,9 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 class AlignedPool(nn.Module):
-    """Features of boxes (K, C, size, size), each from the pyramid level of its size, by ROIAlign's second version:
-    pixel i lies at i + 0.5, and each bin averages as many samples as it has pixels of the level.
+    """Pool box features from the pyramid level that fits each box's size, by aligned ROIAlign.
+
+    Aligned: the centre of pixel i is at i + 0.5. Each bin averages as many samples as it covers pixels of the level.
     """
 
     def __init__(self, size, patch_size):
@@ -71,12 +83,12 @@ class AlignedPool(nn.Module):
         self.size, self.patch_size = size, patch_size
 
     def level(self, boxes):
-        """boxes (K, 4) -> the level of each, 0 for p2 to 3 for p5."""
+        """Choose the level of each box: (K, 4) -> (K,), 0 for p2 to 3 for p5."""
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
         return torch.floor(2 + torch.log2(side / (CANONICAL * self.patch_size) + 1e-8)).clamp(0, len(LEVELS) - 1)
 
     def forward(self, features, boxes, image_sizes=None):
-        """features {"p2": (B, C, h, w), ...}, boxes: for each image (k, 4)."""
+        """Pool features {"p2": (B, C, h, w), ...} at each image's boxes (k, 4): (K, C, size, size) for all boxes."""
         rois = torch.cat([F.pad(one, (1, 0), value=image) for image, one in enumerate(boxes)])  # (K, 5)
         levels, pooled, order = self.level(rois[:, 1:]), [], []
         for i, name in enumerate(LEVELS):
@@ -88,7 +100,10 @@ class AlignedPool(nn.Module):
 
 
 def mask_targets(masks, boxes, matched, size):
-    """masks (n, H, W) bool, boxes (k, 4), each one's mask `matched` (k,) -> (k, size, size), 1 inside the object."""
+    """Crop the ground-truth masks to the boxes: masks (n, H, W) bool, boxes (k, 4) -> (k, size, size), 1 inside.
+
+    matched: (k,), the index of each box's mask.
+    """
     if not len(boxes):
         return boxes.new_zeros(0, size, size)
     rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
@@ -97,8 +112,13 @@ def mask_targets(masks, boxes, matched, size):
 
 
 class ROIHeads(RoIHeads):
+    """torchvision's box and mask heads with detectron2's losses and mask sampling."""
+
     def forward(self, features, proposals, image_sizes, targets=None):
-        """In training ([], losses), else ([{"boxes", "scores", "labels", "masks" (k, 28, 28) in 0..1}], {})."""
+        """Return ([], losses) in training, else (detections, {}).
+
+        detections: for each image {"boxes" (k, 4), "scores" (k,), "labels" (k,), "masks" (k, 28, 28) in 0..1}.
+        """
         if self.training:
             proposals, matched, labels, box_targets = self.select_training_samples(proposals, targets)
             logits, deltas = self.classify(features, proposals)
@@ -117,18 +137,22 @@ class ROIHeads(RoIHeads):
         return [dict(zip(names, found)) for found in zip(boxes, scores, labels, masks)], {}
 
     def classify(self, features, boxes):
-        """Class logits (K, classes) and box deltas (K, 4 classes) of all images' boxes."""
+        """Predict class logits (K, classes) and box deltas (K, 4 * classes) of all images' boxes."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
         return logits.float(), deltas.float()
 
     def masks(self, features, boxes, labels):
-        """Mask logits (K, 28, 28) of all images' boxes, each for its own class."""
+        """Predict mask logits (K, 28, 28) of all images' boxes, for the class in `labels` (K,)."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes)))
         return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
 
 def box_losses(logits, deltas, labels, targets):
-    """Cross-entropy over all sampled boxes; L1 of the positives' deltas for their own class, over all of them too."""
+    """Compute {"loss_class", "loss_box"}: cross-entropy of all sampled boxes, and L1 of the positive boxes' deltas.
+
+    logits (K, classes), deltas (K, 4 * classes), labels (K,), targets (K, 4). The L1 loss uses the deltas of the true
+    class and, as in detectron2, is divided by the number of all sampled boxes.
+    """
     positive = torch.where(labels > 0)[0]
     deltas = deltas.view(len(labels), -1, 4)[positive, labels[positive]]
     distance = F.l1_loss(deltas, targets[positive], reduction="sum") / max(1, len(labels))
@@ -136,7 +160,11 @@ def box_losses(logits, deltas, labels, targets):
 
 
 class MaskRCNN(nn.Module):
-    """Images and targets -> losses; in evaluation, images -> detections. `config` holds what built it."""
+    """Mask R-CNN: returns a dict of losses in training, detections in evaluation.
+
+    config: the settings that rebuild the model. anchors, rois: samples per image for the losses of the proposal network
+    and of the heads. proposals: per image, after non-maximum suppression.
+    """
 
     def __init__(self, backbone, pyramid, num_classes, config, *, channels=256, hidden=1024, anchors=256, rois=512,
                  proposals=1000):
@@ -157,17 +185,19 @@ class MaskRCNN(nn.Module):
         init_heads(self.roi_heads)
 
     def forward(self, images, sizes, targets=None):
-        """images (B, 3, H, W) normalised and padded at the right and bottom; sizes: [(height, width)] without padding;
-        targets: [{"boxes" (n, 4), "labels" (n,), "masks" (n, H, W) bool}].
+        """Compute the losses (training) or the detections as in ROIHeads.forward (evaluation).
+
+        images: (B, 3, H, W), normalised, padded at right and bottom; sizes: [(height, width)] without padding;
+        targets, in training: [{"boxes" (n, 4), "labels" (n,), "masks" (n, H, W) bool}].
         """
-        features = self.pyramid(self.backbone(blank_padding(images, sizes)))
+        features = self.pyramid(self.backbone(zero_padding(images, sizes)))
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, more = self.roi_heads(features, proposals, sizes, targets)
         return {**losses, **more} if self.training else detections
 
 
 def init_heads(heads):
-    """detectron2's initial values, where torchvision's differ: fully connected, box and mask predictors."""
+    """Initialise fully connected layers, box and mask predictors as detectron2 does, where torchvision differs."""
     for module in heads.box_head:
         if isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=1)
@@ -179,18 +209,18 @@ def init_heads(heads):
     nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
 
 
-def blank_padding(images, sizes):
-    """images (B, 3, H, W) with zeros outside the sizes: padding is the mean colour, as the pixels are normalised."""
+def zero_padding(images, sizes):
+    """Set the padding of normalised images (B, 3, H, W) to 0, the mean colour; sizes: [(height, width)] without it."""
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
     height, width = torch.tensor(sizes, device=images.device).T[..., None]
     inside = (rows < height)[:, None, :, None] & (columns < width)[:, None, None, :]
     return images * inside
 
 
-def paste(masks, boxes, height, width):
-    """masks (k, 28, 28) in 0..1 and their boxes (k, 4) -> (k, height, width) bool on the image, threshold 0.5.
+def paste_masks(masks, boxes, height, width):
+    """Paste masks into the image: masks (k, 28, 28) in 0..1, boxes (k, 4) -> (k, height, width) bool, threshold 0.5.
 
-    A pixel's centre is looked up in the mask bilinearly, with zeros around it.
+    The mask is interpolated bilinearly at each pixel's centre, with zeros outside its box.
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     for out, mask, box in zip(pasted, masks, boxes.tolist()):

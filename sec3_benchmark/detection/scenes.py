@@ -1,8 +1,8 @@
-"""Generated scenes for detection without data: one to four shapes, filled with fractals, before another fractal.
+"""Generated scenes for detection without data: one to four shapes with fractal textures on a fractal background.
 
-A category is the outline of a shape: its size, turn, colours and filling say nothing about it. A shape may hide part
-of the ones before it; masks are the visible pixels, exactly, and boxes are drawn tightly around them. A scene depends
-on (seed, split, number) and its size alone.
+The category is a shape's outline; size, rotation, colour and texture are independent of it. Later shapes may cover
+earlier ones; masks are exactly the visible pixels, and boxes enclose them tightly. A scene depends on (seed, split,
+index) and its size alone.
 """
 from pathlib import Path
 
@@ -12,29 +12,32 @@ from pycocotools import mask as run_lengths
 from common.fractals import fractal_set
 from common.images import DataError
 from common.vit import pair
-from sec3_benchmark.detection.coco import coco_set, in_memory, load_coco
+from sec3_benchmark.detection.coco import coco_set, index_coco, load_coco
 
-SHAPES = {  # u, v: coordinates around the centre, turned, in radii -> inside?
+SHAPES = {  # category -> whether a point is inside; u, v: coordinates from the centre, rotated, in radii
     "disc": lambda u, v: u**2 + v**2 <= 1,
     "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.8,
     "triangle": lambda u, v: (v <= 0.6) & (abs(u) <= (v + 1) * 0.62),
     "cross": lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 0.3),
 }
-SPLITS = {"train": 800, "val": 100}  # scenes
-TEXTURES = 10, 20  # fractal classes, images of each
-OBJECTS = (1, 4)
-RADIUS = (0.11, 0.24)  # in shorter sides of the scene
-VISIBLE = 0.4  # a scene is drawn again if one of its shapes shows less of itself than this
+SPLITS = {"train": 800, "val": 100}  # number of scenes
+TEXTURES = 10, 20  # number of fractal classes, images per class
+OBJECTS = (1, 4)  # fewest and most shapes in a scene
+RADIUS = (0.11, 0.24)  # smallest and largest, relative to the shorter side of the scene
+VISIBLE = 0.4  # smallest visible share of a shape; scenes with a more hidden one are generated again
 
 
 def draw_scene(rng, textures, height, width):
-    """Image (height, width, 3) uint8, masks (n, height, width) bool, labels (n,) from 0."""
+    """Generate a scene: image (height, width, 3) uint8, masks (n, height, width) bool, labels (n,) from 0.
+
+    textures: (N, height, width, 3).
+    """
     y, x = np.mgrid[:height, :width] + 0.5
     while True:
         image = 0.4 * textures[rng.integers(len(textures))]
         count = rng.integers(OBJECTS[0], OBJECTS[1] + 1)
         masks, labels = np.zeros((count, height, width), bool), rng.integers(len(SHAPES), size=count)
-        whole = np.zeros(count)
+        full_area = np.zeros(count)
         for i, label in enumerate(labels):
             radius = rng.uniform(*RADIUS) * min(height, width)
             centre = rng.uniform(radius, np.array([height, width]) - radius)
@@ -42,15 +45,15 @@ def draw_scene(rng, textures, height, width):
             down, right = (y - centre[0]) / radius, (x - centre[1]) / radius
             u, v = np.cos(turn) * right - np.sin(turn) * down, np.sin(turn) * right + np.cos(turn) * down
             masks[:i] &= ~(shape := list(SHAPES.values())[label](u, v))
-            masks[i], whole[i] = shape, shape.sum()
+            masks[i], full_area[i] = shape, shape.sum()
             filling = 0.3 * textures[rng.integers(len(textures))] + rng.uniform(60, 178, 3)
             image = np.where(shape[..., None], filling, image)
-        if (masks.sum((1, 2)) >= VISIBLE * whole).all():
+        if (masks.sum((1, 2)) >= VISIBLE * full_area).all():
             return image.astype(np.uint8), masks, labels
 
 
 def annotation(number, image_id, mask, label):
-    """A COCO entry with compressed run lengths."""
+    """Make a COCO annotation with compressed run lengths."""
     lengths = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
     box = run_lengths.toBbox(lengths).tolist()
     return {"id": number, "image_id": image_id, "category_id": int(label) + 1, "bbox": box, "iscrowd": 0,
@@ -58,7 +61,7 @@ def annotation(number, image_id, mask, label):
 
 
 def scene_set(split, textures, size, count, in_chans=3, seed=0):
-    """`count` scenes and their annotations, as a CocoSet."""
+    """Generate `count` scenes with annotations as a CocoSet; textures as in `draw_scene`."""
     height, width = pair(size)
     images, annotations = np.empty((count, height, width, 3), np.uint8), []
     for i in range(count):
@@ -66,14 +69,14 @@ def scene_set(split, textures, size, count, in_chans=3, seed=0):
         images[i], masks, labels = draw_scene(rng, textures, height, width)
         annotations += [annotation(len(annotations) + j + 1, i, mask, label)
                         for j, (mask, label) in enumerate(zip(masks, labels))]
-    coco = in_memory({"images": [{"id": i, "height": height, "width": width} for i in range(count)],
+    coco = index_coco({"images": [{"id": i, "height": height, "width": width} for i in range(count)],
                       "annotations": annotations,
                       "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]})
-    return coco_set(f"scenes-{split}", images, coco, list(range(count)), in_chans, measured=True)
+    return coco_set(f"scenes-{split}", images, coco, list(range(count)), in_chans, keep_index=True)
 
 
 def load_scenes(args, splits=("train", "val")):
-    """Scenes of the size of args.img_size for each split; the fractals in them are kept in args.output."""
+    """Generate scenes of size args.img_size, a CocoSet for each split; their textures are cached in args.output."""
     size, sets = pair(args.img_size), []
     for split in splits:
         textures, _ = fractal_set(Path(args.output) / "data", split, *TEXTURES, size)
@@ -82,7 +85,7 @@ def load_scenes(args, splits=("train", "val")):
 
 
 def load_detection_sets(args, splits=("train", "val")):
-    """Training and validation set, or one of them alone: the demo's scenes, or COCO in --dataset-path."""
+    """Load a CocoSet for each split: the COCO folder --dataset-path, or without one generated scenes (demo preset)."""
     if not args.dataset_path:
         if args.preset != "demo":
             raise DataError(f"--preset {args.preset} needs --dataset-path, a COCO folder; without data: --preset demo")

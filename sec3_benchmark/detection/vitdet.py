@@ -1,9 +1,9 @@
 """The detector's backbone (Appendix A.5): a plain ViT with window attention, and a feature pyramid on top of it.
 
-After ViTDet (Li et al. 2022), whose detectron2 configuration the authors released. The blocks are timm's and carry
-their names, so any ViT's weights fit; only their attention is replaced. Most blocks attend within windows, four attend
-to the whole image, and all of them learn decomposed relative positions that start at zero. There is no class token, and
-no norm after the last block.
+After ViTDet (Li et al. 2022), whose detectron2 configuration the authors released. The blocks are timm's, with timm's
+parameter names, so any ViT's weights can be loaded; only the attention is replaced. Most blocks attend within windows,
+four attend globally, and all learn decomposed relative positions, initialised to 0. There is no class token and no norm
+after the last block.
 """
 import math
 
@@ -18,11 +18,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from common.errors import UserError
 from common.vit import patch_grid
 
-LEVELS = ("p2", "p3", "p4", "p5")  # strides of a quarter, a half, one and two patches; max-pooling p5 adds p6
+LEVELS = ("p2", "p3", "p4", "p5")  # strides 1/4, 1/2, 1 and 2 patches; p6, 4 patches, is p5 subsampled
 
 
-def partition(maps, window):
-    """maps (B, H, W, D) -> windows (B * n, h, w, D), filled up with zeros at the right and at the bottom."""
+def window_partition(maps, window):
+    """Split maps into windows: (B, H, W, D) -> (B * n, h, w, D), zero-padded at right and bottom; window: (h, w)."""
     B, H, W, D = maps.shape
     h, w = window
     maps = F.pad(maps, (0, 0, 0, -W % w, 0, -H % h))
@@ -30,8 +30,8 @@ def partition(maps, window):
     return maps.transpose(2, 3).reshape(-1, h, w, D)
 
 
-def unpartition(windows, grid):
-    """The inverse: windows (B * n, h, w, D) -> maps (B, H, W, D) of the grid (H, W)."""
+def window_unpartition(windows, grid):
+    """Invert `window_partition`: windows (B * n, h, w, D), grid (H, W) -> maps (B, H, W, D)."""
     (H, W), (_, h, w, D) = grid, windows.shape
     rows, columns = math.ceil(H / h), math.ceil(W / w)
     maps = windows.view(-1, rows, columns, h, w, D).transpose(2, 3)
@@ -39,13 +39,13 @@ def unpartition(windows, grid):
 
 
 class GridAttention(nn.Module):
-    """A timm Attention for tokens on a grid, within windows (None: over the whole grid), with relative positions:
+    """A timm Attention's projections with window attention (window None: global) and decomposed relative positions:
 
         softmax(q.k / sqrt(head dim) + q.Rh[yq - yk] + q.Rw[xq - xk]) v,      q unscaled in the last two terms.
 
-    These two are linear in q, so they become further channels: q.Rh and q.Rw for every row and column, against k's
-    one-hot row and column. Thus the fused kernel does all of it and no (N, N) bias is stored. The zeros that fill up
-    the last windows take part as keys, as in detectron2. Where one window covers the grid there is nothing to fill up.
+    The last two terms are computed as extra channels of q and k: q holds q.Rh and q.Rw for every row and column of the
+    window, k its one-hot row and column. So fused attention computes everything and no (N, N) bias is stored. As in
+    detectron2 the zero padding of the last windows takes part as keys. A window that covers the grid has no padding.
     """
 
     def __init__(self, attention, grid, window=None):
@@ -61,39 +61,41 @@ class GridAttention(nn.Module):
             offsets = torch.arange(side)[:, None] - torch.arange(side) + side - 1  # query - key, from 0
             self.register_buffer(f"offsets_{name}", offsets, persistent=False)
         rows, columns = self.window
-        places = torch.cat([torch.eye(rows).repeat_interleave(columns, 0), torch.eye(columns).repeat(rows, 1)], 1)
-        self.register_buffer("places", places, persistent=False)  # (N, rows + columns), one-hot each
+        positions = torch.cat([torch.eye(rows).repeat_interleave(columns, 0), torch.eye(columns).repeat(rows, 1)], 1)
+        self.register_buffer("one_hot_positions", positions, persistent=False)  # (N, rows + columns)
 
     def forward(self, tokens, attn_mask=None, is_causal=False):
-        """tokens (B, H * W, D) -> the same shape; the last two arguments are timm's and unused."""
+        """Attend: tokens (B, H * W, D) -> the same shape. The other arguments only match timm's and are unused."""
         B, _, D = tokens.shape
-        windows = partition(tokens.view(B, *self.grid, D), self.window)  # (B', h, w, D)
+        windows = window_partition(tokens.view(B, *self.grid, D), self.window)  # (B', h, w, D)
         qkv = self.qkv(windows.flatten(1, 2)).unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B', heads, N, head dim) each
-        q, k = self.with_positions(q, k)
+        q, k = self.add_position_channels(q, k)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         else:
             out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         out = self.proj(out.transpose(1, 2).flatten(2))  # (B', N, D)
-        return unpartition(out.view(-1, *self.window, D), self.grid).reshape(B, -1, D)
+        return window_unpartition(out.view(-1, *self.window, D), self.grid).reshape(B, -1, D)
 
-    def with_positions(self, q, k):
-        """q, k (B', heads, N, head dim) -> with rows + columns more channels; their product is the biased logits."""
+    def add_position_channels(self, q, k):
+        """Append position channels to q and k (B', heads, N, head dim), so that their product is the biased logits."""
         on_grid = q.unflatten(2, self.window)  # (B', heads, h, w, head dim)
         by_row = torch.einsum("bnyxc,ykc->bnyxk", on_grid, self.rel_pos_h[self.offsets_h])
         by_column = torch.einsum("bnyxc,xkc->bnyxk", on_grid, self.rel_pos_w[self.offsets_w])
         q = torch.cat([q * self.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], dim=-1)
-        k = torch.cat([k, self.places.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
-        filling = (0, -q.shape[-1] % 8)  # zeros up to a multiple of 8, which fused kernels want in half precision
-        return F.pad(q, filling), F.pad(k, filling)
+        k = torch.cat([k, self.one_hot_positions.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+        padding = (0, -q.shape[-1] % 8)  # zeros up to a multiple of 8, which fused kernels prefer in half precision
+        return F.pad(q, padding), F.pad(k, padding)
 
 
 class ViTBackbone(nn.Module):
-    """The patch embedding, positions and blocks of a timm VisionTransformer, which it takes over, on another grid.
+    """The patch embedding, positions and blocks of a timm VisionTransformer for another image size.
 
-    `global_blocks` attend to the whole image, the others within windows; `returned` are the blocks whose outputs are
-    handed out. The table of positions keeps the size that the ViT has and is resized at each forward (bicubic).
+    It takes over the ViT's modules and replaces their attention. Blocks in `global_blocks` (from 0) attend globally,
+    the others within windows; the outputs of the blocks in `returned` are the result. The position embedding keeps the
+    ViT's grid and is resized (bicubic) in each forward. checkpointing: recompute activations in the backward pass.
+    Raises UserError for blocks that the ViT lacks or an empty window.
     """
 
     def __init__(self, vit, img_size, window=14, global_blocks=(2, 5, 8, 11), returned=(-1,), checkpointing=False):
@@ -112,14 +114,14 @@ class ViTBackbone(nn.Module):
             block.attn = GridAttention(block.attn, self.grid, None if i in global_blocks else window)
 
     def positions(self):
-        """(1, D, H, W) on the image's grid."""
+        """Resize the position embedding to the image's grid: (1, D, H, W)."""
         table = self.pos_embed.transpose(1, 2).unflatten(2, self.position_grid)
         if self.position_grid == self.grid:
             return table
         return F.interpolate(table, size=self.grid, mode="bicubic", align_corners=False)
 
     def forward(self, images):
-        """images (B, 3, H, W) -> the maps (B, D, H / patch, W / patch) of the returned blocks."""
+        """Encode images (B, 3, H, W): a list of maps (B, D, H / patch, W / patch), one for each block in `returned`."""
         tokens = (self.patch_embed.proj(images) + self.positions()).flatten(2).transpose(1, 2)
         maps = []
         for i, block in enumerate(self.blocks):
@@ -133,7 +135,7 @@ class ViTBackbone(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: the last map (B, D, h, w) at four times, twice, once and half its size, with `channels` each."""
+    """ViTDet's simple feature pyramid: the last map (B, D, h, w) at 4, 2, 1 and 1/2 times its size, and p6."""
 
     def __init__(self, dim, channels=256):
         super().__init__()
@@ -147,15 +149,15 @@ class SimplePyramid(nn.Module):
             for level, resize, width in zip(LEVELS, up, (quarter, half, dim, dim))})
 
     def forward(self, maps):
-        """Returns {"p2": (B, channels, 4h, 4w), ..., "p6"}."""
+        """Build {"p2": (B, channels, 4h, 4w), ..., "p6"} from the backbone's list of maps (B, D, h, w)."""
         pyramid = {name: level(maps[-1]) for name, level in self.levels.items()}
         return {**pyramid, "p6": F.max_pool2d(pyramid["p5"], 1, 2)}
 
 
 class TopDownPyramid(nn.Module):
-    """The pyramid of Li et al. 2021: maps of four depths, resized to four scales, into an FPN with batch norm.
+    """The pyramid of Li et al. 2021: maps of four blocks, resized to four scales, then an FPN with batch norm.
 
-    Between GPUs the statistics are shared (SyncBatchNorm, see Detection.prepare in detect.py).
+    On several GPUs the batch norm is synchronised (Detection.prepare in detect.py).
     """
 
     def __init__(self, dim, channels=256):
@@ -167,7 +169,7 @@ class TopDownPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([dim] * 4, channels, LastLevelMaxPool(), norm_layer=nn.BatchNorm2d)
 
     def forward(self, maps):
-        """Returns {"p2": (B, channels, 4h, 4w), ..., "p6"}."""
+        """Build {"p2": (B, channels, 4h, 4w), ..., "p6"} from the backbone's list of maps (B, D, h, w)."""
         resized = {name: resize(maps[i]) for i, (name, resize) in enumerate(zip(LEVELS, self.resize))}
         pyramid = self.fpn(resized)
         return {**{name: pyramid[name] for name in LEVELS}, "p6": pyramid["pool"]}

@@ -1,8 +1,10 @@
-"""What a training takes from the weights it starts from (--init): first settings of its model, then tensors.
+"""Filling models with the weights that common/pretrained.py has read: `load_encoder` into a ViT that a training has
+built, `load_model` into the model that the weights came from.
 
 Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
-heads are another function, so that number is compared wherever it is known. common/weights.py does the reading.
+heads are another function, so that number travels with every file of ours and is compared wherever it is known.
 """
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,36 +12,16 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.beit import Beit
 
-from common import options
 from common.distributed import print0
-from common.formats import require_fit, source_grid
-from common.vit import SIZES, pair, patch_grid
-from common.weights import STEM, TABLE, FormatError, Weights
+from common.mae import DECODERS, MAE
+from common.pretrained import STEM, TABLE, FormatError, Weights, listed, read_weights, shape_config
+from common.vit import SIZES, build_model, pair, patch_grid
 
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
 DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
-# What a plain ViT's weights lack in one with relative positions, or have and it has not: it starts anew, or is dropped
-# (trap 8).
+# What a plain ViT's weights lack in one with relative positions, or have and it has not: it starts anew, or is dropped.
 NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "gamma_2", "qkv.bias")
-SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
-
-
-def alike(name, ours, theirs):
-    """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
-    return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
-
-
-def take_config(args, config, names=None):
-    """Copies what a checkpoint says of its model (of `names` alone, if given) into `args`, and prints it. What the
-    command line or a table row gave is kept; with config None nothing happens.
-    """
-    explicit = getattr(args, "explicit", ())
-    taken = {name: value for name, value in (config or {}).items() if value is not None and name not in explicit
-             and name in (names or vars(args)) and not alike(name, vars(args).get(name, value), value)}
-    if taken:
-        print0("as the weights say:", *options.words(taken))
-    vars(args).update(taken)
 
 
 @dataclass
@@ -182,3 +164,92 @@ def fit_channels(weight, in_chans, notes):
         return weight
     notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
     return adapt_input_conv(in_chans, weight)
+
+
+# The model that weights came from
+
+def source_grid(weights, prefix, wanted=(0, 0)):
+    """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square, else the
+    `wanted` ones if they are as many.
+    """
+    if "dist_token" in weights.state:
+        raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
+                          f"plain DeiT's weights")
+    count, config = weights.state["pos_embed"].shape[1] - prefix, weights.config
+    square = (math.isqrt(max(count, 0)),) * 2
+    grids = [patch_grid(config["img_size"], config["patch_size"])] if config else [square, wanted]
+    for grid in grids:
+        if math.prod(grid) == count:
+            return grid
+    why = f"its grid is {grids[0]}" if config else "no square, and no image size is in the file"
+    raise FormatError(f"{weights.source} has positions for {count} patches ({why}): give its --img-size, height and "
+                      f"width, or a file with settings")
+
+
+def require_fit(source, target, state, missing=None, unexpected=None):
+    """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
+    missing = [name for name in target if name not in state] if missing is None else missing
+    unexpected = [name for name in state if name not in target] if unexpected is None else unexpected
+    shapes = [f"{name} {list(state[name].shape)} for {list(target[name].shape)}" for name in state
+              if name in target and state[name].shape != target[name].shape]
+    if missing or unexpected or shapes:
+        raise FormatError(f"{source} does not fit the model: missing {listed(missing)}, unexpected "
+                          f"{listed(unexpected)}, other shapes {listed(shapes)}. Compare size, patch size, channels, "
+                          f"classes and pooling")
+
+
+def load_model(source, **overrides):
+    """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
+
+    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, norm_pix, a non-square
+    img_size); of our files they may change mask_ratio and drop_path. A FormatError if one contradicts the source. The
+    model's `statistics` are those of the images it learnt from, or None.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "img_size" in given:
+        given["img_size"] = list(pair(given["img_size"]))
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    source, config = weights.source, weights.config or {}
+    for name, value in given.items():
+        known = (name in config and name != "mask_ratio") or weights.model is not None
+        if known and config.get(name) != value:
+            raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
+    if weights.model is not None:
+        weights.model.statistics = weights.statistics
+        return weights.model
+    if "dist_norm.weight" in weights.state:
+        raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
+                          f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
+    config = {**(config or foreign_config(weights, given)), **given}
+    model = MAE(**config) if "decoder_dim" in config else build_model(**config)
+    require_fit(source, model.state_dict(), weights.state)
+    model.load_state_dict(weights.state)
+    model.statistics = weights.statistics
+    return model
+
+
+def foreign_config(weights, given):
+    """The settings of a file that holds none: from its shapes. Head counts are not among them: given, or assumed and
+    printed.
+    """
+    config, table = shape_config(weights.state), weights.state.get(f"blocks.0.attn.{TABLE}")
+    if config["model"] is None:
+        raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
+                          f"give timm:NAME or a timm folder")
+    if table is not None and not {"pos_embed", "head.weight"} <= weights.state.keys():
+        raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
+                          f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
+    if table is not None:  # the 79.0 model
+        side = config["patch_size"] * source_grid(weights, 1)[0]
+        return {**{name: config[name] for name in ("patch_size", "in_chans", "num_classes", "global_pool")},
+                "model": config["model"] + "_rpe", "img_size": [side, side], "num_heads": table.shape[1]}
+    prefix = config.get("class_token", True) + config.get("reg_tokens", 0)
+    config["img_size"] = given.get("img_size") or [config["patch_size"] * n for n in source_grid(weights, prefix)]
+    assumed = {"num_heads": 12}
+    if "decoder_dim" in config:
+        assumed["decoder_heads"] = DECODERS[config["model"]][2]
+    for name, value in assumed.items():
+        config[name] = given.get(name, value)
+        if name not in given:
+            print0(f"{weights.source}: {name} is not in the file; assuming {value}")
+    return config
