@@ -8,7 +8,7 @@ Each row keeps the changes of the rows above it: weaker augmentation and regular
 are only the ends (74.5 -> 75.8 from scratch, 76.1 -> 78.0 from MAE) and the longest fine-tuning; what the paper's
 appendix says of the steps between is in no source that we read.
 """
-from common import options, tables
+from common import entry, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
@@ -55,4 +55,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

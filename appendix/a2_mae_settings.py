@@ -7,7 +7,7 @@
 The paper chose one block of width 96 and 75 % (the official MAE: 8 blocks of width 512). Its numbers for the other
 settings are in no source that we read.
 """
-from common import options, tables
+from common import entry, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
@@ -42,4 +42,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

@@ -8,7 +8,7 @@ The paper's code leaves the patch embedding trainable (the official MoCo-v3 free
 layer decay 0.75 and averages the patch tokens; arXiv v1's code read the class token. Only the chosen setting's accuracy
 is in a source that we read.
 """
-from common import options, tables
+from common import entry, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
@@ -43,4 +43,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

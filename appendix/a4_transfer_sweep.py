@@ -11,7 +11,7 @@ good, and Table 4 should then be run with other seeds. Winners belong into SETTI
 """
 import shlex
 
-from common import distributed, options, tables
+from common import distributed, entry, options, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import PUBLISHED, title
@@ -64,4 +64,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=parse)
+    entry.run_script(main, build_parser(), parse=parse)

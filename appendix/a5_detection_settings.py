@@ -9,7 +9,7 @@ numbers (MAE-Tiny: box AP 39.9, mask AP 35.4), has ViTDet's. The settings of Li 
 re-implementation (MIMDet) for ViT-B, not of the paper's own table, which no source shows; not taken over: its tables of
 relative positions, which are shared and without weight decay (here decomposed, decayed), and 25 and 50 epochs.
 """
-from common import options, report, tables
+from common import entry, options, report, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import duration
 
@@ -69,4 +69,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import options, report
+from common import entry, options, report
 from common.distributed import print0
 from common.errors import UserError
 from sec4_analysis import similarity, study
@@ -133,4 +133,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

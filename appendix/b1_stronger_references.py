@@ -8,7 +8,7 @@
 The first model is the reference; layers are compared with layers, whatever their widths. Which references the paper
 took is in no source that we read; it says that the structure stays the same. Writes b1.npz, .json, .md and b1.png.
 """
-from common import options
+from common import entry
 from common.tables import Row
 from sec4_analysis import similarity, study
 
@@ -44,4 +44,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

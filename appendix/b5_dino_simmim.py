@@ -12,7 +12,7 @@ SimMIM-Tiny are in no source that we read: pretrain_dino.py and pretrain_simmim.
 differ in what an epoch costs: "crops" is what the encoder sees of an image in an epoch. Pre-trainings and fine-tunings
 are those of Table 1. Writes b5.json and b5.md.
 """
-from common import options, report, tables
+from common import entry, report, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
@@ -68,4 +68,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

@@ -20,24 +20,24 @@ from sec4_analysis import leading_blocks, study
 from sec5_distill import fig7_distilled_layer as fig7
 from sec5_distill import table5_distillation as table5
 
-HALF = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
+SIX_BLOCKS = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
 TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
-ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8"}  # distilled in this block, as in Figure 7
-MODELS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
+ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12"}  # distilled in this block, as in Figure 7
+ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
 FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
 THIRD = 4  # layers of twelve
 
 
-def half_of(run, tuning):
+def six_blocks_of(run, tuning):
     """Return the row of a start from six leading blocks, as in Figures 2 and 4."""
-    name, pretraining = HALF[run]
+    name, pretraining = SIX_BLOCKS[run]
     return leading_blocks.point_row(tuning, "", name, 6, [pretraining], PREVIOUS)
 
 
 def fine_tuned(run, args):
     """The row that ends with fine-tuning on all of the data."""
-    if run in HALF:
-        return half_of(run, "sec3_benchmark/finetune.py")
+    if run in SIX_BLOCKS:
+        return six_blocks_of(run, "sec3_benchmark/finetune.py")
     if run in ONE_BLOCK:
         return fig7.row_of(ONE_BLOCK[run], args.preset)
     if run in TENTH:
@@ -48,8 +48,8 @@ def fine_tuned(run, args):
 
 def transferred(run, dataset):
     """The row that ends with transfer to a small set."""
-    if run in HALF:
-        return half_of(run, f"sec3_benchmark/transfer.py --dataset {shlex.quote(dataset)}")
+    if run in SIX_BLOCKS:
+        return six_blocks_of(run, f"sec3_benchmark/transfer.py --dataset {shlex.quote(dataset)}")
     return downstream.cell(next(row for row in table5.ROWS if row.key == run), dataset)
 
 
@@ -69,15 +69,14 @@ def rows_for(needed, args, sets):
             rows += [replace(transferred(run, name), key=f"small-{run}-{name}", name=f"{run}, {downstream.title(name)}",
                              column="") for name in sets]
     if any(kind not in ("top1", "small") for kind, _ in needed):
-        rows += [replace(row, key=f"look-{row.key}") for row in MODELS]
+        rows += [replace(row, key=f"look-{row.key}") for row in ANALYSED]
     return rows
 
 
-def measure(needed, args):
+def measure(needed, args, sets):
     """Runs or finds everything; returns ([a Measured for each seed], [what to know about each run]), or None on ranks
     that are not needed any more, and after a dry run.
     """
-    sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in needed) else []
     rows = rows_for(needed, args, sets)
     results, without = tables.run_rows(rows, args, (), "claims")
     if args.dry_run:
@@ -88,7 +87,7 @@ def measure(needed, args):
         final = {key: lines[number][-1] for key, lines in results.items()}
         values, errors = accuracies(needed, final, sets)
         if any(key.startswith("look") for key in final):
-            values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in MODELS}, args, seed)
+            values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in ANALYSED}, args, seed)
         seeds.append(Measured(values, errors))
     return (seeds, [about for row in rows for about in provenance(row, results[row.key], args)]) \
         if distributed.is_main() else None
@@ -124,13 +123,14 @@ def looks(checkpoints, args, seed):
 
 
 def numbers(name, similarity, amplitudes, attention):
-    """One model's: CKA with the supervised model in equal layers; high frequencies lost in the first layer; distance
+    """One model's: CKA with the supervised model in equal layers; high frequencies after the first layers; distance
     and entropy of attention as a share of those of uniform attention, and how much the heads differ in distance.
     """
     equal_layers = np.diagonal(similarity)[1:]  # index 0 is before the first block
     heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]
     distance, entropy = heads / uniform  # each (layers, heads)
-    found = {("lost all", name): amplitudes[0, 0, -1] - amplitudes[0, 1, -1]}
+    found = {(f"high frequencies {part}", name): amplitudes[0, point, -1]
+             for point, part in enumerate(("embedding", "block 1"))}
     for part, layers in (("low", slice(0, THIRD)), ("high", slice(-THIRD, None))):
         found |= {(f"cka {part}", name): equal_layers[layers].mean(),
                   (f"distance {part}", name): distance[layers].mean(),
@@ -140,7 +140,7 @@ def numbers(name, similarity, amplitudes, attention):
 
 
 def provenance(row, results, args):
-    """For each seed of a row: its last command, with the run that it starts from, its run and number."""
+    """Yield for each seed of a row its last command, abridged (the start's run, no path), its run and its number."""
     for seed, lines in zip(args.seeds, results):
         start = Path(lines[-2]["run"]).name if len(lines) > 1 else PREVIOUS
         command = f"python {row.lines[-1].replace(PREVIOUS, start)} --preset {args.preset} --seed {seed}"

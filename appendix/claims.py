@@ -1,4 +1,4 @@
-"""The paper's claims, one by one: is it seen, with three seeds, at a cost that one can pay?
+"""The paper's claims, one by one: is each seen in trainings of this repository, over several seeds?
 
     python appendix/claims.py                                               # demo: shows that it works, proves nothing
     python appendix/claims.py --preset laptop --data-path DIR --dataset-path ROOT --datasets A B C --seeds 0 1 2
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from appendix import claim_runs, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN
-from common import distributed, options, report, tables
+from common import distributed, entry, options, report, tables
 from common.errors import UserError
 from sec3_benchmark import downstream
 
@@ -32,25 +32,27 @@ class Claim:
     statement: str
     effect: Callable  # of an evidence.Measured
     unit: str = POINTS
-    beyond: float = 0.0  # seen if the effect is larger
+    beyond: float = 0.0  # seen if the whole interval is larger
     within: float | None = None  # an equivalence instead: seen if it lies inside ± this
 
 
-def of_both(effect):
-    """The smaller effect of two models that are said to be alike in this."""
+def smaller_of_both(effect):
+    """Return the smaller effect of two models that are said to be alike in this."""
     return lambda m: min(effect(m, "supervised"), effect(m, "MAE, fine-tuned"))
 
 
 def low_to_high(measure):
+    """Return the effect of a model by which a measure rises from low to high layers."""
     return lambda m, model: m.stat(measure, model, "high") - m.stat(measure, model, "low")
 
 
-def without_high_blocks(measured, run):
-    """What leaving out the pre-trained blocks 7 to 12 costs on small sets more than on all of the data."""
+def extra_loss_on_small_sets(measured, run):
+    """Return what leaving out the pre-trained blocks 7 to 12 costs on small sets more than on all of the data."""
     return (measured.small(run) - measured.small(f"{run}-6")) - (measured.top1(run) - measured.top1(f"{run}-6"))
 
 
 def gap_to_supervised(measured, model, part):
+    """Return how far a model's attention distance is from the supervised model's."""
     return abs(measured.stat("distance", model, part) - measured.stat("distance", "supervised", part))
 
 
@@ -68,33 +70,37 @@ CLAIMS = [
     Claim("C3b", "Section 4.1, Figure 2", "With enough labels, MoCo-v3's blocks 7 to 12 do harm",
           lambda m: m.top1("mocov3-6") - m.top1("mocov3")),
     Claim("C3c", "Section 4.1, Figure 4", "MAE's blocks 7 to 12 matter more on small sets than with enough labels",
-          lambda m: without_high_blocks(m, "mae")),
+          lambda m: extra_loss_on_small_sets(m, "mae")),
     Claim("C3d", "Section 4.1, Figure 4", "MoCo-v3's blocks 7 to 12 matter more on small sets than with enough labels",
-          lambda m: without_high_blocks(m, "mocov3")),
+          lambda m: extra_loss_on_small_sets(m, "mocov3")),
     Claim("C4", "Section 4.1, Figure 1", "In the last four layers, MoCo-v3 is more like the supervised model than MAE",
           lambda m: m.stat("cka", "MoCo-v3", "high") - m.stat("cka", "MAE", "high"), "CKA"),
     Claim("C4b", "Section 4.1, Figure 1", "MAE is more like the supervised model in its first four layers than in its "
           "last", lambda m: m.stat("cka", "MAE", "low") - m.stat("cka", "MAE", "high"), "CKA"),
-    Claim("C5", "Section 4.1, Figure 3", "MoCo-v3 loses high frequencies in its first layer",
-          lambda m: m.stat("lost", "MoCo-v3"), "log amplitude"),
-    Claim("C5b", "Section 4.1, Figure 3", "MAE loses less of them than MoCo-v3",
-          lambda m: m.stat("lost", "MoCo-v3") - m.stat("lost", "MAE"), "log amplitude"),
+    Claim("C5", "Section 4.1, Figure 3", "Behind the patch embedding, MoCo-v3 has less of the high frequencies than "
+          "MAE",
+          lambda m: m.stat("high frequencies", "MAE", "embedding") - m.stat("high frequencies", "MoCo-v3", "embedding"),
+          "log amplitude"),
+    Claim("C5b", "Section 4.1, Figure 3", "Behind the first block, MoCo-v3 has less of the high frequencies than MAE",
+          lambda m: m.stat("high frequencies", "MAE", "block 1") - m.stat("high frequencies", "MoCo-v3", "block 1"),
+          "log amplitude"),
     Claim("C6", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more local than in the supervised "
           "model's", lambda m: m.stat("distance", "supervised", "high") - m.stat("distance", "MAE", "high"),
           "of uniform distance"),
-    Claim("C6b", "Section 4.2, Figure 5", "It is also more concentrated",
-          lambda m: m.stat("entropy", "supervised", "high") - m.stat("entropy", "MAE", "high"), "of uniform entropy"),
+    Claim("C6b", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more concentrated than in the "
+          "supervised model's", lambda m: m.stat("entropy", "supervised", "high") - m.stat("entropy", "MAE", "high"),
+          "of uniform entropy"),
     Claim("C6c", "Section 4.2, Figure 5", "In the supervised model and in the fine-tuned MAE, heads differ more in low "
-          "layers than in high ones", of_both(lambda m, model: -low_to_high("diversity")(m, model)),
+          "layers than in high ones", smaller_of_both(lambda m, model: -low_to_high("diversity")(m, model)),
           "of uniform distance"),
-    Claim("C6d", "Section 4.2, Figure 5", "In both, high layers attend more globally than low ones",
-          of_both(low_to_high("distance")), "of uniform distance"),
-    Claim("C6e", "Section 4.2, Figure 5", "In both, high layers attend more broadly than low ones",
-          of_both(low_to_high("entropy")), "of uniform entropy"),
+    Claim("C6d", "Section 4.2, Figure 5", "In these two models, high layers attend more globally than low ones",
+          smaller_of_both(low_to_high("distance")), "of uniform distance"),
+    Claim("C6e", "Section 4.2, Figure 5", "In these two models, high layers attend more broadly than low ones",
+          smaller_of_both(low_to_high("entropy")), "of uniform entropy"),
     Claim("C6f", "Section 4.2, Figure 5", "MAE attends like the supervised model in low layers more than in high ones",
           lambda m: gap_to_supervised(m, "MAE", "high") - gap_to_supervised(m, "MAE", "low"), "of uniform distance"),
     Claim("C7", "Section 5, Figure 7", "Of single layers, the last is the best to distil (here of 4, 8 and 12)",
-          lambda m: m.top1("dmae") - max(m.top1("dmae-4"), m.top1("dmae-8"))),
+          lambda m: m.top1("dmae-12") - max(m.top1("dmae-4"), m.top1("dmae-8"))),
     Claim("C8", "Section 5, Table 5", "With enough labels, distilling attention (D-MAE) improves MAE",
           lambda m: m.top1("dmae") - m.top1("mae")),
     Claim("C8b", "Section 5, Table 5", "On small sets, D-MAE improves MAE",
@@ -149,21 +155,21 @@ def table(rows):
 STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#888888", "s"), CONTRARY: (report.COLOURS[1], "X")}
 
 
-def draw(rows, path):
-    """A forest plot: a line a claim, its effect and interval, right of zero if the claim holds. Points of top-1 share
-    an axis; each other measure is drawn to its own scale, which its numbers tell.
+def draw_forest_plot(rows, path):
+    """Draw a line for each claim: its effect and interval, right of zero if the claim holds. Points of top-1 share an
+    axis; each other measure is scaled to its own width, and its numbers stand at the right.
     """
     groups = [[row for row in rows if (row["unit"] == POINTS) is points] for points in (True, False)]
     groups = [group for group in groups if group]
     figure, axes = report.subplots(len(groups), 1, figsize=(10, 0.8 + 0.42 * len(rows)), squeeze=False,
                                    gridspec_kw={"height_ratios": [len(group) + 0.5 for group in groups]})
     for axis, group in zip(axes[:, 0], groups):
-        forest(axis, group)
+        draw_panel(axis, group)
     figure.savefig(path)
 
 
-def forest(axis, rows):
-    """One panel of it."""
+def draw_panel(axis, rows):
+    """Draw one panel of it."""
     points = rows[0]["unit"] == POINTS
     for place, row in enumerate(rows):
         effect, (colour, marker) = row["effect"], STYLES[row["verdict"]]
@@ -189,14 +195,14 @@ def forest(axis, rows):
         axis.set_xlabel("effect, each to its own scale: right of 0, as the paper says")
 
 
-def conclusion(args, rows):
-    """What stands below the table."""
+def conclusion(args, rows, sets):
+    """Return what stands below the table."""
     count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (SEEN, OPEN, CONTRARY)}
-    sets = ", ".join(map(downstream.title, downstream.chosen_sets(args)))
+    small = ", ".join(map(downstream.title, sets)) or "none"
     return "\n\n".join([
         f"Of {len(rows)} claims {', '.join(f'{number} {verdict}' for verdict, number in count.items())}. Seeds: "
-        f"{', '.join(map(str, args.seeds))}; small sets: {sets}. An effect is positive if the claim holds; its "
-        f"interval is the wider of that over seeds and that from the number of validation images.",
+        f"{', '.join(map(str, args.seeds))}; small sets: {small}. An effect is positive if the claim holds; its "
+        f"interval is that over seeds or, of accuracies, that from the number of validation images where it is wider.",
         tables.NOTES[args.preset]])
 
 
@@ -208,22 +214,24 @@ def main(args):
     if not args.from_numbers:
         distributed.start_process_group("cpu" if args.dry_run else args.device)
         claims = [claim for claim in CLAIMS if claim.key in args.claims]
-        measured = claim_runs.measure(evidence.required(claim.effect for claim in claims), args)
+        required = evidence.required(claim.effect for claim in claims)
+        sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in required) else []
+        measured = claim_runs.measure(required, args, sets)
         if measured is None:
             return []
         seeds, runs = measured
         rows = [judge(claim, seeds) for claim in claims]
         report.write_text(path.parent, "claims", {
             "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
-            "small_sets": downstream.chosen_sets(args), "rows": rows, "runs": runs},
-            f"claims, preset {args.preset}, data {args.data}\n\n{table(rows)}\n\n{conclusion(args, rows)}")
+            "small_sets": sets, "rows": rows, "runs": runs},
+            f"claims, preset {args.preset}, data {args.data}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
     if not distributed.is_main():
         return []
     rows = json.loads(path.read_text())["rows"]
-    draw(rows, path.with_suffix(".png"))
+    draw_forest_plot(rows, path.with_suffix(".png"))
     print(f"drawn: {path.with_suffix('.png')}")
     return rows
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

@@ -6,8 +6,8 @@ A claim's effect is a difference that is positive if the claim holds. It is comp
     mean ± t(0.975, seeds - 1) * standard deviation over seeds / sqrt(seeds)
     mean ± 1.96 * standard error from the number of validation images
 
-The second does not shrink with more seeds, because all are evaluated on the same images. It treats accuracies as
-independent; as models tend to fail on the same images, it is too wide rather than too narrow.
+The second is of accuracies alone, and does not shrink with more seeds, because all are evaluated on the same images. It
+treats accuracies as independent; as models tend to fail on the same images, it is too wide rather than too narrow.
 """
 import math
 import statistics

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.data import load_sets, with_statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -112,4 +112,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS, RECIPES)
+    entry.run_script(main, build_parser(), PRESETS, RECIPES)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from appendix.features import add_arguments, add_execution, build_encoder, cached_features
 from appendix.probes import check_save_to, write_result
-from common import distributed, options
+from common import distributed, entry, options
 from common.data import load_sets
 from common.errors import UserError
 
@@ -73,4 +73,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -19,7 +19,7 @@ from torch import nn
 
 from appendix.features import add_arguments, add_execution, build_encoder, cached_features
 from appendix.probes import check_save_to, write_result
-from common import distributed, options
+from common import distributed, entry, options
 from common.augment import pretrain_transform
 from common.data import load_sets
 from common.distributed import print0
@@ -126,4 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS, RECIPES)
+    entry.run_script(main, build_parser(), PRESETS, RECIPES)

@@ -12,7 +12,7 @@ Student and teacher end up in weights.pt, and --init takes the teacher from it.
 import torch
 
 from appendix.dino import DINO, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
-from common import distributed, options
+from common import distributed, entry, options
 from common.data import load_images
 from common.errors import UserError
 from common.loader import seed_everything
@@ -155,4 +155,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -10,7 +10,7 @@ help says "ours". `--model vit_tiny` takes the plain ViT instead of SimMIM's rel
 `--model vit_small_simmim`. Our file says which of them it is, so that finetune.py need not be told.
 """
 from appendix.simmim import SimMIM, random_mask, unit_grid
-from common import distributed, options
+from common import distributed, entry, options
 from common.augment import pretrain_transform
 from common.data import load_images
 from common.distributed import print0
@@ -116,4 +116,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

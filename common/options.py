@@ -7,18 +7,12 @@ network and images has no default: `settle` takes what was given, else what the 
 import argparse
 import copy
 import difflib
-import multiprocessing
-import os
 import re
-import signal
-import sys
-import traceback
-from contextlib import contextmanager
 from pathlib import Path
 
-from common import data, distributed
+from common import data
 from common.distributed import print0
-from common.errors import STOPPED, UserError
+from common.errors import UserError
 from common.vit import SIZES, pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +37,7 @@ def make_parser(description):
                     for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}
             remedy = (f"perhaps {', '.join(sorted(near))}? " if near else "") + "--help lists the arguments"
             if "--set" in self._option_string_actions:
-                remedy += "; those of a stage are given by --set STAGE.KEY=VALUE"
+                remedy += "; those of a stage are given by --set SCRIPT.KEY=VALUE"
             self.exit(2, f"{self.prog}: error: {message} ({remedy})\n")
     return Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
@@ -181,56 +175,6 @@ def check_ranges(args):
             raise UserError(f"--warmup-{unit} {warmup} leaves nothing of --{unit} {total}: lower it too")
 
 
-def start(main, parser, *presets_and_recipes, parse=parse):
-    """A script's entry: what the user can mend ends in one line instead of a traceback."""
-    check_clone()
-    with mishaps_in_one_line(parser.prog):
-        args = parse(parser, *presets_and_recipes)
-        if "RANK" not in os.environ:  # a rank could not obey without the others
-            stop_by(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-        announce(parser, args)
-        result = main(args)
-        if isinstance(result, dict) and "seconds" in result:
-            print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
-
-
-def stop_by(*signals):
-    """Leave at these signals, as something that can be continued. A training sees to them itself."""
-    for number in signals:
-        signal.signal(number, lambda *_: sys.exit(STOPPED))
-
-
-@contextmanager
-def mishaps_in_one_line(prog):
-    """End what the user can mend in one line instead of a traceback, and everything that was begun."""
-    try:
-        yield
-    except (UserError, OSError, MemoryError, FloatingPointError) as error:
-        text = str(error).strip()
-        if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
-            text = text.splitlines()[-1].split(": ", 1)[-1]
-        distributed.abort(f"{prog}: error: {' '.join(text.split())}")
-    except Exception:
-        if distributed.world_size() == 1:
-            raise
-        distributed.abort(traceback.format_exc())
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for loading in multiprocessing.active_children():  # they outlive the SIGTERM by which Python would end them
-            loading.kill()
-        distributed.stop_process_group()
-
-
-def announce(parser, args):
-    """Prints the preset and what differs from the defaults, which are the paper's values."""
-    usual = defaults(parser)
-    changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
-    if changed.pop("preset", None):
-        network = {name: value for name, value in NETWORKS.get(args.preset, {}).items()
-                   if name in changed or name in usual and getattr(args, name) is None}
-        print0(" ".join([f"# preset {args.preset}:", *words({**network, **changed}), "(else the paper's values)"]))
-
-
 def named(texts, flag):
     """["NAME=VALUE", ...] -> {NAME: VALUE}."""
     pairs = [text.partition("=")[::2] for text in texts]
@@ -252,12 +196,3 @@ def words(settings):
         elif value is not None and value is not False:
             line += [flag, str(value)]
     return line
-
-
-def check_clone():
-    """Stops if the `common` that Python found belongs to another clone than the script that was started."""
-    script = Path(getattr(sys.modules["__main__"], "__file__", "") or ".").resolve()
-    clone = next((folder for folder in script.parents if (folder / "common" / "vit.py").is_file()), ROOT)
-    if clone != ROOT:
-        raise SystemExit(f"{script} belongs to {clone}, but Python imports `common` from {ROOT}.\n"
-                         f"Run `pip install -e {clone}`, or set PYTHONPATH={clone}, and start again.")

@@ -1,7 +1,7 @@
 """Reading weights: any source to plain tensors under public names, with what is known about them.
 
 Files are untrusted. Tensors, plain values and SAFE_GLOBALS are read and no code runs; whatever cannot be read or is not
-understood is a FormatError that names the file and a remedy. common/pretrained.py makes a model of what is read.
+understood is a FormatError that names the file and a remedy. common/filling.py makes a model of what is read.
 """
 import argparse
 import difflib

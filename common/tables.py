@@ -5,7 +5,6 @@
 `{previous}` is the weights that the line before left. Behind a row's words come those of the table's own command line,
 as far as the script knows them, then `--set`; later words win. `--dry-run` prints the lines and runs nothing.
 """
-import importlib
 import shlex
 import signal
 from contextlib import suppress
@@ -13,9 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-
-from common import distributed, jobs, options
+from common import distributed, entry, jobs, options, scripts
 from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
@@ -37,7 +34,7 @@ class Row:
     key: str  # what --rows takes
     name: str  # what the table prints
     published: float | dict | None  # None: in no source read; a dict in a table of several columns
-    lines: list = ()  # scripts with their arguments, in order; none: not built yet
+    lines: list = ()  # scripts with their arguments, in order; none: nothing to run
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
     extra: dict = field(default_factory=dict)  # further columns
@@ -60,7 +57,7 @@ def add_rows(parser, rows=(), demo=()):
     group = parser.add_argument_group("table")
     if rows:
         group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
-                           help=f"of {', '.join(row.key for row in rows)}; all: every row built; "
+                           help=f"of {', '.join(row.key for row in rows)}; all: every row of the preset; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
         group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
     group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
@@ -101,45 +98,14 @@ def settings_set(script, args):
 
 # From a row's lines to runs
 
-def module_of(script):
-    """Import "sec3_benchmark/finetune.py"."""
-    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
-
-
-def parser_of(script):
-    parser = module_of(script).build_parser()
-    parser.prog = script
-    return parser
-
-
-def settings_of(script, words=()):
-    """Return the settings that a script has with these words behind its name."""
-    module = module_of(script)
-    try:
-        return options.parse(parser_of(script), module.PRESETS, getattr(module, "RECIPES", None), list(words))
-    except UserError as error:
-        raise UserError(f"{script}: {error}") from None
-
-
 def words_of(line, args, seed, previous=PREVIOUS):
     """Return the script of a row's line and all the words behind it: the row's, the table's, --set's."""
     script, *words = [previous if word == PREVIOUS else word for word in shlex.split(line)]
-    known = options.defaults(parser_of(script)).keys() - set(getattr(module_of(script), "NOT_OF_TABLES", ()))
     by_set = settings_set(script, args)
-    table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known - by_set.keys()}
+    known = scripts.own_settings(script) - by_set.keys()
+    table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known}
     last = [word for name, values in by_set.items() for word in (f"--{name.replace('_', '-')}", *values)]
     return script, [*words, *options.words(table), *last]
-
-
-def run(script, words=()):
-    """Run a script's `main` in this process with these words, and return its result. Sections know each other's scripts
-    by name only.
-    """
-    args, module = settings_of(script, words), module_of(script)
-    torch.compiler.reset()
-    print0(f"\n== {script}")
-    options.announce(module.build_parser(), args)
-    return module.main(args)
 
 
 def run_row(row, seed, args, done):
@@ -150,7 +116,7 @@ def run_row(row, seed, args, done):
         key = (script, *words)
         if key not in done:
             done[key] = print_line(script, words, number < len(row.lines) - 1, args) if args.dry_run else \
-                run(script, words)
+                scripts.run(script, words)
         elif args.dry_run:
             print0(f"# {Path(script).name}: as above")
         results.append(done[key])
@@ -162,7 +128,7 @@ def print_line(script, words, goes_on, args):
     """Print a command; the weights that other lines start from have the same place in every table."""
     digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]
     weights = str(Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt")
-    leaves_weights = goes_on or module_of(script).__dict__.get("READS") == "images"
+    leaves_weights = goes_on or scripts.module_of(script).__dict__.get("READS") == "images"
     save = ["--save-to", weights] if leaves_weights else []
     print0(f"{args.launch} {script} {shlex.join([*words, *save])}".rstrip())
     return {"checkpoint": weights}
@@ -178,7 +144,7 @@ def chosen(rows, args, demo):
         return runnable
     for row in rows:
         if row.key in wanted and row not in runnable:
-            why = "is not built yet" if not row.lines else f"needs --preset {' or '.join(row.presets)}"
+            why = "has nothing to run" if not row.lines else f"needs --preset {' or '.join(row.presets)}"
             raise UserError(f"--rows {row.key}: {row.name} {why}")
     return [row for row in runnable if row.key in wanted]
 
@@ -220,8 +186,8 @@ def run_ahead(rows, args, script, at_once):
 
 def train_rows(rows, seed, args, script):
     """What one of these processes does. What fails is met again, and said, by the table itself."""
-    with options.mishaps_in_one_line(script):
-        options.stop_by(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    with entry.errors_in_one_line(script):
+        entry.exit_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         done = {}
         for row in rows:
             with suppress(HubError):
@@ -244,8 +210,8 @@ def check_rows(rows, to_run, args):
     for row in to_run:
         for line in row.lines:
             script, words = words_of(line, args, args.seeds[0])
-            settings = vars(settings_of(script, words))
-            reads.add(getattr(module_of(script), "READS", None))
+            settings = vars(scripts.settings_of(script, words))
+            reads.add(getattr(scripts.module_of(script), "READS", None))
             for source in filter(None, (settings.get("init"), settings.get("teacher"))):
                 anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: it is trained too
                 if not (args.dry_run or anywhere or Path(source).exists()):
@@ -261,8 +227,8 @@ def overruled(row, args):
     changed = []
     for line in row.lines:
         script, words = words_of(line, args, args.seeds[0])
-        final = vars(settings_of(script, words))
-        own = options.given(parser_of(script), shlex.split(line)[1:])
+        final = vars(scripts.settings_of(script, words))
+        own = options.given(scripts.parser_of(script), shlex.split(line)[1:])
         changed += options.words({name: final[name] or "off" for name, value in own.items() if final[name] != value})
     return " ".join(changed)
 
@@ -271,7 +237,7 @@ def remedy(row, source, args, seed):
     """Return where to give a folder of weights that the hub did not: for a teacher to the table, else to its script."""
     for line in row.lines:
         script, words = words_of(line, args, seed)
-        if getattr(settings_of(script, words), "teacher", None) == source:
+        if getattr(scripts.settings_of(script, words), "teacher", None) == source:
             return f"here as --set {Path(script).stem}.teacher=FOLDER"
     return f"in place of its name: `python {script} {shlex.join(words)}`"
 

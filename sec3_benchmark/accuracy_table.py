@@ -26,7 +26,7 @@ def summary(row, results, problem=None):
     """A row of an accuracy table from its lines' results, one list per seed."""
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    status = "run" if results else "not built yet" if not row.lines else problem or "not chosen"
+    status = "run" if results else "nothing to run" if not row.lines else problem or "not chosen"
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}

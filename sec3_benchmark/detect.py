@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.data import with_statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -248,4 +248,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.data import load_sets
 from common.distributed import print0
 from common.errors import UserError
@@ -195,4 +195,4 @@ def train_classifier(args, script, build, method, fingerprints=None):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS, RECIPES)
+    entry.run_script(main, build_parser(), PRESETS, RECIPES)

@@ -7,7 +7,7 @@
 The authors' code page gives about 40 hours for the paper's run on 8 GPUs. The weights, decoder included, end up in
 outputs/pretrain_mae/<run>/weights.pt; pass them to finetune.py as --init. Killed, the same command continues.
 """
-from common import distributed, options
+from common import distributed, entry, options
 from common.loader import seed_everything
 from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
@@ -57,4 +57,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, steps_per_epoch, warmup_cosine
@@ -169,4 +169,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -1,6 +1,6 @@
 """Table 1: ViT-Tiny on ImageNet-1k after different pre-training methods, top-1.
 
-    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: 4 minutes
+    python sec3_benchmark/table1_pretraining_methods.py                                 # demo: 3 minutes
     python sec3_benchmark/table1_pretraining_methods.py --preset small --data-path DIR --seeds 0 1
     torchrun --nproc-per-node=8 sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET
     python sec3_benchmark/table1_pretraining_methods.py --data-path IMAGENET --dry-run  # the commands, for a job script
@@ -8,7 +8,7 @@
 The paper's claim: proper pre-training lifts the plain ViT-Tiny from 75.8 to 78.0 (MAE). Accuracies are of the last
 epoch; the best epoch stands in each run's result.json. Rows that were not run are listed below the table.
 """
-from common import options, tables
+from common import entry, tables
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
@@ -67,4 +67,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

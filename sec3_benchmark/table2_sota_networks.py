@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import LogLocator
 
-from common import distributed, options, report
+from common import distributed, entry, options, report
 from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_model
@@ -245,4 +245,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -15,7 +15,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from common import distributed, options, report, tables
+from common import distributed, entry, options, report, scripts, tables
 from common.data import load_sets
 from common.errors import UserError
 from common.optim import steps_per_epoch
@@ -85,7 +85,7 @@ def described(row, args, full):
     no whole batch.
     """
     script, words = tables.words_of(row.lines[0], args, 0)
-    asked = options.settle(tables.settings_of(script, words))
+    asked = options.settle(scripts.settings_of(script, words))
     drawn = asked.subset in DATA.values()
     try:
         _, part = subsets.pretraining_images(options.replaced(asked, equal=None))
@@ -173,4 +173,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

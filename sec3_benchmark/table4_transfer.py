@@ -16,7 +16,7 @@ import statistics
 from itertools import cycle
 from pathlib import Path
 
-from common import distributed, options, report, tables
+from common import distributed, entry, options, report, tables
 from common.distributed import is_main
 from common.tables import Row
 from sec3_benchmark import downstream
@@ -115,4 +115,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

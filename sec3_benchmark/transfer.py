@@ -13,7 +13,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.augment import pretrain_transform
 from common.distributed import print0
 from common.loader import seed_everything
@@ -126,4 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS, RECIPES)
+    entry.run_script(main, build_parser(), PRESETS, RECIPES)

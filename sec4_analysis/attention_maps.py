@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import options, report
+from common import entry, report
 from common.distributed import is_main
 from common.errors import UserError
 from common.images import ImageSet
@@ -165,4 +165,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=parse_maps)
+    entry.run_script(main, build_parser(), parse=parse_maps)

@@ -8,7 +8,7 @@ The paper's claim (Section 4.1): MAE-Tiny is like DeiT-Tiny in low layers and un
 like it nearly everywhere. Index 0, called the patch embedding, is the first norm1 output, as in the authors' script.
 Writes fig1.npz, .json, .md, and draws fig1.png from the first.
 """
-from common import options
+from common import entry
 from sec4_analysis import similarity, study
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
@@ -34,4 +34,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

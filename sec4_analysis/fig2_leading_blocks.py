@@ -8,7 +8,7 @@
 The paper's claim (Section 4.1): a few leading blocks give the gain already; further ones add little for MAE and harm
 MoCo-v3. Writes fig2.json, .md and draws fig2.png from the first.
 """
-from common import options
+from common import entry, options
 from common.distributed import is_main
 from sec4_analysis import leading_blocks, study
 
@@ -41,4 +41,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=leading_blocks.parse)
+    entry.run_script(main, build_parser(), parse=leading_blocks.parse)

@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from common import options, report
+from common import entry, report
 from sec4_analysis import fourier, study
 from sec4_analysis.activations import Activations, geometry
 
@@ -103,4 +103,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

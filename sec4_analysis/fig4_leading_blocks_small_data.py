@@ -12,7 +12,7 @@ there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes
 """
 import shlex
 
-from common import options
+from common import entry, options
 from common.distributed import is_main
 from common.errors import UserError
 from sec3_benchmark import downstream
@@ -55,4 +55,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=leading_blocks.parse)
+    entry.run_script(main, build_parser(), parse=leading_blocks.parse)

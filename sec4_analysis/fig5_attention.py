@@ -12,7 +12,7 @@ this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md 
 import numpy as np
 import torch
 
-from common import options, report
+from common import entry, report
 from sec4_analysis import attention, study
 from sec4_analysis.activations import Activations, geometry
 
@@ -108,4 +108,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

@@ -10,7 +10,7 @@ The paper's claim (Section 5): the teacher's layers are alike to the supervised 
 the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
-from common import options, tables
+from common import entry, tables
 from common.tables import Row
 from sec4_analysis import similarity, study
 from sec5_distill import pretrain_dmae
@@ -54,4 +54,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=study.parse)
+    entry.run_script(main, build_parser(), parse=study.parse)

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from common import options, report, tables
+from common import entry, options, report, tables
 from common.distributed import is_main
 from common.errors import UserError
 from common.tables import Row
@@ -112,4 +112,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

@@ -10,7 +10,7 @@ mae-lite's, `timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pr
 weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. The authors' code page
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
-from common import distributed, options, tables
+from common import distributed, entry, options, scripts
 from common.data import load_images, with_statistics
 from common.errors import UserError
 from common.filling import load_model
@@ -113,7 +113,7 @@ def pretrain_teacher(args):
     settings = {name: value for name, value in vars(args).items() if name not in DISTILLATION}
     settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
                     decoder_heads=None, epochs=args.teacher_epochs or args.epochs, seed=0, fresh=False, save_to=None)
-    return tables.run("sec3_benchmark/pretrain_mae.py", options.words(settings))["checkpoint"]
+    return scripts.run("sec3_benchmark/pretrain_mae.py", options.words(settings))["checkpoint"]
 
 
 def teacher_identity(args, weights):
@@ -176,4 +176,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -12,7 +12,7 @@ reused. ROOT: sec3_benchmark/downstream_sets.py; each set's settings: downstream
 import argparse
 from dataclasses import replace
 
-from common import distributed, options, report, tables
+from common import distributed, entry, options, report, tables
 from sec3_benchmark import downstream
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
@@ -89,4 +89,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), parse=tables.parse)
+    entry.run_script(main, build_parser(), parse=tables.parse)

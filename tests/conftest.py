@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import options, tables
+from common import options, scripts
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def asked(monkeypatch, tmp_path):
     asked = []
 
     def run(script, words=()):
-        settings = vars(options.settle(tables.settings_of(script, words)))
+        settings = vars(options.settle(scripts.settings_of(script, words)))
         asked.append((Path(script).stem, settings))
         folder = tmp_path / f"run{len(asked)}"
         folder.mkdir()
@@ -32,5 +32,5 @@ def asked(monkeypatch, tmp_path):
         return {"checkpoint": f"{folder}/weights.pt", "run": str(folder), "teacher": "teacher.pt", "top1": number,
                 "best_top1": number, "box_ap": number, "mask_ap": number / 2, "seconds": 60.0,
                 "images_per_second": 2.0 * number, "train_images": 7}
-    monkeypatch.setattr(tables, "run", run)
+    monkeypatch.setattr(scripts, "run", run)
     return asked

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import options, report, tables, training
+from common import options, report, scripts, tables, training
 from common.images import ImageSet
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -38,7 +38,7 @@ def settings_of(module, given=None, presets=None):
 
 def stage(script, given=None, row=None):
     """Run a script of a row with these settings, {name: value}."""
-    return tables.run(script, options.words({**(row or {}), **(given or {})}))
+    return scripts.run(script, options.words({**(row or {}), **(given or {})}))
 
 
 def parameter_count(model):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from appendix import a4_transfer_sweep, a5_detection_settings, b5_dino_simmim
-from common import options, tables
+from common import options, scripts
 from common.errors import UserError
 from common.pretrained import HubError
 from sec3_benchmark import detect
@@ -69,7 +69,7 @@ def test_a5_puts_both_protocols_beside_the_published_numbers(asked, tmp_path):
 def test_a5_says_which_weights_it_could_not_get(asked, tmp_path, monkeypatch):
     def offline(*args, **settings):
         raise HubError("no hub", "timm:x")
-    monkeypatch.setattr(tables, "run", offline)
+    monkeypatch.setattr(scripts, "run", offline)
     run(a5_detection_settings, tmp_path, "--init", "timm:x", "--rows", "vitdet")
     assert table(tmp_path, "a5_detection")[1][0]["status"].startswith("needs weights: no hub, in place of its name: ")
 
@@ -78,7 +78,7 @@ def test_a5_in_full_has_the_papers_size_and_rate():
     rows = {row.key: row for row in a5_detection_settings.ROWS}
     assert rows["li2021"].presets == ("paper",)
     script, *words = rows["li2021"].lines[0].split()
-    settings = tables.settings_of(script, [*words, "--preset", "paper"])
+    settings = scripts.settings_of(script, [*words, "--preset", "paper"])
     assert settings.img_size == [1024] and settings.warmup_iterations == round(118_000 / 64 / 4)
 
 

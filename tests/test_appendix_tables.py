@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from appendix import a1_recipes, a2_mae_settings, a3_mocov3_settings, b5_dino_simmim
-from common import options, tables
+from common import options, scripts
 from sec3_benchmark import finetune
 from sec3_benchmark import table1_pretraining_methods as table1
 from sec5_distill import table5_distillation
@@ -27,16 +27,16 @@ def test_rows_resolve_in_every_preset_they_name(name):
         for preset in row.presets:
             for line in row.lines:
                 script, *words = shlex.split(line)
-                known = options.defaults(tables.parser_of(script))
+                known = options.defaults(scripts.parser_of(script))
                 places = [] if preset == "demo" else ["data_path", "dataset_path"]
                 given = options.words({"preset": preset, **{name: "DIR" for name in places if name in known}})
-                tables.settings_of(script, [*words, *given])
+                scripts.settings_of(script, [*words, *given])
 
 
 def last_of(row, **given):
     """The settings of a row's last line."""
     script, *words = shlex.split(row.lines[-1])
-    return vars(tables.settings_of(script, [*words, *options.words(given)]))
+    return vars(scripts.settings_of(script, [*words, *options.words(given)]))
 
 
 def by_key(table):
@@ -76,7 +76,7 @@ def test_the_laptop_preset_is_the_same_network_in_every_script(path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert ("laptop" in module.PRESETS) == ("small" in module.PRESETS)
     if hasattr(module, "main") and "model" in options.defaults(module.build_parser()):
-        settings = tables.settings_of(str(path.relative_to(ROOT)), ["--preset", "laptop"])
+        settings = scripts.settings_of(str(path.relative_to(ROOT)), ["--preset", "laptop"])
         settled = options.settle(settings) if module.__name__ != "sec3_benchmark.detect" else settings
         assert getattr(settled, "model", "vit_demo") in ("vit_demo", "vit_demo_simmim", None)
         assert getattr(settled, "data", "folder") == "folder"

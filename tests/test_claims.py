@@ -93,7 +93,7 @@ def test_a_models_numbers_by_hand():
     attention[1, :, :2], attention[1, :, 2] = math.log(18), math.log(36)
     found = claim_runs.numbers("MAE", similarity, amplitudes, attention)
     assert found["cka low", "MAE"] == pytest.approx(2.5 / 12) and found["cka high", "MAE"] == pytest.approx(10.5 / 12)
-    assert found["lost all", "MAE"] == 0.5
+    assert found["high frequencies embedding", "MAE"] == -1 and found["high frequencies block 1", "MAE"] == -1.5
     assert (found["distance low", "MAE"], found["distance high", "MAE"]) == (0.25, 0.75)
     assert (found["diversity low", "MAE"], found["diversity high", "MAE"]) == (0.125, 0)
     assert found["entropy low", "MAE"] == pytest.approx(math.log(18) / math.log(36))

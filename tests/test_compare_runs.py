@@ -4,7 +4,7 @@ import json
 import pytest
 
 from appendix.tools import compare_runs
-from common import options, tables
+from common import options, scripts
 from common.errors import UserError
 from common.runs import identity
 from sec3_benchmark import detect
@@ -70,7 +70,7 @@ def test_the_references_are_of_the_demos_of_today(path):
     """Else compare_runs.py would pass over the demo's runs in silence."""
     about = compare_runs.read_lines(path)[0]
     [script] = options.ROOT.glob(f"*/{about['script']}.py")
-    today = tables.settings_of(f"{script.parent.name}/{script.name}")
+    today = scripts.settings_of(f"{script.parent.name}/{script.name}")
     today = detect.settle_backbone(today, None) if script.stem == "detect" else options.settle(today)
     apart = {*compare_runs.ABOUT, "teacher_model", "equal"}  # D-MAE's identity holds its teacher's weights
     assert identity({name: value for name, value in vars(today).items() if name not in apart}) == about["settings"]

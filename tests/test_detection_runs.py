@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import options, tables
+from common import options, scripts, tables
 from common.errors import UserError
 from common.vit import build_model
 from sec3_benchmark import detect, table4_transfer
@@ -215,7 +215,7 @@ calls = []
 
 def test_the_coco_columns(tmp_path, monkeypatch):
     """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
-    monkeypatch.setattr(tables, "run", fake_run)
+    monkeypatch.setattr(scripts, "run", fake_run)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
              "--device", "cpu", "--set", "detect.iterations=7", "detect.warmup_iterations=2"]
     calls.clear()

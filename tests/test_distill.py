@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 
 from appendix.tools.convert_checkpoint import export_timm
 from common import mae as mae_module
-from common import options, tables
+from common import options, scripts
 from common.checkpoint import load_newest
 from common.errors import UserError
 from common.filling import load_model
@@ -386,14 +386,14 @@ def test_the_student_sees_images_normalised_as_the_teachers_were(distil, tmp_pat
 
 def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teacher_file):
     """Larger, of seed 0, as long as the student or longer, and never begun afresh."""
-    asked, run = [], tables.run
+    asked, run = [], scripts.run
 
     def record(script, words=()):
         if script != "sec3_benchmark/pretrain_mae.py":
             return run(script, words)
-        asked.append(tables.settings_of(script, words))
+        asked.append(scripts.settings_of(script, words))
         return {"checkpoint": str(teacher_file)}
-    monkeypatch.setattr(tables, "run", record)
+    monkeypatch.setattr(scripts, "run", record)
     first = distil(teacher="own", teacher_model="large", teacher_heads=5, seed=3, fresh=True, decoder_dim=24)
     [args] = asked
     assert (args.model, args.num_heads, args.epochs, args.seed, args.fresh) == ("large", 5, 2, 0, False)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed, loader, options, runs, tables
+from common import distributed, entry, loader, options, runs, scripts
 from common.errors import UserError
 from common.runs import open_run, settings_hash
 from sec3_benchmark import detect, finetune, pretrain_mae, pretrain_mocov3
@@ -105,11 +105,11 @@ def test_the_paper_preset_is_the_papers_recipe(module, paper):
 
 def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     parser = pretrain_mae.build_parser()
-    options.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--mask-ratio", "0.6"]))
+    entry.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--mask-ratio", "0.6"]))
     printed = capsys.readouterr().out
     assert printed.startswith("# preset demo: ") and "--model vit_demo" in printed and "--mask-ratio 0.6" in printed
     assert "beta2" not in printed
-    options.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--data-path", "D"]))
+    entry.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--data-path", "D"]))
     assert capsys.readouterr().out == "# preset paper: --data-path D (else the paper's values)\n"
 
 
@@ -184,15 +184,15 @@ def settled(module, argv):
     ("sec3_benchmark/finetune.py", "--data-path d --recipe ori --cutmix 0 --init timm:x --keep-blocks 0 --in-chans 2 "
                                 "--mean -0.5 0.3 --std 1 2 --eval-only --precision bf16")])
 def test_settings_in_words_mean_the_same_settings(name, argv):
-    settings = tables.settings_of(name, argv.split())
-    assert tables.settings_of(name, options.words(vars(settings))) == settings
+    settings = scripts.settings_of(name, argv.split())
+    assert scripts.settings_of(name, options.words(vars(settings))) == settings
 
 
 def test_a_printed_command_survives_the_shell():
     script = "sec3_benchmark/pretrain_mae.py"
-    settings = tables.settings_of(script, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
+    settings = scripts.settings_of(script, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
     words = shlex.split(shlex.join(options.words(vars(settings))))
-    assert tables.settings_of(script, words) == settings
+    assert scripts.settings_of(script, words) == settings
 
 
 def test_workers_share_the_cores_of_a_node(monkeypatch):

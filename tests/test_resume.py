@@ -236,7 +236,7 @@ def main(args):
     if distributed.rank() == 1:
         raise UserError("no such thing on this node")
     distributed.barrier()
-options.start(main, options.make_parser("toy"), {}, parse=lambda parser, presets: argparse.Namespace())
+entry.run_script(main, options.make_parser("toy"), {}, parse=lambda parser, presets: argparse.Namespace())
 """], tmp_path, world=2)
     assert ranks[1].wait(30) == 1 and ranks[0].wait(30) != 0, said(tmp_path)
     assert "rank 1: -c: error: no such thing on this node" in said(tmp_path)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from common import options, report, tables
+from common import options, report, scripts, tables
 from common.errors import UserError
 from common.pretrained import HubError
 from common.tables import Row
@@ -110,7 +110,7 @@ def test_data_that_were_not_given_are_missed_before_the_first_stage(ran):
 
 def test_all_leaves_out_what_cannot_run_and_asking_for_it_is_an_error(ran):
     assert set(run("--rows", "all")) == {"plain", "one", "two"}
-    for key, why in (("later", "nobody built it is not built yet"), ("big", "needs --preset paper")):
+    for key, why in (("later", "nobody built it has nothing to run"), ("big", "needs --preset paper")):
         with pytest.raises(UserError, match=why):
             run("--rows", key)
 
@@ -170,12 +170,12 @@ def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
     assert ran == []
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("python")]
-    scripts, settings = zip(*[(line.split()[1], shlex.split(line)[2:]) for line in lines])
-    assert scripts == ("toys/before.py", "toys/after.py")
+    paths, settings = zip(*[(line.split()[1], shlex.split(line)[2:]) for line in lines])
+    assert paths == ("toys/before.py", "toys/after.py")
     assert "# before.py: as above" not in printed
     run("--rows", "one", "two", "--dry-run")
     assert "# row 2 of 2: two, seed 0\n# before.py: as above\n" in capsys.readouterr().out
-    before, after = (tables.settings_of(script, words) for script, words in zip(scripts, settings))
+    before, after = (scripts.settings_of(script, words) for script, words in zip(paths, settings))
     assert (before.epochs, before.seed, after.rate, after.seed) == (5, 2, 0.3, 2)
     assert before.save_to == after.init  # each command finds the weights of the one before
 

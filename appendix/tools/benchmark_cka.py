@@ -15,7 +15,7 @@ import torch
 
 from appendix.tools import benchmarking
 from appendix.tools.benchmarking import resident, synchronize
-from common import distributed, options, report
+from common import distributed, entry, options, report
 from common.errors import UserError
 from common.runs import identity
 from sec4_analysis import cka
@@ -129,4 +129,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

@@ -15,7 +15,7 @@ import torch
 
 from appendix.tools import benchmarking
 from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
-from common import distributed, options, report
+from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
@@ -97,4 +97,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

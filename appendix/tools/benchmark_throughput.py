@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from appendix.tools import benchmark_loader, benchmarking
 from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
-from common import distributed, options, report
+from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
@@ -142,4 +142,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

@@ -14,7 +14,7 @@ import json
 import math
 from pathlib import Path
 
-from common import options, report
+from common import entry, options, report
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
@@ -160,4 +160,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

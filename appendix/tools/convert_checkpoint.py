@@ -18,7 +18,7 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from common import options
+from common import entry, options
 from common.augment import CROP_PCT
 from common.checkpoint import save_json, save_torch, write_atomically
 from common.data import channel_statistics, with_statistics
@@ -170,4 +170,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import options
+from common import entry, options
 from common.checkpoint import save_json
 from common.data import image_tree
 from common.distributed import print0
@@ -108,4 +108,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

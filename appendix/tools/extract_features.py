@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from appendix.features import add_arguments, add_execution, build_encoder, extract, settings_of
-from common import distributed, options
+from common import distributed, entry, options
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
 from common.data import load_images
@@ -73,4 +73,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import distributed, options
+from common import distributed, entry, options
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
@@ -110,4 +110,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import data, distributed, options
+from common import data, distributed, entry, options
 from common.augment import eval_transform
 from common.data import load_images, statistics, with_statistics
 from common.distributed import print0
@@ -128,4 +128,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from common import options
+from common import entry, options
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
@@ -205,4 +205,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

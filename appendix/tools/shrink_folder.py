@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import options
+from common import entry, options
 from common.augment import resize
 from common.checkpoint import save_json
 from common.distributed import print0
@@ -220,4 +220,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import options
+from common import entry, options
 from common.data import labelled_folder
 from common.distributed import print0
 from common.errors import UserError
@@ -92,4 +92,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    options.start(main, build_parser())
+    entry.run_script(main, build_parser())

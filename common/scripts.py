@@ -1,0 +1,49 @@
+"""Scripts of any section, run in this process by the words of their command line.
+
+A stage script has `build_parser()`, `PRESETS`, `main(args) -> dict`, and may have `RECIPES`, `READS` ("labels" or
+"images": what it reads of --data) and `NOT_OF_TABLES`, settings that a table does not pass on.
+"""
+import importlib
+
+import torch
+
+from common import entry, options
+from common.distributed import print0
+from common.errors import UserError
+
+
+def module_of(script):
+    """Import "sec3_benchmark/finetune.py"."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+def parser_of(script):
+    """Return a script's parser, which calls itself by its path."""
+    parser = module_of(script).build_parser()
+    parser.prog = script
+    return parser
+
+
+def own_settings(script):
+    """Return the names of the settings that a table passes on to a script."""
+    return options.defaults(parser_of(script)).keys() - set(getattr(module_of(script), "NOT_OF_TABLES", ()))
+
+
+def settings_of(script, words=()):
+    """Return the settings that a script has with these words behind its name."""
+    module = module_of(script)
+    try:
+        return options.parse(parser_of(script), module.PRESETS, getattr(module, "RECIPES", None), list(words))
+    except UserError as error:
+        raise UserError(f"{script}: {error}") from None
+
+
+def run(script, words=()):
+    """Run a script's `main` in this process with these words, and return its result. Sections know each other's scripts
+    by name only.
+    """
+    args, module = settings_of(script, words), module_of(script)
+    torch.compiler.reset()
+    print0(f"\n== {script}")
+    entry.announce(module.build_parser(), args)
+    return module.main(args)
