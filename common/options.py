@@ -29,7 +29,9 @@ SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT
 def make_parser(description):
     """A parser whose help starts with the script's docstring and shows each default."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):  # whose own addition would be "(default: None)", or say it twice
+            said = action.help or ""
+            return said if action.default is None or "default" in said else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # without the usage, which fills a screen

@@ -108,14 +108,16 @@ def words_of(line, args, seed, previous=PREVIOUS):
     return script, [*words, *options.words(table), *last]
 
 
-def run_row(row, seed, args, done):
-    """Return the results of one row with one seed, in order. `done` keeps lines that rows share from running twice."""
+def run_row(row, seed, args, done, started_from=()):
+    """Return the results of one row with one seed, in order. `done` keeps lines that rows share from running twice;
+    in a dry run the weights of those in `started_from` have a file.
+    """
     results, previous = [], PREVIOUS
-    for number, line in enumerate(row.lines):
+    for line in row.lines:
         script, words = words_of(line, args, seed, previous)
         key = (script, *words)
         if key not in done:
-            done[key] = print_line(script, words, number < len(row.lines) - 1, args) if args.dry_run else \
+            done[key] = print_line(script, words, key in started_from, args) if args.dry_run else \
                 scripts.run(script, words)
         elif args.dry_run:
             print0(f"# {Path(script).name}: as above")
@@ -124,14 +126,32 @@ def run_row(row, seed, args, done):
     return results
 
 
-def print_line(script, words, goes_on, args):
-    """Print a command; the weights that other lines start from have the same place in every table."""
+def weights_place(script, words, args):
+    """Return the file of a line's weights that a dry run names: the same in every table."""
     digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]
-    weights = str(Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt")
-    leaves_weights = goes_on or scripts.module_of(script).__dict__.get("READS") == "images"
-    save = ["--save-to", weights] if leaves_weights else []
+    return str(Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt")
+
+
+def print_line(script, words, saved, args):
+    """Print a command, which saves its weights if other lines start from them, of this table or of any."""
+    weights = weights_place(script, words, args)
+    saved = saved or getattr(scripts.module_of(script), "READS", None) == "images"
+    save = ["--save-to", weights] if saved else []
     print0(f"{args.launch} {script} {shlex.join([*words, *save])}".rstrip())
     return {"checkpoint": weights}
+
+
+def starting_points(rows, args):
+    """Return the lines, (script, *words), from whose weights another line of their row starts."""
+    found = set()
+    for row in rows:
+        for seed in args.seeds:
+            previous = PREVIOUS
+            for line in row.lines[:-1]:
+                script, words = words_of(line, args, seed, previous)
+                found.add((script, *words))
+                previous = weights_place(script, words, args)
+    return found
 
 
 # All rows
@@ -161,11 +181,13 @@ def run_rows(rows, args, demo, script):
     if at_once > 1 and distributed.world_size() == 1 and not args.dry_run:
         run_ahead(to_run, args, script, at_once)
     results, without, done = {}, {}, {}
+    started_from = starting_points(to_run, args) if args.dry_run else ()
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
             try:
-                results.setdefault(row.key, {}).setdefault(row.column, []).append(run_row(row, seed, args, done))
+                results.setdefault(row.key, {}).setdefault(row.column, []).append(
+                    run_row(row, seed, args, done, started_from))
             except HubError as error:  # the other rows can go on
                 without[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
                 print0(without[row.key])

@@ -14,7 +14,7 @@ from common.loader import Views, data_loader, on_device, seed_everything, step_b
 from common.memory import keep_decoded
 from common.optim import set_learning_rate, steps_per_epoch
 from common.vit import set_fused_attention
-from common.watch import BadImages, Guard, Meter, StopSignals, explain_out_of_memory
+from common.watch import BadImages, Guard, Meter, StopSignals, explain_out_of_memory, mention_busy_cores
 
 
 class Method:
@@ -177,6 +177,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
     print0(", ".join(f"{name} {value}" for name, value in engine.execution().items()))
+    mention_busy_cores(device)
 
     guard, snapshot = Guard(run, optimizer, engine.scaler, schedule, device), Snapshot(run, method, optimizer, engine)
     start, progress = snapshot.restore(), snapshot.progress

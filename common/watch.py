@@ -1,5 +1,6 @@
 """Monitoring of a training run: log and progress bar, stop signals, non-finite values, unreadable images, memory."""
 import math
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -56,6 +57,16 @@ class StopSignals:
             how = "without --fresh" if self.run.settings.get("fresh") else "to continue"
             print0(f"stopped by a signal after step {self.progress['step']} of {self.total}; saved in "
                    f"{self.run.folder}. Repeat the command {how}.")
+
+
+def mention_busy_cores(device):
+    """Print a hint where other processes keep the cores busy, beside which several threads crawl: the threads of one
+    operation wait for each other busily. Measured beside six processes on two cores: one thread 6 times as fast as two.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    if device.type == "cpu" and threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2:
+        print0(f"other processes keep this machine busy (load {os.getloadavg()[0]:.1f} on {cores} cores): "
+               f"OMP_NUM_THREADS=1 may be several times faster than {threads} threads")
 
 
 class Guard:

@@ -149,7 +149,7 @@ def chosen_sets(args):
             require_coco(args)
             continue
         check_path(name, args.dataset_path)
-        if name not in FRACTALS and not args.dry_run:
+        if name not in FRACTALS and not (args.dry_run and not Path(args.dataset_path or "").is_dir()):
             load_downstream(options.replaced(options.settle(args), dataset=name))
     return list(dict.fromkeys(names))
 

@@ -51,6 +51,8 @@ def pretraining_images(args):
         print0(f"--subset {args.subset}: {len(images)} images; smallest, median and largest class: "
                f"{', '.join(f'{size:g}' for size in describe(images)['images_per_class'])}")
     longer = equal_iterations(args, whole, images) if args.equal == "iterations" else {}
+    if longer:
+        print0(f"--equal iterations: {longer['epochs']} epochs of these are as many steps as {args.epochs} of all")
     return options.replaced(args, equal=None, pretrain_path=None, **longer), images
 
 

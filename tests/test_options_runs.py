@@ -166,6 +166,12 @@ def test_a_row_cannot_choose_what_the_command_line_refuses(name, value, capsys):
     assert value in f"{error.value} {capsys.readouterr().err}"
 
 
+def test_help_says_each_default_once():
+    text = finetune.build_parser().format_help()
+    assert "(default: None)" not in text and "(default: 0.85)" in text
+    assert " ".join(text.split()).count("default: as the weights say, else 224") == 1
+
+
 # Commands
 
 def settled(module, argv):

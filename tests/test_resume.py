@@ -228,7 +228,7 @@ def test_a_rank_that_fails_alone_leaves_at_once_with_its_message(tmp_path):
     """The other one waits for it, and does not learn of it by a time limit."""
     ranks = start_ranks([sys.executable, "-c", """
 import argparse
-from common import distributed, options
+from common import distributed, entry, options
 from common.errors import UserError
 def main(args):
     distributed.start_process_group("cpu")

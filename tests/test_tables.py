@@ -180,6 +180,19 @@ def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
     assert before.save_to == after.init  # each command finds the weights of the one before
 
 
+def test_a_dry_run_saves_the_weights_that_any_later_row_starts_from(ran, capsys, tmp_path):
+    """Also those of a line that is its own row's last."""
+    rows = [Row("alone", "alone", None, ["toys/after.py"]),
+            Row("onward", "onward", None, ["toys/after.py", "toys/after.py --init {previous} --rate 0.1"])]
+    args = tables.parse(tables.make_parser("a table", rows, ()), ["--dry-run", "--rows", "all", "--seeds", "0", "1",
+                                                                   "--output", str(tmp_path)])
+    tables.run_rows(rows, args, (), "table")
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    saved = [line[line.index("--save-to") + 1] for line in lines if "--save-to" in line]
+    assert len(lines) == 4 and len(set(saved)) == 2
+    assert [line[line.index("--init") + 1] for line in lines if "--init" in line] == saved
+
+
 def test_rows_that_were_not_run_stand_below_the_table(tmp_path, capsys):
     args = options.argparse.Namespace(preset="demo", data="fractals", output=tmp_path)
     rows = [{"name": "a", "published": 78.0, "status": "run", "measured": [1.0, 2.0]},
