@@ -34,11 +34,9 @@ def main(args):
         arrays = study.read(args.from_numbers)
     else:
         models = study.load_all(args, study.models(args, rows_of(args), "b1"))
-        images = study.images(args, models)
-        if images is None:
+        arrays = similarity.compare(args, "b1", models)
+        if arrays is None:
             return {}
-        arrays = similarity.similarities(args, models, images)
-        study.save(args, "b1", arrays, similarity.about(args, models, images), similarity.describe(arrays))
     study.save_picture(args, "b1", similarity.draw_heat_maps(arrays))
     return arrays
 

@@ -219,9 +219,13 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     guard.raise_if_bad()
     if distributed.is_main():
         report.draw_curve(run.log_path, run.folder / "curve.png")
-    seconds = snapshot.seconds()
-    return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
-            "bad_images": len(bad_images.all_ranks()), "last": progress["last"], "best": progress["best"]}
+    return {**speed(snapshot.seconds(), total * args.batch_size), "bad_images": len(bad_images.all_ranks()),
+            "last": progress["last"], "best": progress["best"]}
+
+
+def speed(seconds, images):
+    """Return the time and the rate of a training that saw so many images, as its result gives them."""
+    return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
 
 
 def optimizer_step(optimizer, scaler, guard, step, loss, clip_grad):

@@ -24,11 +24,9 @@ def main(args):
         arrays = study.read(args.from_numbers)
     else:
         models = study.load_all(args, study.models(args, ROWS, "fig1"))
-        images = study.images(args, models)
-        if images is None:
+        arrays = similarity.compare(args, "fig1", models)
+        if arrays is None:
             return {}
-        arrays = similarity.similarities(args, models, images)
-        study.save(args, "fig1", arrays, similarity.about(args, models, images), similarity.describe(arrays))
     study.save_picture(args, "fig1", similarity.draw_heat_maps(arrays))
     return arrays
 

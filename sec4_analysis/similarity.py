@@ -32,6 +32,18 @@ def similarities(args, models, images, band=None):
     return {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}
 
 
+def compare(args, item, models):
+    """Compare the models on the validation images, and save the similarities as <item>; return them, or None on a rank
+    that is not needed and after a dry run.
+    """
+    images = study.images(args, models)
+    if images is None:
+        return None
+    arrays = similarities(args, models, images)
+    study.save(args, item, arrays, about(args, models, images), describe(arrays))
+    return arrays
+
+
 def about(args, models, images):
     """Return what a reader should know about the similarities."""
     return study.about(args, models, images, final_norm=args.final_norm, batch_size=args.batch_size)

@@ -44,11 +44,9 @@ def main(args):
     else:
         checkpoints = study.models(args, (), "fig6") if args.models else own_models(args)
         models = study.load_all(args, checkpoints, teacher_heads(args))
-        images = study.images(args, models)
-        if images is None:
+        arrays = similarity.compare(args, "fig6", models)
+        if arrays is None:
             return {}
-        arrays = similarity.similarities(args, models, images)
-        study.save(args, "fig6", arrays, similarity.about(args, models, images), similarity.describe(arrays))
     study.save_picture(args, "fig6", similarity.draw_heat_maps(arrays))
     return arrays
 
