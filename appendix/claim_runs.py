@@ -1,5 +1,4 @@
 """The runs behind appendix/claims.py: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7, and their numbers."""
-import math
 import shlex
 import statistics
 from dataclasses import replace
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from appendix import answers
 from appendix.evidence import Measured
 from common import distributed, options, tables
 from common.tables import PREVIOUS
@@ -26,6 +26,7 @@ ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12"}  # distilled in this
 ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
 FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
 THIRD = 4  # layers of twelve
+ALL = "the full data set"
 
 
 def six_blocks_of(run, tuning):
@@ -87,25 +88,24 @@ def measure(needed, args, sets):
     seeds = []
     for number, seed in enumerate(args.seeds):
         final = {key: lines[number][-1] for key, lines in results.items()}
-        values, errors = accuracies(needed, final, sets)
+        values, right = accuracies(needed, final, sets, args)
         if any(key.startswith("look") for key in final):
             values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in ANALYSED}, args, seed)
-        seeds.append(Measured(values, errors))
+        seeds.append(Measured(values, right))
     return (seeds, [about for row in rows for about in provenance(row, results[row.key], args)]) \
         if distributed.is_main() else None
 
 
-def accuracies(needed, final, sets):
-    """Two dicts by (kind, run): accuracies in %, and their standard errors by the number of images."""
-    def error(result):
-        return math.sqrt(result["top1"] * (100 - result["top1"]) / result["last"]["images"])
-    values, errors = {}, {}
+def accuracies(needed, final, sets, args):
+    """Two dicts by (kind, run): accuracies in %, and of each data set which images are answered right."""
+    values, right = {}, {}
     for kind, run in needed:
         if kind in ("top1", "small"):
-            found = [final[f"top1-{run}"]] if kind == "top1" else [final[f"small-{run}-{name}"] for name in sets]
-            values[kind, run] = statistics.mean(result["top1"] for result in found)
-            errors[kind, run] = math.hypot(*map(error, found)) / len(found)
-    return values, errors
+            found = {ALL: final[f"top1-{run}"]} if kind == "top1" else \
+                {name: final[f"small-{run}-{name}"] for name in sets}
+            values[kind, run] = statistics.mean(result["top1"] for result in found.values())
+            right[kind, run] = {name: answers.of_run(result, args) for name, result in found.items()}
+    return values, right
 
 
 def looks(checkpoints, args, seed):

@@ -6,26 +6,30 @@ A claim's effect is a difference that is positive if the claim holds. It is comp
     mean ± t(0.975, seeds - 1) * standard deviation over seeds / sqrt(seeds)
     mean ± 1.96 * standard error from the number of validation images
 
-The second is of accuracies alone, and does not shrink with more seeds, because all are evaluated on the same images. It
-treats accuracies as independent; as models tend to fail on the same images, it is too wide rather than too narrow.
+The second is of accuracies alone. It is paired by image: an effect is, but for a constant, a sum over images of which
+runs answered them right, each weighed by the effect's derivative; the standard error of that sum is known from its
+spread over images. So what two runs, or two seeds, fail on alike does not count.
 """
 import math
 import statistics
 from dataclasses import dataclass
 
+import numpy as np
+
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t(0.975) for 1 to 9 degrees of freedom
 SEEN, OPEN, CONTRARY = "seen", "not decided", "contrary"  # verdicts
-STEP = 1e-4  # of the finite difference in standard_error
+STEP = 1e-4  # of the finite difference in Measured.influence
 
 
 class Measured:
     """The measurements of one seed; an effect is a function of it: lambda m: m.top1("mae") - m.top1("scratch").
 
-    values: {(kind, run): number or array}; errors: {(kind, run): standard error of an accuracy}.
+    values: {(kind, run): number}; answers: {(kind, run): {data set: bool array (images,), is it right}}, of accuracies,
+    which are means over the data sets.
     """
 
-    def __init__(self, values, errors=()):
-        self.values, self.errors = values, dict(errors)
+    def __init__(self, values, answers=()):
+        self.values, self.answers = values, dict(answers)
 
     def get(self, kind, run):
         """Return one measurement."""
@@ -46,12 +50,22 @@ class Measured:
         """
         return self.get(f"{measure} {part}", run)
 
-    def standard_error(self, effect):
-        """Propagate the accuracies' standard errors to effect(self), by its derivatives (finite differences)."""
-        def derivative(key):
+    def influence(self, effect):
+        """Return {data set: (images,)}: how far each image, answered right, moves effect(self), times their number."""
+        influence = {}
+        for key, answers in self.answers.items():
             moved = Measured({**self.values, key: self.values[key] + STEP})
-            return (effect(moved) - effect(self)) / STEP
-        return math.sqrt(sum((derivative(key) * error) ** 2 for key, error in self.errors.items()))
+            derivative = (effect(moved) - effect(self)) / STEP
+            for name, right in answers.items():
+                influence[name] = influence.get(name, 0) + 100 * derivative / len(answers) * right
+        return influence
+
+
+def images_error(effect, seeds):
+    """Return the standard error of the mean over seeds of an effect, from the number of validation images."""
+    by_seed = [measured.influence(effect) for measured in seeds]
+    means = [np.mean([influence[name] for influence in by_seed], axis=0) for name in by_seed[0]]
+    return math.sqrt(sum(mean.var(ddof=1) / len(mean) for mean in means))
 
 
 class RecordingMeasured(Measured):
@@ -93,7 +107,7 @@ def estimate(effect, seeds) -> Effect:
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"an effect is not finite: {values}")
     mean = statistics.mean(values)
-    by_images = 1.96 * statistics.mean(measured.standard_error(effect) for measured in seeds)
+    by_images = 1.96 * images_error(effect, seeds)
     if len(values) < 2:
         return Effect(values, mean, None, None, None, by_images)
     by_seeds = T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))

@@ -87,8 +87,25 @@ def evaluator(model, images, args, device):
     mean, std = (values.to(device) for values in statistics(args))
 
     def evaluate():
-        loader = eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256), args.workers, device,
-                             distributed.rank(), distributed.world_size())
-        return accuracy(model, loader, device, mean, std)
+        return accuracy(model, share_of_rank(images, args, device), device, mean, std)
 
     return evaluate
+
+
+def share_of_rank(images, args, device):
+    """Load this rank's share of the validation images, preprocessed."""
+    return eval_loader(images, eval_transform(args.img_size), min(args.micro_batch, 256), args.workers, device,
+                       distributed.rank(), distributed.world_size())
+
+
+@torch.inference_mode()
+def answered_right(model, images, args, device):
+    """Return a bool array (images,): is the image's class the one that the classifier ranks first? On every rank."""
+    model.eval()
+    mean, std = (values.to(device) for values in statistics(args))
+    own = [model(batch["image"]).argmax(1) == batch["label"]
+           for batch in on_device(share_of_rank(images, args, device), device, mean, std)]
+    right = torch.zeros(len(images), device=device)
+    if own:
+        right[distributed.rank()::distributed.world_size()] = torch.cat(own).float()
+    return distributed.all_sum(right).bool().cpu().numpy()

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from appendix import claim_runs, claims, evidence
+from appendix import answers, claim_runs, claims, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN, Measured
-from common import tables
+from common import data, scripts, tables
+from common.errors import UserError
 from sec3_benchmark import table3_pretraining_data
 from sec4_analysis import fig2_leading_blocks, fig4_leading_blocks_small_data
 from sec5_distill import fig7_distilled_layer, table5_distillation
@@ -15,9 +16,14 @@ from sec5_distill import fig7_distilled_layer, table5_distillation
 EVERY = {claim.key: claim for claim in claims.CLAIMS}
 
 
-def measured(errors=(), **top1):
-    return Measured({("top1", run): value for run, value in top1.items()},
-                    {("top1", run): error for run, error in dict(errors).items()})
+def measured(**top1):
+    return Measured({("top1", run): value for run, value in top1.items()})
+
+
+def answered(**right):
+    """A seed in which runs answered these images right."""
+    return Measured({("top1", run): 100 * np.mean(answers) for run, answers in right.items()},
+                    {("top1", run): {"all": np.array(answers, bool)} for run, answers in right.items()})
 
 
 def difference(m):
@@ -40,23 +46,58 @@ def test_the_interval_over_seeds_is_paired():
     assert effect.high - effect.mean == pytest.approx(4.303 / math.sqrt(3)) == effect.mean - effect.low
 
 
-def test_the_number_of_images_counts_where_it_says_less_than_the_seeds():
-    """Two accuracies of 50 % on 100 images, equal in both seeds: a standard error of 5 each."""
-    errors = {("mae"): 5.0, "scratch": 5.0}
-    effect = evidence.estimate(difference, [measured(errors, mae=50, scratch=50)] * 2)
-    assert effect.by_seeds == 0 and effect.high == pytest.approx(1.96 * math.sqrt(50), rel=1e-6)
+def test_two_runs_errors_are_those_of_mcnemar():
+    """Of 100 images 30 are answered right by both, 20 by one alone, 10 by the other alone."""
+    mae, scratch = [1] * 30 + [1] * 20 + [0] * 10 + [0] * 40, [1] * 30 + [0] * 20 + [1] * 10 + [0] * 40
+    effect = evidence.estimate(difference, [answered(mae=mae, scratch=scratch)] * 2)
+    variance = (20 + 10 - (20 - 10) ** 2 / 100) / 100 / 99  # of the mean of +1, -1 and 0
+    assert effect.mean == pytest.approx(10) and effect.by_seeds == 0
+    assert effect.high - effect.mean == pytest.approx(1.96 * 100 * math.sqrt(variance)) == effect.by_images
+
+
+def test_what_two_runs_fail_on_alike_does_not_count():
+    right = np.arange(100) < 50
+    assert evidence.estimate(difference, [answered(mae=right, scratch=right)]).by_images == 0
+
+
+def drawn(rng, images):
+    """Answers of three runs of two seeds to new images: each image has a difficulty that all share."""
+    difficulty = rng.normal(size=images)
+    return [answered(**{run: rng.normal(size=images) + level > difficulty
+                        for run, level in (("mae", 0.5), ("scratch", -0.5), ("mae-6", 0.3))}) for _ in range(2)]
 
 
 def test_standard_errors_are_those_of_simulated_validation_sets():
-    """Of a claim that weighs its accuracies unequally, three of them."""
-    rng, images = np.random.default_rng(0), 2000
-    true = {"mae": 0.6, "scratch": 0.3, "mae-6": 0.5}
-    drawn = {run: 100 * rng.binomial(images, p, 20000) / images for run, p in true.items()}
-    effect = EVERY["C3a"].effect
-    simulated = np.std([effect(measured(**{run: values[i] for run, values in drawn.items()})) for i in range(20000)])
-    errors = {run: 100 * math.sqrt(p * (1 - p) / images) for run, p in true.items()}
-    means = {run: 100 * p for run, p in true.items()}
-    assert measured(errors, **means).standard_error(effect) == pytest.approx(simulated, rel=0.03)
+    """Of a claim that weighs its three accuracies unequally, averaged over two seeds."""
+    rng, effect = np.random.default_rng(0), EVERY["C3a"].effect
+    repeated = [drawn(rng, 300) for _ in range(2000)]
+    simulated = np.std([np.mean([effect(measured) for measured in seeds]) for seeds in repeated])
+    estimated = np.mean([evidence.images_error(effect, seeds) for seeds in repeated[:50]])
+    assert estimated == pytest.approx(simulated, rel=0.05)
+
+
+def test_small_sets_count_alike_however_many_images_they_have():
+    large, small = np.arange(1000) < 500, np.arange(10) < 5
+    seed = Measured({("small", "mae"): 50.0}, {("small", "mae"): {"large": large, "small": small}})
+    error = 100 * math.sqrt(0.25 / 999 + 0.25 / 9) / 2
+    assert evidence.images_error(lambda m: m.small("mae"), [seed]) == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "transfer"])
+def test_answers_are_those_that_the_run_counted(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FRACTAL_TRAIN", 20)
+    monkeypatch.setattr(data, "FRACTAL_VAL", 20)
+    words = ["--epochs", "1", "--output", str(tmp_path), "--workers", "0", "--warmup-epochs", "0"]
+    words += ["--dataset", "fractals-small"] if kind == "transfer" else []
+    result = scripts.run(f"sec3_benchmark/{kind}.py", words)
+    args = tables.parse(claims.build_parser(), words[2:6])
+    right = answers.of_run(result, args)
+    assert right.dtype == bool and len(right) == result["last"]["images"]
+    assert 100 * right.mean() == pytest.approx(result["top1"]) and 0 < right.sum() < len(right)
+    monkeypatch.setattr(answers, "evaluate", None)  # the second time they are read
+    assert (answers.of_run(result, args) == right).all()
+    with pytest.raises(UserError, match="other images"):
+        answers.of_run({**result, "top1": result["top1"] + 1}, args)
 
 
 def effect_of(low, high):
@@ -125,10 +166,11 @@ def run(monkeypatch, tmp_path):
     def run(accuracies, *words):
         def run_rows(rows, args, demo, script):
             def result(row, seed):
-                return {"top1": accuracies[row.key] + seed, "last": {"images": 10**6}, "run": f"finetune/{row.key}",
-                        "checkpoint": "", "seconds": 60}
+                return {"top1": accuracies[row.key] + seed, "run": f"finetune/{row.key}", "checkpoint": "",
+                        "seconds": 60}
             return {row.key: [[result(row, seed)] * len(row.lines) for seed in args.seeds] for row in rows}, {}
         monkeypatch.setattr(tables, "run_rows", run_rows)
+        monkeypatch.setattr(answers, "of_run", lambda result, args: np.arange(10**4) < 100 * result["top1"])
         return claims.main(tables.parse(claims.build_parser(), ["--output", str(tmp_path), *words]))
     return run
 
@@ -140,7 +182,7 @@ def test_from_runs_to_files(run, tmp_path):
     written = json.loads((tmp_path / "claims" / "claims.json").read_text())
     assert written["rows"] == rows and (tmp_path / "claims" / "claims.png").stat().st_size > 10_000
     assert [about["seed"] for about in written["runs"]] == [0, 1, 2] * 2
-    assert "+10.0 (+9.9 to +10.1) points" in (tmp_path / "claims" / "claims.md").read_text()
+    assert "+10.0 (+9.4 to +10.6) points" in (tmp_path / "claims" / "claims.md").read_text()
 
 
 def test_a_contrary_claim_stands_as_that(run):
