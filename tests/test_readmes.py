@@ -1,6 +1,6 @@
-"""The READMEs: every number of their tables stands in a file of results or in the code; links and commands lead somewhere.
+"""The READMEs: every number of their tables stands in a file of results or in the code, every link leads somewhere.
 
-A table with numbers has a comment before it that says where they are from; of other people's: `<!-- numbers: quoted -->`
+A table with numbers has a comment before it that says where they are from (other people's: `numbers: quoted`):
 
     <!-- numbers: sec3_benchmark/results/table4_trashnet.json, sec3_benchmark/downstream.py -->
 """
@@ -24,8 +24,8 @@ def numbers_in(path):
     if path.suffix == ".md":
         return {float(number.replace(",", "")) for number in NUMBER.findall(path.read_text())}
     if path.suffix == ".py":
-        nodes = ast.walk(ast.parse(path.read_text()))
-        return {abs(node.value) for node in nodes if isinstance(node, ast.Constant) and type(node.value) in (int, float)}
+        constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        return {value for value in constants if type(value) in (int, float)}
     found = set()
 
     def walk(value):
