@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
 
 from common import entry, report
 from common.distributed import is_main
@@ -115,7 +118,9 @@ def visible(image):
 
 
 def draw_maps(arrays):
-    """Draw a row a model: the image, then a map of each layer and head, scaled to its largest weight; cyan: query."""
+    """Draw a row for each model: the image, then a map of each layer and head, scaled to its largest weight. A cyan square
+    is around the query patch.
+    """
     models = {}
     for key, array in arrays.items():
         if key != "query":
@@ -128,12 +133,20 @@ def draw_maps(arrays):
             picture = what == "image"
             panel.imshow(visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
                          vmax=1 if picture else array.max())
-            if "query" in arrays and not picture:
-                panel.plot(*arrays["query"][::-1], "s", color="cyan", fillstyle="none", markersize=5)
+            if "query" in arrays:
+                mark_patch(panel, arrays["query"], np.array(array.shape[:2]) / panels[-1][1].shape)
             panel.set_title(f"{name}\n{asked(arrays)}" if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "magma"), ax=axes, ticks=[0, 1], aspect=40, pad=0.01)
+    bar.set_ticklabels(["0", "max"])
     return figure
+
+
+def mark_patch(panel, query, size):
+    """Draw a square around the query patch (row, column) of patches of this size, in the panel's pixels."""
+    row, column = query * size - 0.5  # the first pixel's centre is at 0
+    panel.add_patch(Rectangle((column, row), size[1], size[0], fill=False, edgecolor="cyan", linewidth=1.2))
 
 
 def main(args):

@@ -71,7 +71,9 @@ def describe(arrays, distance_unit):
 
 
 def draw_box_plots(arrays):
-    """Draw a column a model: box plots over heads for each layer, distance above, entropy below; dashed: uniform."""
+    """Draw a column for each model: box plots over heads for each block, distance above, entropy below; a dashed line
+    is at the value of uniform attention.
+    """
     figure, axes = report.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4),
                                    sharex="col", sharey="row", squeeze=False)
     for column, (name, array) in enumerate(arrays.items()):
@@ -81,10 +83,12 @@ def draw_box_plots(arrays):
                           boxprops={"facecolor": report.COLOURS[5], "linewidth": 0.7},
                           flierprops={"marker": ".", "markersize": 4}, whiskerprops={"linewidth": 0.7})
             panel.axhline(array[row, 0, -1], color=report.COLOURS[1], linestyle="--", linewidth=1)
-            panel.set_xticks(range(3, layers + 1, 3), range(3, layers + 1, 3))
-            panel.set_ylim(0, 1.05 * max(values[row].max() for values in arrays.values()))  # of a row: one axis
+            panel.set_xticks([1, *range(3, layers + 1, 3)], [1, *range(3, layers + 1, 3)])
+            panel.set_ylim(0, 1.15 * max(values[row].max() for values in arrays.values()))  # of a row: one axis
             if column == 0:
                 panel.set_ylabel(f"attention {label}")
+                panel.annotate("uniform attention", (0, 1), xytext=(3, 0), textcoords="offset points", va="top",
+                               xycoords="axes fraction", color=report.COLOURS[1], fontsize=8)
         axes[0, column].set_title(name)
         axes[1, column].set_xlabel("block")
     return figure

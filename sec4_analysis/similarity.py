@@ -58,19 +58,26 @@ def describe(arrays):
 
 
 def draw_heat_maps(arrays):
-    """Draw a heat map for each model (x: layers of the first), then the diagonals."""
+    """Draw a heat map for each model (x: layers of the first), then the diagonals of all but the first, if any."""
     reference, *others = arrays
-    figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.4 * len(arrays) + 3.2, 2.6),
-                                   gridspec_kw={"width_ratios": [1] * len(arrays) + [1.25]})
-    for panel, (name, array) in zip(axes, arrays.items()):
+    maps = len(arrays)
+    figure, axes = report.subplots(1, maps + bool(others), figsize=(2.4 * maps + (3.2 if others else 0.6), 2.6),
+                                   squeeze=False, gridspec_kw={"width_ratios": [1] * maps + [1.25] * bool(others)})
+    for panel, (name, array) in zip(axes[0], arrays.items()):
         image = panel.imshow(array, origin="lower", cmap="magma", vmin=0, vmax=1)
         panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
                   xticks=range(0, array.shape[1], 3), yticks=range(0, array.shape[0], 3))
-    figure.colorbar(image, ax=axes[len(arrays) - 1], label="CKA")
-    for name, (style, colour) in zip(others, study.line_styles()):
-        axes[-1].plot(np.diagonal(arrays[name]), style, color=colour, markersize=3.5, linewidth=1.2, label=name)
-    axes[-1].set(title=f"equal layers, against {reference}", xlabel="layer", ylabel="CKA", ylim=(0, 1),
-                 xticks=range(0, len(arrays[reference]), 3))
+    bar = figure.colorbar(image, ax=axes[0, maps - 1])
+    bar.ax.set_title("CKA", fontsize=9)
     if others:
-        axes[-1].legend(fontsize=8)
+        draw_diagonals(axes[0, -1], {name: np.diagonal(arrays[name]) for name in others}, reference)
     return figure
+
+
+def draw_diagonals(axis, curves, reference):
+    """Draw the similarity of equal layers of each model with the reference."""
+    for (name, values), (style, colour) in zip(curves.items(), study.line_styles()):
+        axis.plot(values, style, color=colour, markersize=3.5, linewidth=1.2, label=name)
+    axis.set(title="equal layers", xlabel="layer", ylabel=f"CKA with {reference}", ylim=(0, 1.02),
+             xticks=range(0, max(map(len, curves.values())), 3))
+    axis.legend(fontsize=8)
