@@ -224,7 +224,7 @@ def main(args):
         report.write_text(path.parent, "claims", {
             "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
             "small_sets": sets, "rows": rows, "runs": runs},
-            f"claims, preset {args.preset}, data {args.data}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
+            f"claims, {report.origin(args.preset, args.data)}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
     if not distributed.is_main():
         return []
     rows = json.loads(path.read_text())["rows"]

@@ -57,6 +57,13 @@ def markdown(header, rows) -> str:
     return "\n".join(lines)
 
 
+def origin(preset, data) -> str:
+    """Say by which settings and on which data numbers were made: what is not ImageNet is never the preset "paper"."""
+    if preset == "paper" and data != "imagenet":
+        return f"the paper's settings on other images (data {data})"
+    return f"preset {preset}, data {data}"
+
+
 def write_text(folder, item, content, text):
     """Print a text and write it to <item>.md; write the dict `content` and the environment to <item>.json (rank 0)."""
     if not is_main():
@@ -78,7 +85,7 @@ def write_table(item, args, columns, rows, notes=()) -> Path:
                        for row in rows if not row["measured"])
     notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes,
                                f"For all rows: --set {' '.join(args.set)}" if getattr(args, "set", ()) else ""]))
-    text = "\n\n".join([f"{item}, preset {args.preset}, data {args.data}", text, *notes])
+    text = "\n\n".join([f"{item}, {origin(args.preset, args.data)}", text, *notes])
     folder = Path(args.output) / item
     write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
                               "notes": notes}, text)

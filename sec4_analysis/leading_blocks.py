@@ -136,7 +136,7 @@ def draw_accuracies(points):
 
 def save(args, item, points):
     """Write the points as <item>.json, and their table as .md, into <output>/<item>/."""
-    text = f"{item}, preset {args.preset}: top-1 (%) over the number k of leading blocks kept"
+    text = f"{item}, {report.origin(args.preset, args.data)}: top-1 (%) over the number k of leading blocks kept"
     text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
     report.write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data,
                                                        "seeds": args.seeds, "points": points}, text)

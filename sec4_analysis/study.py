@@ -216,7 +216,7 @@ def save(args, item, arrays, about, text):
     """Write {name: array} as <item>.npz, what is known about them as .json, and the text, Markdown, as .md."""
     folder = Path(args.output) / item
     write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
-    where = f"preset {args.preset}" if args.preset else args.data
+    where = report.origin(args.preset, args.data) if args.preset else args.data
     report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {text}")
 
 

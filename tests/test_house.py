@@ -1,5 +1,6 @@
 """The house rules that a reader relies on: who may import whom, what a script shows, how files are opened, how long."""
 import ast
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -135,6 +136,25 @@ def test_a_broken_floor_is_noticed(room, source):
 ])
 def test_what_the_floors_allow_passes(room, source):
     assert floor_broken(room, source) == []
+
+
+def test_what_is_named_of_our_modules_exists():
+    """`module.name`, where module is one of ours: a file that no test runs would else keep the names of yesterday."""
+    absent = []
+    for path in ALL:
+        tree = ast.parse(path.read_text())
+        ours = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ROOMS
+                for alias in node.names if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").is_file()}
+        for node in ast.walk(tree):  # a variable or an argument of that name is something else
+            for other in ([node.arg] if isinstance(node, ast.arg) else
+                          [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []):
+                ours.pop(other, None)
+        named = {(ours[node.value.id], node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+                 and isinstance(node.value, ast.Name) and node.value.id in ours}
+        absent += [f"{name(path)}: {module}.{what}" for module, what in named
+                   if not hasattr(importlib.import_module(module), what)]
+    assert absent == []
 
 
 def test_every_file_has_a_docstring_and_every_script_shows_its_command():

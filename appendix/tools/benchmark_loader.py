@@ -34,8 +34,8 @@ VIEWS = ("MAE", "evaluation", "fine-tuning impr.", "MoCo-v3", "DINO")
 
 def defaults(script, size):
     """The paper's settings of a pre-training script, at another image size."""
-    return options.resolve(script.build_parser(), {}, explicit={"img_size": [size], "preset": "paper",
-                                                                "data_path": "here"})
+    words = ["--preset", "paper", "--data-path", "here", "--img-size", str(size)]
+    return options.settle(options.parse(script.build_parser(), argv=words))
 
 
 def our_views(size):

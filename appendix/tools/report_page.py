@@ -26,40 +26,48 @@ from common.tables import NOTES
 
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
 MADE, KEPT = "Made here: outputs/", "Kept with the repository: each section's results/"
-TITLES = {  # of the items, in the paper's order
-    "table1": "Table 1: pre-training methods",
-    "table2": "Table 2: light networks",
-    "table3": "Table 3: pre-training data",
-    "table4": "Table 4: transfer",
-    "fig1": "Figure 1: similarity of layers",
-    "fig2": "Figure 2: leading blocks",
-    "fig3": "Figure 3: Fourier amplitude",
-    "fig4": "Figure 4: leading blocks on small sets",
-    "fig5": "Figure 5: attention distance and entropy",
-    "attention_maps": "Attention of single heads",
-    "fig6": "Figure 6: similarity after distillation",
-    "fig7": "Figure 7: which layer to distil",
-    "table5": "Table 5: distillation",
-    "a1": "A.1: recipes",
-    "a2": "A.2: MAE's settings",
-    "a3": "A.3: MoCo-v3's settings",
-    "a4": "A.4: transfer settings",
-    "a5_detection": "A.5: detection settings",
-    "a6": "A.6: what CKA depends on",
-    "b1": "B.1: stronger references",
-    "b5": "B.5: DINO and SimMIM",
+ITEMS = {  # what each is called, claims first, then in the paper's order; what its picture shows
+    "claims": ("The paper's claims", "A line for each claim: its effect with the 95 % interval, small strokes for each "
+               "seed. Right of 0 it is as the paper says."),
+    "table1": ("Table 1: pre-training methods", ""),
+    "table2": ("Table 2: light networks", "Accuracy, published, against images a second, measured."),
+    "table3": ("Table 3: pre-training data", "Accuracy after fine-tuning on all labels, by the part pre-trained on."),
+    "table4": ("Table 4: transfer", "How far each start is behind the supervised one, against the size of the set."),
+    "fig1": ("Figure 1: similarity of layers", "CKA of every pair of layers with the first model, then of equal layers."),
+    "fig2": ("Figure 2: leading blocks", "Accuracy over the number of pre-trained blocks that are kept."),
+    "fig3": ("Figure 3: Fourier amplitudes", "High frequencies after each block; then all frequencies of each model."),
+    "fig4": ("Figure 4: leading blocks on small sets", "Accuracy over the number of pre-trained blocks that are kept."),
+    "fig5": ("Figure 5: attention distance and entropy", "Boxes show the heads of each block."),
+    "attention_maps": ("Attention of single heads", "Where the marked patch looks, for each block and head."),
+    "fig6": ("Figure 6: similarity after distillation", "CKA of every pair of layers with the first model, then of equal "
+             "layers."),
+    "fig7": ("Figure 7: which layer to distil", "Accuracy, and the time of a step of pre-training."),
+    "table5": ("Table 5: distillation", ""),
+    "a1": ("A.1: recipes", ""),
+    "a2": ("A.2: settings of MAE", ""),
+    "a3": ("A.3: settings of MoCo-v3", ""),
+    "a4": ("A.4: settings of the transfer", ""),
+    "a5_detection": ("A.5: settings of the detector", ""),
+    "a6": ("A.6: what CKA depends on", "CKA of equal layers with the first model, measured in several ways."),
+    "b1": ("B.1: other references for Figure 1", "CKA of every pair of layers with the first model, then of equal layers."),
+    "b5": ("B.5: DINO and SimMIM", ""),
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --note: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+h1 { font-size: clamp(1.3rem, 5vw, 2rem); }
 h2 { margin-top: 4rem; }
 h3 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 h3 small { color: #888; font-weight: normal; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
-th:first-child { min-width: 9rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.short { white-space: nowrap; }
+.long { min-width: 14rem; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figcaption { color: #888; font-size: .85rem; position: sticky; left: 0; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; cursor: zoom-in; }
+img:focus { max-width: none; cursor: zoom-out; outline: none; }
 .about { color: #888; font-size: .85rem; overflow-wrap: anywhere; }
 .demo { background: var(--note); padding: .3rem .7rem; border-radius: 4px; }
 nav a { display: inline-block; margin-right: 1rem; }
@@ -84,19 +92,20 @@ def parts_of(args):
 
 
 def find_items(folders, seen):
-    """Every <item>.json that a table or figure script wrote, folder by folder, in each in the paper's order; but those
-    in `seen`, which learns them.
+    """Every <item>.json that a table or figure script wrote, in the order of ITEMS; but those in `seen`, which learns
+    them.
     """
-    place = {name: number for number, name in enumerate(TITLES)}
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*.json"), key=lambda path: (place.get(path.stem, len(place)), path)):
-            try:
-                content = json.loads(path.read_text())
-            except (json.JSONDecodeError, UnicodeDecodeError, OSError):
-                continue
-            if isinstance(content, dict) and "item" in content and path.resolve() not in seen:
-                seen.add(path.resolve())
-                yield path, content
+    place = {name: number for number, name in enumerate(ITEMS)}
+    files = [path for folder in folders for path in sorted(Path(folder).rglob("*.json"))]
+    for path in sorted(files, key=lambda path: min((place[name] for name in (path.stem, path.stem.split("_")[0])
+                                                    if name in place), default=len(place))):
+        try:
+            content = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError):
+            continue
+        if isinstance(content, dict) and "item" in content and path.resolve() not in seen:
+            seen.add(path.resolve())
+            yield path, content
 
 
 def table_html(lines):
@@ -105,7 +114,9 @@ def table_html(lines):
     head, body = rows[0], rows[2:]
 
     def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        kinds = ("long" if len(cell) > 40 else "short" for cell in cells)  # numbers are never broken over lines
+        return "<tr>" + "".join(f'<{tag} class="{kind}">{html.escape(cell)}</{tag}>'
+                                for cell, kind in zip(cells, kinds)) + "</tr>"
     return f'<div class="table"><table>{row(head, "th")}{"".join(row(cells, "td") for cells in body)}</table></div>'
 
 
@@ -131,8 +142,7 @@ def item_html(path, content):
     pictures = [picture for picture in sorted(path.parent.glob("*.png")) if picture.stem.startswith(path.stem)]
     environment = content.get("environment", {})
     images = [content.get("data"), data_path(environment.get("command"))]  # "folder" alone says little, nor does DIR
-    about = {"preset": content.get("preset"), "data": ", ".join(str(value) for value in images if value),
-             "made": environment.get("date"), "command": environment.get("command"),
+    about = {**settings(content), "data": ", ".join(str(value) for value in images if value), "made": environment.get("date"), "command": environment.get("command"),
              "on": environment.get("gpu") or environment.get("cpu"), "torch": environment.get("torch"),
              "numbers": shown(path)}
     parts = [f'<h3 id="{anchor(path)}">{html.escape(title(content))} <small>{html.escape(shown(path.parent))}/</small>'
@@ -142,16 +152,28 @@ def item_html(path, content):
                      'is no evidence for the paper.</p>')
     if text.exists():
         parts.append(markdown_html(text.read_text().replace(NOTES["demo"], "")))  # said above
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<p><img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
+    parts += [figure_html(picture, content) for picture in pictures]
     said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
     return "\n".join([*parts, f'<p class="about">{said}</p>'])
 
 
+def figure_html(picture, content):
+    """A picture with its caption; a click or a tap shows it at its full size, to scroll in."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    caption = html.escape(ITEMS.get(content["item"], ("", ""))[1] or picture.stem.replace("_", " "))
+    return (f'<figure><img tabindex="0" alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def settings(content):
+    """The preset of an item; the paper's settings on other images than ImageNet are not its preset."""
+    preset, data = content.get("preset"), content.get("data")
+    return {"settings": "the paper's"} if preset == "paper" and data != "imagenet" else {"preset": preset}
+
+
 def title(content):
     """What an item is called in the paper, or by itself."""
-    return TITLES.get(content["item"], str(content["item"]))
+    return ITEMS.get(content["item"], (str(content["item"]),))[0]
 
 
 def data_path(command):
