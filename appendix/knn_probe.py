@@ -5,9 +5,11 @@
     torchrun --nproc-per-node=8 appendix/knn_probe.py --init FILE --data-path IMAGENET
 
 Seconds after the features, which are computed once. Each of the k most similar training images (cosine) votes for its
-class with weight exp(similarity / T). No source gives the paper's models' kNN accuracy. Writes
-outputs/knn_probe/<data>-<model>-<weights>-<hash>.json.
+class with weight exp(similarity / T); a class without a vote is no answer. No source gives the paper's models' kNN
+accuracy. Writes outputs/knn_probe/<data>-<model>-<weights>-<hash>.json.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,7 @@ from appendix.probes import check_save_to, write_result
 from common import distributed, entry, options
 from common.data import load_sets
 from common.errors import UserError
+from sec3_benchmark.evaluate import hits
 
 READS = "labels"
 PRESETS = {"demo": dict(data="fractals"), "laptop": dict(data="folder"), "small": dict(data="folder")}
@@ -32,7 +35,8 @@ def build_parser():
 
 def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=65536):
     """Scores (Q, classes) of queries (Q, D) from training features (N, D) and labels (N,), all rows of length 1; the
-    nearest neighbour's vote is 1. Exact: the training set passes by in chunks, of which the best k so far are kept.
+    nearest neighbour's vote is 1, and only a class without a vote has 0. Exact: the training set passes by in chunks,
+    of which the best k so far are kept.
     """
     best = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -43,7 +47,7 @@ def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=6553
         index = torch.cat([index, places], dim=1).gather(1, chosen)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
     weights = ((best - best[:, :1]) / temperature).exp()  # less the largest: exp(1 / 0.011) is no float32
-    return votes.scatter_add_(1, labels[index], weights)
+    return votes.scatter_add_(1, labels[index], weights.clamp(min=torch.finfo(weights.dtype).tiny))
 
 
 def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature=0.07, batch=1024):
@@ -52,14 +56,17 @@ def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature
     correct = torch.zeros(2)
     for first in range(0, len(queries), batch):
         scores = vote(train, labels, queries[first:first + batch], num_classes, k, temperature)
-        hits = scores.topk(min(5, num_classes), dim=1).indices == targets[first:first + batch].unsqueeze(1)
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+        own = targets[first:first + batch]
+        voted = scores.gather(1, own.unsqueeze(1))[:, 0] > 0
+        correct += torch.stack([(hits(scores, own, rank) * voted).sum() for rank in (1, 5)]).cpu()
     return {name: 100 * value / len(queries) for name, value in zip(("top1", "top5"), correct.tolist())}
 
 
 def main(args):
     """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
     check_save_to(args)
+    if not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature}: a number above 0")
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)

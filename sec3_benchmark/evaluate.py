@@ -1,4 +1,6 @@
 """Accuracy of a classifier, each image counted once, in float32 (Tables 1-5)."""
+import math
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -25,21 +27,35 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1,
     return data_loader(Views(images, transform, seed=0), batches, workers, device)
 
 
+def hits(scores, labels, k):
+    """Compute how surely each label is among the k highest scores: scores (B, C), labels (B,) -> (B,) in 0..1.
+
+    It is 1 or 0, but where the label's score is tied across rank k: there it is the label's chance if ties are broken
+    at random. So equal scores of all classes give k / C, whatever the labels, and not the share of the first class.
+    """
+    own = scores.gather(1, labels.unsqueeze(1))
+    above, tied = (~(scores <= own)).sum(dim=1), (scores == own).sum(dim=1)  # not <=: a NaN is above
+    return ((k - above) / tied.clamp(min=1)).clamp(0, 1)
+
+
 @torch.inference_mode()
 def accuracy(model, loader, device, mean, std) -> dict:
     """Compute {"top1", "top5" (percent), "val_loss", "images"} over all ranks' images.
 
     Sums over all images are divided once, so that every image has the same weight. With fewer than five classes, top5
-    counts all of them.
+    counts all of them. Raises FloatingPointError for scores that are not finite.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in on_device(loader, device, mean, std):
         logits, label = model(batch["image"]).float(), batch["label"]
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == label.unsqueeze(1)  # (B, 5)
-        sums += torch.stack([best[:, 0].sum(), best.sum(), F.cross_entropy(logits, label, reduction="sum"),
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        sums += torch.stack([hits(logits, label, 1).sum(), hits(logits, label, 5).sum(), loss,
                              torch.tensor(float(len(label)), device=device)]).double()
     top1, top5, loss, images = distributed.all_sum(sums).tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the classifier's scores are not finite on some of {int(images)} images, so it has "
+                                 f"no accuracy: train it again with a lower learning rate or --precision fp32")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "val_loss": loss / images, "images": int(images)}
 
 

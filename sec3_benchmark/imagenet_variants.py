@@ -25,7 +25,8 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     """Predict the class of every image: (N,) int64, complete on every rank.
 
     In float32, with the resize and centre crop of all evaluations. model: on the device, in eval mode, with a `config`;
-    images are normalised by its `statistics` (mean, std) if it has that attribute, else by ImageNet's.
+    images are normalised by its `statistics` (mean, std) if it has that attribute, else by ImageNet's. Raises
+    FloatingPointError for scores that are not finite.
     """
     statistics = getattr(model, "statistics", None)
     mean, std = (255 * torch.tensor(values, device=device) for values in (statistics.values() if statistics else
@@ -34,8 +35,13 @@ def predictions(model, images, device, workers=-1, batch_size=256):
                          distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
     for batch in on_device(loader, device, mean, std):
-        best[batch["index"]] = model(batch["image"]).argmax(dim=1)
-    return distributed.all_sum(best).cpu().numpy()  # a rank's other entries are 0
+        logits = model(batch["image"])
+        best[batch["index"]] = logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1)
+    best = distributed.all_sum(best).cpu().numpy()  # a rank's other entries are 0
+    if (best < 0).any():
+        raise FloatingPointError(f"the classifier's scores are not finite on {(best < 0).sum()} of {len(best)} images "
+                                 f"of {images.name}, so it has no accuracy there: is its file damaged?")
+    return best
 
 
 def top1(best, labels):
@@ -92,8 +98,10 @@ def imagenet_v2(root):
     if not Path(root).is_dir():
         raise DataError(f"--imagenet-v2 {root} is not a folder")
     images = labelled_folder(root, 3, "imagenet-v2")
-    if strange := [name for name in images.classes if not name.isdecimal()]:
-        raise DataError(f"{root}: ImageNetV2's folders are named 0 to 999, not {strange[0]!r}")
+    expected = {str(number) for number in range(len(images.classes))}
+    if strange := [name for name in images.classes if name not in expected]:
+        raise DataError(f"{root}: ImageNetV2's folders are named 0 to 999, not {strange[0]!r} beside "
+                        f"{len(expected) - 1} others: give the folders of its archive, all of them")
     numbers = np.array([int(name) for name in images.classes])
     return replace(images, labels=numbers[images.labels], classes=sorted(numbers.tolist()))
 

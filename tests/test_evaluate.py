@@ -1,5 +1,7 @@
 """sec3_benchmark/evaluate.py against counts by hand; then Section 3's two scripts from images to accuracy."""
+import itertools
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
 from common.pretrained import read_weights
 from sec3_benchmark import evaluate, finetune, pretrain_mae
-from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator
+from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator, hits
 from tests.helpers import near, settings_of, stage
 
 CPU = torch.device("cpu")
@@ -66,6 +68,37 @@ def test_accuracy_is_the_count_by_hand(count, classes, batch_size):
         assert found["top5"] == 100
     if classes == 9:
         assert 0 < found["top1"] < found["top5"] < 100  # else the count could not tell them apart
+
+
+@pytest.mark.parametrize(("classes", "levels"), [(1, 1), (3, 1), (7, 1), (7, 2), (7, 3), (4, 2), (6, 100)])
+@pytest.mark.parametrize("k", [1, 5])
+def test_ties_are_worth_their_chance(classes, levels, k):
+    """Against all orders in which tied classes can be ranked; a few levels of scores make many ties."""
+    rng = np.random.RandomState(0)
+    scores, labels = rng.randint(0, levels, (9, classes)).astype(np.float32), rng.randint(0, classes, 9)
+    orders = list(itertools.islice(itertools.permutations(range(classes)), 5040))
+    expected = [np.mean([label in sorted(order, key=lambda c, row=row: -row[c])[:k] for order in orders])
+                for row, label in zip(scores, labels)]
+    found = hits(torch.from_numpy(scores), torch.from_numpy(labels), k)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [0, 2, 8])
+def test_a_classifier_that_says_nothing_has_the_accuracy_of_chance(label):
+    """Although all images are of one class, be it the first."""
+    model, images, _ = case(26, 9)
+    model.table[:], images.labels[:] = 3.0, label
+    assert measure(model, images) == pytest.approx(
+        {"top1": 100 / 9, "top5": 500 / 9, "val_loss": math.log(9), "images": 26})
+
+
+@pytest.mark.parametrize(("value", "at"), [(math.nan, 0), (math.nan, 4), (math.inf, 0), (math.inf, 4), (-math.inf, 4)])
+def test_scores_that_are_not_finite_have_no_accuracy(value, at):
+    """Of one image among 26, of class 4: such a score would rank anywhere, and the loss would be no number."""
+    model, images, _ = case(26, 9)
+    model.table[25, at], images.labels[25] = value, 4
+    with pytest.raises(FloatingPointError, match="not finite on some of 26 images"):
+        measure(model, images)
 
 
 def test_losses_are_summed_in_float32_whatever_the_model_gives():

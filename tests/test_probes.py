@@ -61,6 +61,31 @@ def test_knn_accuracy_counts_each_query_once():
     assert 0 < sum(r == 0 for r in ranks) < sum(r < 5 for r in ranks) < 11
 
 
+@pytest.mark.parametrize(("k", "classes"), [(1, 12), (1, 3), (2, 12), (4, 12), (4, 4), (20, 12)])
+@pytest.mark.parametrize("temperature", [0.07, 0.001])
+def test_only_classes_with_a_vote_are_answers(k, classes, temperature):
+    """Fewer than five classes have one where k is small: with k = 1 top-5 is top-1. At a low temperature most votes are
+    too small for float32, and are votes all the same.
+    """
+    torch.manual_seed(0)
+    train, queries = torch.randn(60, 5), torch.randn(200, 5)
+    labels, targets = torch.arange(60) % classes, torch.arange(200) % classes
+    similarity = (F.normalize(queries).double() @ F.normalize(train).double().T)
+    found = {1: 0, 5: 0}
+    for row, target in zip(similarity, targets.tolist()):
+        votes = {}
+        for i in row.argsort(descending=True)[:k].tolist():
+            votes[labels[i].item()] = votes.get(labels[i].item(), 0.0) + math.exp((row[i] - 1) / temperature)
+        ranked = sorted(votes, key=lambda c: -votes[c])
+        for rank in found:
+            found[rank] += target in ranked[:rank]
+    ours = knn_accuracy(train, labels, queries, targets, classes, k=k, temperature=temperature)
+    assert ours["top1"] == pytest.approx(found[1] / 2)
+    if temperature > 0.01 or k < 6:  # else votes too small to be told apart decide who is fifth
+        assert ours["top5"] == pytest.approx(found[5] / 2)
+    assert k > 1 or ours["top1"] == ours["top5"] < 100
+
+
 # The linear probe
 
 def probe_settings(**changes):
@@ -283,5 +308,12 @@ def test_mistakes(mae_file, tmp_path, monkeypatch):
     monkeypatch.setattr(knn_probe, "load_sets", lambda args: (toy_images(), toy_images()))
     with pytest.raises(UserError, match="--k 20: the training set has 6 images"):
         knn_probe.main(knn_settings(mae_file[1], tmp_path))
+    for temperature in (0, -0.1, "nan", "inf"):
+        with pytest.raises(UserError, match=f"--temperature {float(temperature)}: a number above 0"):
+            knn_probe.main(knn_settings(mae_file[1], tmp_path, k=1, temperature=temperature))
+    with pytest.raises(FloatingPointError, match="loss is nan after 20 epochs: lower --base-lr"):
+        endless = torch.full((6, 2), math.inf)
+        fit_probe(build_probe(2, 2), lambda epoch: endless, torch.zeros(6, dtype=torch.int64),
+                  probe_settings(recipe="quick", batch_size=6))
     with pytest.raises(UserError, match="3000 training images, fewer than one batch of 4096"):
         fit_probe(build_probe(2, 2), None, torch.zeros(3000), probe_settings(batch_size=4096))

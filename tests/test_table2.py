@@ -1,6 +1,7 @@
 """Table 2: ReaL and V2 scored by hand on small fakes, networks against published facts, the throughput protocol on a
 stub, and the picture's labels."""
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,21 @@ def test_mistakes_about_the_variants_are_named(imagenet, tmp_path):
         variants.image_numbers(variants.imagenet_val(imagenet))
     with pytest.raises(UserError, match="folders are named 0 to 999, not 'n00000000'"):
         variants.imagenet_v2(imagenet / "val")
+    for names, strange in (("123", "3"), (("0", "01"), "01"), (("0", "2"), "2"), (("1", "٣"), "٣")):
+        for name in names:  # from 1; with zeros in front; not all; not in ASCII
+            grey_image(tmp_path / strange / name / "0.png", 0)
+        with pytest.raises(UserError, match=f"folders are named 0 to 999, not '{strange}'"):
+            variants.imagenet_v2(tmp_path / strange)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_no_answer(imagenet, value):
+    """The most likely of such scores is any class, and of some images it is the right one."""
+    model = ReadsGrey(12)
+    model.levels = torch.cat([torch.tensor([value]), model.levels[1:]])
+    val = variants.imagenet_val(imagenet)
+    with pytest.raises(FloatingPointError, match="not finite on 36 of 36 images"):
+        variants.evaluate(model, CPU, val, workers=0)
 
 
 # The networks
