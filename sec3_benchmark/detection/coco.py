@@ -21,6 +21,7 @@ from torchvision.ops import masks_to_boxes
 from common.augment import resize
 from common.images import DataError, ImageSet, Packed, UnreadableImage
 from common.vit import pair
+from sec3_benchmark.detection.annotations import read_annotations
 
 RAGGED = ("boxes", "labels", "masks")  # one row per object, of which images have different numbers
 
@@ -30,7 +31,7 @@ RAGGED = ("boxes", "labels", "masks")  # one row per object, of which images hav
 def index_coco(dataset):
     """Index a COCO dictionary with pycocotools, silently."""
     coco = COCO()
-    coco.dataset = dataset
+    coco.dataset = {"info": {}, **dataset}  # some versions of pycocotools need it
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -50,8 +51,12 @@ class CocoSet(ImageSet):
         image, (entry, annotations) = super().read(index), json.loads(self.entries[index])
         height, width = image.shape[1:]
         if (height, width) != (entry["height"], entry["width"]):
+            why = "they belong to another file"
+            if (width, height) == (entry["height"], entry["width"]):
+                why = ("if the file has an EXIF orientation, by which images are turned here, store it turned or "
+                       "remove that, whichever fits its outlines")
             raise UnreadableImage(f"{self.where(index)} is {height} x {width} px and the annotations say "
-                                  f"{entry['height']} x {entry['width']}: they belong to another file")
+                                  f"{entry['height']} x {entry['width']}: {why}")
         return image, training_objects(annotations)
 
     def fingerprint(self):
@@ -68,13 +73,8 @@ def coco_set(name, images, coco, ids, in_chans, keep_index) -> CocoSet:
 
 
 def training_objects(annotations):
-    """Return the annotations that are no crowds and have a segmentation."""
-    return [one for one in annotations if not one.get("iscrowd") and has_segmentation(one)]
-
-
-def has_segmentation(annotation):
-    """Return whether an annotation has run lengths or a polygon."""
-    return bool(annotation.get("segmentation"))
+    """Return the annotations that are no crowds and have an outline, polygons or run lengths."""
+    return [one for one in annotations if not one.get("iscrowd") and one.get("segmentation")]
 
 
 def object_mask(annotation, height, width):
@@ -85,57 +85,6 @@ def object_mask(annotation, height, width):
     elif isinstance(segmentation["counts"], list):
         segmentation = run_lengths.frPyObjects(segmentation, height, width)
     return run_lengths.decode(segmentation).astype(bool)
-
-
-def repair_annotations(content):
-    """Repair a COCO dictionary in place, so that pycocotools evaluates it correctly, and return it.
-
-    Annotation ids become unique and nonzero (pycocotools takes id 0 for "no match"), "iscrowd" defaults to 0, and
-    polygons with fewer than three corners are removed.
-    """
-    annotations = content["annotations"]
-    numbers = [one.get("id") for one in annotations]
-    if {0, None} & set(numbers) or len(set(numbers)) < len(numbers):
-        for number, one in enumerate(annotations, 1):
-            one["id"] = number
-    for one in annotations:
-        one.setdefault("iscrowd", 0)
-        if isinstance(one.get("segmentation"), list):
-            one["segmentation"] = [polygon for polygon in one["segmentation"] if len(polygon) >= 6]
-    return content
-
-
-def check_ground_truth(coco, path):
-    """Raise DataError before training if a validation set cannot be evaluated.
-
-    Every object needs a box, an area and a segmentation, and there must be one that is no crowd.
-    """
-    annotated = [one for image in coco.imgs for one in coco.imgToAnns[image]]
-    for one in annotated:
-        lacking = [key for key in ("bbox", "area") if one.get(key) is None]
-        lacking += [] if has_segmentation(one) else ["segmentation"]
-        if lacking:
-            raise DataError(f"{path}: object {one['id']} on image {one['image_id']} has no {' and no '.join(lacking)} "
-                            f"(of three corners or more), so it cannot be measured: add it, or remove the object")
-    if all(one["iscrowd"] for one in annotated):
-        raise DataError(f"{path} has no object that is no crowd: there is nothing to measure")
-
-
-def read_annotations(path):
-    """Read an annotation file into pycocotools' index. Raises DataError if it is malformed or lacks a category."""
-    try:
-        coco = index_coco(repair_annotations(json.loads(path.read_text())))
-        unknown = {one["category_id"] for one in coco.anns.values()} - coco.cats.keys()
-        for needed, entries in ((("file_name", "height", "width"), coco.imgs), (("name",), coco.cats)):
-            for entry in entries.values():
-                [entry[key] for key in needed]  # LookupError if a field is missing
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not whole, or no COCO annotations ({type(error).__name__}: {error}): fetch it "
-                        f"again") from None
-    if unknown:
-        raise DataError(f"{path} lists {len(coco.cats)} categories, and some objects are of others (first: "
-                        f"{min(map(str, unknown))}): fetch it again, or add them to its \"categories\"")
-    return coco
 
 
 def load_coco(root, in_chans=3, splits=("train", "val")):
@@ -151,13 +100,13 @@ def load_coco(root, in_chans=3, splits=("train", "val")):
         if not path.is_file():
             raise DataError(f"{path} is not there: --dataset-path must hold annotations/instances_train2017.json and "
                             f"instances_val2017.json, train2017/ and val2017/, or a folder coco/ with them")
-        coco = read_annotations(path)
+        coco = index_coco(read_annotations(path, evaluated=split == "val"))
         ids = [i for i in sorted(coco.imgs) if split == "val" or training_objects(coco.imgToAnns[i])]
         files = [str(Path(root) / f"{split}2017" / coco.imgs[i]["file_name"]) for i in ids]
         if not ids:
-            raise DataError(f"{path} has no image with objects")
-        if split == "val":
-            check_ground_truth(coco, path)
+            raise DataError(f"{path} has no image" if split == "val" else
+                            f"{path} has no object to train on: one that is no crowd and has an outline (segmentation) "
+                            f"of three corners or more, or run lengths. From boxes alone no masks are learnt")
         sets.append(coco_set(f"coco-{split}", files, coco, ids, in_chans, keep_index=split == "val"))
     if sets[0].classes != sets[-1].classes:
         raise DataError(f"{root}: train has {len(sets[0].classes)} categories, val {len(sets[-1].classes)}, or other "
