@@ -28,6 +28,7 @@ from sec3_benchmark.detection.average_precision import evaluator
 from sec3_benchmark.detection.coco import DetectionViews, image_targets
 from sec3_benchmark.detection.draw_detections import detect_and_draw
 from sec3_benchmark.detection.mask_rcnn import MaskRCNN
+from sec3_benchmark.detection.recipe import detector_groups, step_rate
 from sec3_benchmark.detection.scenes import load_detection_sets
 from sec3_benchmark.detection.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 from sec3_benchmark.evaluate import check_classes, check_readable
@@ -89,6 +90,12 @@ def build_parser():
     return parser
 
 
+def parse(parser, presets, argv=None):
+    """Return the settings of a command line; with --eval-only also those typed, `given`, to compare with the file."""
+    args = options.parse(parser, presets, argv=argv)
+    return options.replaced(args, given=options.given(parser, argv)) if args.eval_only else args
+
+
 def build_detector(args, num_classes, weights=None):
     """The detector of the command line, its ViT with `weights` if there are any."""
     vit = build_vit(args.model, img_size=args.position_size, patch_size=args.patch_size, in_chans=args.in_chans,
@@ -103,23 +110,6 @@ def build_detector(args, num_classes, weights=None):
     return MaskRCNN(backbone, PYRAMIDS[args.pyramid](vit.embed_dim, args.channels), 1 + num_classes, config,
                     channels=args.channels, hidden=args.hidden, anchors=args.anchors, rois=args.rois,
                     proposals=args.proposals)
-
-
-def detector_groups(model, weight_decay):
-    """detectron2's rule: decay for all, biases too, but norms and the positions."""
-    norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
-    exempt = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
-    exempt.add(id(model.backbone.pos_embed))
-    parts = [[p for p in model.parameters() if (id(p) in exempt) == out] for out in (False, True)]
-    return [{"params": part, "lr_scale": 1.0, "weight_decay": decay} for part, decay in zip(parts, (weight_decay, 0.0))]
-
-
-def step_rate(step, *, peak, total_steps, warmup_steps):
-    """The rate of 0-based step `step`: a tenth after 24/27 of the steps, a hundredth after 26/27; linear warm-up from a
-    thousandth.
-    """
-    drops = (step >= total_steps * 24 // 27) + (step >= total_steps * 26 // 27)
-    return peak * 0.1**drops * (0.001 + 0.999 * min(1.0, step / max(1, warmup_steps)))
 
 
 def schedule(args, images):
@@ -160,19 +150,16 @@ def read_detector(source):
 
 
 def as_built(args, weights):
-    """Return settings with which the detector is built as its file says. What differs from both the file and the preset
-    was asked for, and is an error. Only --proposals may differ: no weight depends on it, whereas tables of relative
-    positions have the size of the image.
+    """Return settings with which the detector is built as its file says. Raises UserError for another value on the
+    command line. Only --proposals may differ: no weight depends on it, whereas tables of relative positions have the
+    size of the image.
     """
-    usual = settle_backbone(options.parse(build_parser(), PRESETS, argv=["--preset", args.preset]), None)
-    for name, theirs in weights.config.items():
-        ours = getattr(args, name, None)
-        asked_for = name != "proposals" and ours is not None and not options.alike(name, ours, getattr(usual, name))
-        if asked_for and not options.alike(name, ours, theirs):
+    own = {name: value for name, value in weights.config.items()
+           if name in args and (name != "proposals" or name not in args.given)}
+    for name, theirs in own.items():
+        if name in args.given and not options.alike(name, ours := getattr(args, name), theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
-    own = {name: value for name, value in weights.config.items()
-           if name in args and (name != "proposals" or args.proposals == usual.proposals)}
     return with_statistics(options.replaced(args, **own), weights)
 
 
@@ -231,7 +218,8 @@ def main(args):
         if run.result:
             print_ap(run.result)
             return run.result
-        check_readable(val_set, run, args, device)
+        for images in [val_set] if args.on_bad_image == "skip" else [val_set, train_set]:
+            check_readable(images, run, args, device)  # and of the size for which its outlines were drawn
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         model = build_detector(args, len(train_set.classes), weights).to(device)
@@ -248,4 +236,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    entry.run_script(main, build_parser(), PRESETS)
+    entry.run_script(main, build_parser(), PRESETS, parse=parse)

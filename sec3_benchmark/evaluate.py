@@ -84,7 +84,7 @@ def check_readable(images, run, args, device):
     loader = eval_loader(images, decode_only, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None
     try:
-        for _ in tqdm(loader, desc="reading the validation images", unit="batch", leave=False,
+        for _ in tqdm(loader, desc=f"reading {images.name}", unit="batch", leave=False,
                       disable=None if distributed.is_main() else True):
             pass
     except UnreadableImage as error:

@@ -39,6 +39,10 @@ def few_scenes(monkeypatch):
 
 
 def settings(output, **changes):
+    if changes.get("eval_only"):  # the file says how it is built
+        told = {name: value for name, value in TINY.items() if name not in detect.BUILT_FROM}
+        words = options.words({**told, "output": str(output), **changes})
+        return detect.parse(detect.build_parser(), detect.PRESETS, words)
     return settings_of(detect, {**TINY, "output": str(output), **changes})
 
 
@@ -141,14 +145,17 @@ def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
     file = detect.read_detector(tmp_path / "w.pt")
 
     def taken(**explicit):
-        return vars(detect.as_built(settings_of(detect, {"preset": "demo", **explicit}), file))
+        return vars(detect.as_built(settings(tmp_path, eval_only=True, **explicit), file))
     for found in (taken(), taken(img_size=[48], channels=8, mean=[0.5, 0.5, 0.5])):
         assert {name: found[name] for name in detect.BUILT_FROM} == {name: getattr(args, name)
                                                                      for name in detect.BUILT_FROM}
         assert {name: found[name] for name in statistics} == statistics
-    assert taken(proposals=7)["proposals"] == 7
+    assert [taken(proposals=number)["proposals"] for number in (7, 100, 20)] == [7, 100, 20]  # 100: the preset's
     for name, value, said in (("img_size", [64], r"img_size \[48\], not \[64\]: leave --img-size out"),
                               ("channels", 99, "channels 8, not 99: leave --channels out"),
+                              ("channels", 64, "channels 8, not 64: leave --channels out"),  # as the preset has it
+                              ("img_size", [96], r"img_size \[48\], not \[96\]: leave --img-size out"),
+                              ("rois", 64, "rois 16, not 64: leave --rois out"),
                               ("pyramid", "topdown", "pyramid simple, not topdown: leave --pyramid out")):
         with pytest.raises(UserError, match=f"w.pt was built with {said}"):
             taken(**{name: value})

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from common import distributed
 from common.data import statistics
 from common.loader import on_device
-from sec3_benchmark.detection.coco import DetectionViews
+from sec3_benchmark.detection.coco import DetectionViews, index_coco
 from sec3_benchmark.detection.mask_rcnn import paste_masks
 from sec3_benchmark.evaluate import eval_loader
 
@@ -83,16 +83,14 @@ def average_precision(coco, ids, found) -> dict[str, float]:
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         # without "bbox", pycocotools takes a mask's own area as its size (small, medium, large), as detectron2 does
         entries = [{k: v for k, v in one.items() if kind == "bbox" or k != "bbox"} for one in found]
-        stats = [0.0] * 6
-        if entries:
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation = COCOeval(coco, coco.loadRes(entries), kind)
-                evaluation.params.imgIds = list(ids)
-                evaluation.evaluate()
-                evaluation.accumulate()
-                evaluation.summarize()
-            stats = evaluation.stats
+        with contextlib.redirect_stdout(io.StringIO()):
+            answers = coco.loadRes(entries) if entries else index_coco({**coco.dataset, "annotations": []})
+            evaluation = COCOeval(coco, answers, kind)
+            evaluation.params.imgIds = list(ids)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
         for measure, place in MEASURES.items():
-            if stats[place] >= 0:  # -1: no ground-truth object of this size
-                result[f"{name}_{measure.lower()}"] = 100 * float(stats[place])
+            if (value := float(evaluation.stats[place])) >= 0:  # -1: no ground-truth object of this size
+                result[f"{name}_{measure.lower()}"] = 100 * value
     return result
