@@ -106,7 +106,8 @@ def rewritten(folder, split, change):
     return folder
 
 
-@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [1, 1, 2, 1], [None] * 4])
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [1, 1, 2, 1], [None] * 4, ["a", "b", "c", "d"], [[1], 2, 3, 4],
+                                     [10**400, 1, 2, 3]])
 def test_perfect_answers_are_perfect_however_objects_are_numbered(folder, numbers):
     """pycocotools takes number 0 for "no match", and of objects with one number it keeps the last."""
     def renumber(annotations):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+import sys
 from collections import Counter
 from pathlib import PurePosixPath
 
@@ -24,7 +25,7 @@ CROWD, NO_OUTLINE, OUTSIDE, UNLISTED = (
 # Fields
 
 def is_number(value):
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN too
 
 
 def are_coordinates(values):
