@@ -58,12 +58,13 @@ def runs(counts, size=(HEIGHT, WIDTH)):
 
 whole = compressed(left_half())["counts"]
 WRONG = [  # kind, number, field, value; of the message what comes after the entry's name
-    ("images", 1, "id", 8, "earlier one's id"), ("images", 1, "id", "2", "id '2', and others are like 8"),
+    ("images", 1, "id", 8, "the id 8 of an earlier one"), ("images", 1, "id", "2", "id '2', and others are like 8"),
     ("images", 1, "id", None, "id None"), ("images", 1, "id", [2], "id .2."), ("images", 1, "id", True, "id True"),
     ("images", 1, "id", math.nan, "id nan"), ("images", 0, "height", 0, "height 0"),
     ("images", 0, "height", "40", "height '40'"), ("images", 0, "width", 50.0, "width 50.0"),
-    ("images", 0, "width", None, "width None"), ("images", 1, "file_name", "8.png", "earlier one's file_name 8.png"),
-    ("categories", 1, "id", 3, "earlier one's id"), ("categories", 0, "name", 5, "name 5"),
+    ("images", 0, "width", None, "width None"),
+    ("images", 1, "file_name", "8.png", "the file_name '8.png' of an earlier one"),
+    ("categories", 1, "id", 3, "the id 3 of an earlier one"), ("categories", 0, "name", 5, "name 5"),
     *(("images", 0, "file_name", value, "file_name .*a file inside the folder") for value in (
         "../8.png", "a/../../8.png", "/etc/passwd", "", ".", 8, None, "8\0.png", "\ud8008.png")),
     ("annotations", 0, "image_id", "8", "image_id '8', and others are like 8"),
@@ -141,7 +142,8 @@ def usual(content):
     yield "a file in a folder", lambda: content["images"][0].update(file_name="a/b/..8..png")
     yield "ids of text", lambda: [entry.update({key: f"id {entry[key]}"}) for kind in coco() for entry in content[kind]
                                   for key in ("id", "image_id", "category_id") if key in entry]
-    yield "more fields", lambda: (content.update(info={"year": 2017}, licenses=[]), first.update(keypoints=[]))
+    yield "more fields", lambda: (content.update(info={"year": 2017}, licenses=[]), first.update(keypoints=[]),
+                                  content["categories"][0].update(file_name=[]))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in usual(coco())])

@@ -56,6 +56,7 @@ FIELDS = {  # of each kind of entry: field -> (test, what it must be)
         "area": (lambda value: is_number(value) and 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}"),
         "segmentation": (lambda value: isinstance(value, (list, dict)), "polygons or run lengths")},
 }
+UNIQUE = ("id", "file_name")
 MEASURED = ("bbox", "area", "segmentation")  # what an object needs to be evaluated; to be trained on, an outline
 
 
@@ -160,16 +161,16 @@ def check_each(path, kind, entries, check):
 
 def by_id(path, kind, entries):
     """Return {id: entry} of a file's images or categories, all of whose ids are numbers or all text."""
-    found, files = {}, set()
+    found, taken = {}, set()
 
     def add(entry):
         check_fields(entry, kind)
-        number, file = entry["id"], entry.get("file_name")
-        if number in found or file in files:
-            raise ValueError(f"has an earlier one's {'id' if number in found else f'file_name {file}'}")
-        check_type(number, found, "id")
-        found[number] = entry
-        files.update({file} - {None})
+        for field in [field for field in UNIQUE if field in FIELDS[kind]]:
+            if (field, entry[field]) in taken:
+                raise ValueError(f"has the {field} {reprlib.repr(entry[field])} of an earlier one")
+            taken.add((field, entry[field]))
+        check_type(entry["id"], found, "id")
+        found[entry["id"]] = entry
     check_each(path, kind, entries, add)
     return found
 
@@ -183,7 +184,7 @@ def check_type(number, known, field):
 
 
 def check_object(one, images, categories, evaluated):
-    """Check an annotation, remove its flat polygons, and return which of the four above it is, or "" if none."""
+    """Check an annotation and remove its flat polygons. Return CROWD, NO_OUTLINE, OUTSIDE, UNLISTED, or "" if none."""
     check_fields(one, "annotations")
     if one["category_id"] not in categories:
         raise ValueError(f"has category_id {reprlib.repr(one['category_id'])}, and the file's {len(categories)} "
