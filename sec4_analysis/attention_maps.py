@@ -118,8 +118,8 @@ def visible(image):
 
 
 def draw_maps(arrays):
-    """Draw a row for each model: the image, then a map of each layer and head, scaled to its largest weight. A cyan square
-    is around the query patch.
+    """Draw a row for each model: the image, then a map of each layer and head, scaled to its largest weight. A cyan
+    square is around the query patch.
     """
     models = {}
     for key, array in arrays.items():

@@ -26,6 +26,7 @@ from common.tables import NOTES
 
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
 MADE, KEPT = "Made here: outputs/", "Kept with the repository: each section's results/"
+MAPS = "CKA of every pair of layers with the first model, then of equal layers."
 ITEMS = {  # what each is called, claims first, then in the paper's order; what its picture shows
     "claims": ("The paper's claims", "A line for each claim: its effect with the 95 % interval, small strokes for each "
                "seed. Right of 0 it is as the paper says."),
@@ -33,14 +34,13 @@ ITEMS = {  # what each is called, claims first, then in the paper's order; what 
     "table2": ("Table 2: light networks", "Accuracy, published, against images a second, measured."),
     "table3": ("Table 3: pre-training data", "Accuracy after fine-tuning on all labels, by the part pre-trained on."),
     "table4": ("Table 4: transfer", "How far each start is behind the supervised one, against the size of the set."),
-    "fig1": ("Figure 1: similarity of layers", "CKA of every pair of layers with the first model, then of equal layers."),
+    "fig1": ("Figure 1: similarity of layers", MAPS),
     "fig2": ("Figure 2: leading blocks", "Accuracy over the number of pre-trained blocks that are kept."),
     "fig3": ("Figure 3: Fourier amplitudes", "High frequencies after each block; then all frequencies of each model."),
     "fig4": ("Figure 4: leading blocks on small sets", "Accuracy over the number of pre-trained blocks that are kept."),
     "fig5": ("Figure 5: attention distance and entropy", "Boxes show the heads of each block."),
     "attention_maps": ("Attention of single heads", "Where the marked patch looks, for each block and head."),
-    "fig6": ("Figure 6: similarity after distillation", "CKA of every pair of layers with the first model, then of equal "
-             "layers."),
+    "fig6": ("Figure 6: similarity after distillation", MAPS),
     "fig7": ("Figure 7: which layer to distil", "Accuracy, and the time of a step of pre-training."),
     "table5": ("Table 5: distillation", ""),
     "a1": ("A.1: recipes", ""),
@@ -49,7 +49,7 @@ ITEMS = {  # what each is called, claims first, then in the paper's order; what 
     "a4": ("A.4: settings of the transfer", ""),
     "a5_detection": ("A.5: settings of the detector", ""),
     "a6": ("A.6: what CKA depends on", "CKA of equal layers with the first model, measured in several ways."),
-    "b1": ("B.1: other references for Figure 1", "CKA of every pair of layers with the first model, then of equal layers."),
+    "b1": ("B.1: other references for Figure 1", MAPS),
     "b5": ("B.5: DINO and SimMIM", ""),
 }
 STYLE = """
@@ -142,7 +142,8 @@ def item_html(path, content):
     pictures = [picture for picture in sorted(path.parent.glob("*.png")) if picture.stem.startswith(path.stem)]
     environment = content.get("environment", {})
     images = [content.get("data"), data_path(environment.get("command"))]  # "folder" alone says little, nor does DIR
-    about = {**settings(content), "data": ", ".join(str(value) for value in images if value), "made": environment.get("date"), "command": environment.get("command"),
+    about = {**settings(content), "data": ", ".join(str(value) for value in images if value),
+             "made": environment.get("date"), "command": environment.get("command"),
              "on": environment.get("gpu") or environment.get("cpu"), "torch": environment.get("torch"),
              "numbers": shown(path)}
     parts = [f'<h3 id="{anchor(path)}">{html.escape(title(content))} <small>{html.escape(shown(path.parent))}/</small>'
