@@ -23,7 +23,7 @@ PLACES = ("data_path", "dataset_path", "output", "device", "workers", "micro_bat
 
 
 def of_run(result, args):
-    """Return a bool array (images,) for the result of a run of finetune.py or transfer.py; kept in the run's folder.
+    """Return `answered_right` for the result of a run of finetune.py or transfer.py; it is kept in the run's folder.
 
     args: where the data lie now, and the device. Raises UserError if the answers are not those that the run counted.
     """

@@ -24,8 +24,8 @@ STEP = 1e-4  # of the finite difference in Measured.influence
 class Measured:
     """The measurements of one seed; an effect is a function of it: lambda m: m.top1("mae") - m.top1("scratch").
 
-    values: {(kind, run): number}; answers: {(kind, run): {data set: bool array (images,), is it right}}, of accuracies,
-    which are means over the data sets.
+    values: {(kind, run): number}; answers, of those that are accuracies: {(kind, run): {data set: (images,) of 1 for
+    right and 0 for wrong}}. An accuracy is the mean over its data sets.
     """
 
     def __init__(self, values, answers=()):

@@ -116,12 +116,14 @@ def share_of_rank(images, args, device):
 
 @torch.inference_mode()
 def answered_right(model, images, args, device):
-    """Return a bool array (images,): is the image's class the one that the classifier ranks first? On every rank."""
+    """Return which images the classifier answers right, (images,) of 1 and 0, or of `hits` where scores are tied. On
+    every rank.
+    """
     model.eval()
     mean, std = (values.to(device) for values in statistics(args))
-    own = [model(batch["image"]).argmax(1) == batch["label"]
+    own = [hits(model(batch["image"]).float(), batch["label"], 1)
            for batch in on_device(share_of_rank(images, args, device), device, mean, std)]
     right = torch.zeros(len(images), device=device)
     if own:
-        right[distributed.rank()::distributed.world_size()] = torch.cat(own).float()
-    return distributed.all_sum(right).bool().cpu().numpy()
+        right[distributed.rank()::distributed.world_size()] = torch.cat(own)
+    return distributed.all_sum(right).cpu().numpy()

@@ -92,7 +92,7 @@ def test_answers_are_those_that_the_run_counted(kind, tmp_path, monkeypatch):
     result = scripts.run(f"sec3_benchmark/{kind}.py", words)
     args = tables.parse(claims.build_parser(), words[2:6])
     right = answers.of_run(result, args)
-    assert right.dtype == bool and len(right) == result["last"]["images"]
+    assert set(right) <= {0, 1} and len(right) == result["last"]["images"]
     assert 100 * right.mean() == pytest.approx(result["top1"]) and 0 < right.sum() < len(right)
     monkeypatch.setattr(answers, "evaluate", None)  # the second time they are read
     assert (answers.of_run(result, args) == right).all()
