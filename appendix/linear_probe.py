@@ -3,12 +3,14 @@
     python appendix/linear_probe.py --init outputs/pretrain_mae/RUN/weights.pt                   # on generated images
     python appendix/linear_probe.py --init FILE --preset small --data-path DIR --layer 8 --pooling avg
     torchrun --nproc-per-node=8 appendix/linear_probe.py --init FILE --data-path IMAGENET --views 90
+    python appendix/linear_probe.py --init FILE --data-path DIR --shots 1 5 10                  # so many labels a class
 
 Published: MAE-Tiny 23.4 on ImageNet-1k, by a protocol that no source gives. The default is the official MAE's: class
 token after the last norm, batch norm without scale, LARS at 0.1 x batch / 256, batch 16384, 90 epochs. It crops and
 flips at random in every epoch; here features are computed once, of the centre crop, or of --views random ones, used in
-turn, so that 90 of them are the official protocol. `--recipe quick` is AdamW for 20 epochs, ours. Seconds after the
-features. Writes outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
+turn, so that 90 of them are the official protocol. `--recipe quick` is AdamW for 20 epochs, ours. --shots instead fits
+logistic regressions on a few images of each class (appendix/few_shots.py). All take seconds after the features. Writes
+outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
 """
 import math
 from functools import lru_cache, partial
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import nn
 
+from appendix import few_shots
 from appendix.features import add_arguments, add_execution, build_encoder, cached_features
 from appendix.probes import check_save_to, write_result
 from common import distributed, entry, options
@@ -49,6 +52,9 @@ def build_parser():
     group.add_argument("--base-lr", type=float, default=0.1, help="per 256 images: the peak is base * batch / 256")
     group.add_argument("--warmup-epochs", type=int, default=10, help="linear from 0")
     group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("few labels, in place of all of them")
+    group.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class")
+    group.add_argument("--draws", type=int, help="of the images, for mean and spread; default: 5")
     add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 
@@ -122,6 +128,11 @@ def main(args):
         return view(epoch % views, args.fresh and epoch < views)
 
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
+    if args.shots:
+        found = {shots: few_shots.accuracies(view_of(0), labels, compute(val_set, fresh=args.fresh).to(device), targets,
+                                             shots, args.draws or 5, args.seed) for shots in args.shots}
+        print0(few_shots.table(found))
+        return write_result("linear_probe", args, fingerprint, (train_set, val_set), {"shots": found})
     seed_everything("weights", args.seed)
     probe = build_probe(encoder.embed_dim, len(train_set.classes)).to(device)
     loss = fit_probe(probe, view_of, labels, args)

@@ -27,6 +27,7 @@ def write_result(script, args, fingerprint, data, result):
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / f"{name}.json", {**result, "settings": vars(args), "environment": environment()})
-    print0(f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}: {folder / name}.json")
+    accuracy = f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}" if "top1" in result else "written"
+    print0(f"{accuracy}: {folder / name}.json")
     deliver(result, args.save_to)
     return result

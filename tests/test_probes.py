@@ -266,6 +266,15 @@ def test_the_scripts(mae_file, tmp_path, monkeypatch, script):
     assert distributed.world_size() == 1
 
 
+def test_few_labels(mae_file, tmp_path, monkeypatch):
+    """Of a set that is its own training set: with all images of a class everything is right, with one hardly."""
+    monkeypatch.setattr(linear_probe, "load_sets", lambda args: (toy_images(), toy_images()))
+    args = settings_of(linear_probe, dict(init=str(mae_file[1]), device="cpu", workers=0, output=str(tmp_path),
+                                          shots=[1, 3], draws=4))
+    found = json.loads(Path(linear_probe.main(args)["run"]).read_text())["shots"]
+    assert found["3"] == [100] * 4 and len(found["1"]) == 4 and min(found["1"]) >= 100 / 3 and max(found["1"]) <= 100
+
+
 def test_views_take_turns_and_fresh_ones_are_computed_once(mae_file, tmp_path, monkeypatch):
     """Two views over four epochs: with --fresh each is computed anew in its first epoch, other runs find all."""
     extracted, seen = [], []
