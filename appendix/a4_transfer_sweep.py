@@ -12,6 +12,7 @@ good, and Table 4 should then be run with other seeds. Winners belong into SETTI
 import shlex
 
 from common import distributed, entry, options, tables
+from common.ranges import Float, Int
 from common.tables import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import PUBLISHED, title
@@ -30,9 +31,9 @@ def build_parser():
                        help="see sec3_benchmark/downstream_sets.py")
     group.add_argument("--dataset-path", metavar="ROOT", help="where it lies")
     group.add_argument("--init", metavar="CHECKPOINT", help="default: an MAE pre-trained on --data, or found done")
-    group.add_argument("--lrs", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="peak rates")
-    group.add_argument("--layer-decays", type=float, nargs="+", default=[0.65, 0.75, 0.85, 1.0])
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each cell is run once per seed")
+    group.add_argument("--lrs", type=Float(0), nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="peak rates")
+    group.add_argument("--layer-decays", type=Float(0, 1), nargs="+", default=[0.65, 0.75, 0.85, 1.0])
+    group.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each cell is run once per seed")
     tables.add_rows(parser)
     options.add_execution(parser)
     return parser

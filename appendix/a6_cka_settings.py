@@ -16,6 +16,7 @@ import torch
 from common import entry, options, report
 from common.distributed import print0
 from common.errors import UserError
+from common.ranges import Float
 from sec4_analysis import similarity, study
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
@@ -33,7 +34,8 @@ VARIANTS = {  # name -> what differs from Figure 1's setting
 
 def build_parser():
     parser = study.make_parser(__doc__)
-    parser.add_argument("--cut-off", type=float, default=0.5, help="between low and high, of the highest frequency")
+    parser.add_argument("--cut-off", type=Float(0, 1), default=0.5,
+                        help="between low and high, of the highest frequency")
     return parser
 
 

@@ -20,6 +20,7 @@ from appendix import claim_runs, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN
 from common import distributed, entry, options, report, tables
 from common.errors import UserError
+from common.ranges import Int
 from sec3_benchmark import downstream
 
 POINTS = "points"  # percentage points of top-1
@@ -120,7 +121,7 @@ def build_parser():
     downstream.add_datasets(parser)
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], metavar="C",
                         default=[claim.key for claim in CLAIMS], help="some of them: C1, C1b, C2, ... C9b")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every run is made once per seed")
+    parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="every run is made once per seed")
     parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
     options.add_execution(parser)

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.filling import load_encoder
 from common.loader import on_device
 from common.pretrained import read_weights
+from common.ranges import Int
 from common.vit import MODELS, build_model, eval_mode
 from sec3_benchmark.evaluate import eval_loader
 
@@ -31,8 +32,8 @@ def add_arguments(parser):
     group = parser.add_argument_group("features")
     group.add_argument("--init", metavar="CHECKPOINT", help="weights: ours, which say their size and model themselves, "
                                                             "or another project's (common/pretrained.py)")
-    group.add_argument("--layer", type=int, default=0, help="block whose output is taken, from 1; 0: the last one, "
-                                                            "followed by the final norm")
+    group.add_argument("--layer", type=Int(0), default=0,
+                       help="block whose output is taken, from 1; 0: the last one, followed by the final norm")
     group.add_argument("--pooling", choices=POOLING, help="class token, the default, or mean of the patch tokens; a "
                                                           "classifier of the mean says so itself")
     return parser
@@ -48,8 +49,8 @@ def add_execution(parser, save_to, kept=True):
     if kept:
         group.add_argument("--fresh", action="store_true", help="compute features anew")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device, up to 256")
-    group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: by the cores")
+    group.add_argument("--micro-batch", type=Int(1), default=512, help="most images at once on a device, up to 256")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes per rank; -1: by the cores")
 
 
 def build_encoder(args, device):
@@ -67,7 +68,7 @@ def build_encoder(args, device):
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                       num_heads=args.num_heads, num_classes=0, global_pool=pool)
     print0(load_encoder(vit, weights))
-    if not 0 <= args.layer <= len(vit.blocks):
+    if args.layer > len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
     return eval_mode(vit, device), weights.fingerprint, options.replaced(args, pooling=args.pooling or pool)
 

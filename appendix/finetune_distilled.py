@@ -21,6 +21,7 @@ from common.data import load_sets, with_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import read_weights
+from common.ranges import Float
 from common.vit import SIZES, build_vit, eval_mode, pair
 from sec3_benchmark import finetune
 from sec3_benchmark.evaluate import check_classes
@@ -34,7 +35,7 @@ def build_parser():
     group = parser.add_argument_group("teacher")
     group.add_argument("--teacher", default="timm:regnety_160.deit_in1k", metavar="SOURCE",
                        help="timm:NAME or timm's folder: a classifier of the same classes and inputs")
-    group.add_argument("--alpha", type=float, default=0.5, help="share of the teacher in the loss")
+    group.add_argument("--alpha", type=Float(0, 1), default=0.5, help="share of the teacher in the loss")
     return parser
 
 

@@ -18,6 +18,7 @@ from appendix.probes import check_save_to, write_result
 from common import distributed, entry, options
 from common.data import load_sets
 from common.errors import UserError
+from common.ranges import Float, Int
 from sec3_benchmark.evaluate import hits
 
 READS = "labels"
@@ -26,9 +27,10 @@ PRESETS = {"demo": dict(data="fractals"), "laptop": dict(data="folder"), "small"
 
 def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
-    parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
-    parser.add_argument("--temperature", type=float, default=0.07, help="T; the smaller, the more the nearest count")
-    parser.add_argument("--seed", type=int, default=0, help="nothing is random here; tables pass it to every stage")
+    parser.add_argument("--k", type=Int(1), default=20, help="neighbours that vote")
+    parser.add_argument("--temperature", type=Float(1e-6), default=0.07,
+                        help="T; the smaller, the more the nearest count")
+    parser.add_argument("--seed", type=Int(0), default=0, help="nothing is random here; tables pass it to every stage")
     add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 
@@ -70,7 +72,7 @@ def main(args):
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
-    if not 0 < args.k <= len(train_set):
+    if args.k > len(train_set):
         raise UserError(f"--k {args.k}: the training set has {len(train_set)} images")
     train, val = (cached_features(encoder, fingerprint, images, args, device, args.fresh).to(device)
                   for images in (train_set, val_set))

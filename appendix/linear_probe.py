@@ -30,6 +30,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.loader import epoch_order, seed_everything
 from common.optim import learning_rate, set_learning_rate
+from common.ranges import Float, Int
 from sec3_benchmark.evaluate import hits
 
 READS = "labels"
@@ -45,16 +46,16 @@ def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
     group = parser.add_argument_group("recipe (official MAE)")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="official", help="quick: AdamW, few epochs")
-    group.add_argument("--views", type=int, default=0, help="random crops of each image, one an epoch in turn; 0: the "
-                                                            "centre crop")
-    group.add_argument("--epochs", type=int, default=90)
-    group.add_argument("--batch-size", type=int, default=16384)
-    group.add_argument("--base-lr", type=float, default=0.1, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--warmup-epochs", type=int, default=10, help="linear from 0")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--views", type=Int(0), default=0,
+                       help="random crops of each image, one an epoch in turn; 0: the centre crop")
+    group.add_argument("--epochs", type=Int(1), default=90)
+    group.add_argument("--batch-size", type=Int(1), default=16384)
+    group.add_argument("--base-lr", type=Float(0), default=0.1, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=Int(0), default=10, help="linear from 0")
+    group.add_argument("--seed", type=Int(0), default=0)
     group = parser.add_argument_group("few labels, in place of all of them")
-    group.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class")
-    group.add_argument("--draws", type=int, help="of the images, for mean and spread; default: 5")
+    group.add_argument("--shots", type=Int(1), nargs="+", metavar="K", help="images of each class")
+    group.add_argument("--draws", type=Int(1), help="of the images, for mean and spread; default: 5")
     add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 

@@ -17,6 +17,7 @@ from common.data import load_images
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, parameter_groups, steps_per_epoch, warmup_cosine
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from sec3_benchmark.moco import half_cosine
@@ -37,34 +38,37 @@ def build_parser():
     options.add_data(parser)
     options.add_model(parser)
     group = parser.add_argument_group("crops")
-    group.add_argument("--local-size", type=int, default=96, help="side of the small crops, pixels")
-    group.add_argument("--local-crops", type=int, default=8, help="small crops of an image; 0: only the two large ones")
-    group.add_argument("--global-min", type=float, default=0.4,
+    group.add_argument("--local-size", type=Int(1), default=96, help="side of the small crops, pixels")
+    group.add_argument("--local-crops", type=Int(0), default=8,
+                       help="small crops of an image; 0: only the two large ones")
+    group.add_argument("--global-min", type=Float(0.001, 1), default=0.4,
                        help="smallest area of a large crop, largest of a small one")
-    group.add_argument("--local-min", type=float, default=0.05, help="smallest area of a small crop")
-    group.add_argument("--blur-sigma", type=float, default=2.0, help="strongest blur, pixels")
+    group.add_argument("--local-min", type=Float(0.001, 1), default=0.05, help="smallest area of a small crop")
+    group.add_argument("--blur-sigma", type=Float(0), default=2.0, help="strongest blur, pixels")
     group = parser.add_argument_group("self-distillation")
-    group.add_argument("--out-dim", type=int, default=65536, help="K, outputs of the head")
-    group.add_argument("--hidden-dim", type=int, default=2048, help="width of the head")
-    group.add_argument("--bottleneck-dim", type=int, default=256, help="width before the last layer")
-    group.add_argument("--teacher-temp", type=float, default=0.04)
-    group.add_argument("--teacher-temp-start", type=float, default=0.04, help="of the first epoch, if warmed up")
-    group.add_argument("--teacher-temp-epochs", type=int, default=0, help="warm-up; the longer official run: 30, "
-                                                                          "from 0.04 to 0.07")
-    group.add_argument("--momentum", type=float, default=0.996, help="of the teacher, a half cosine from here to 1")
-    group.add_argument("--freeze-last-layer", type=int, default=1, help="epochs in which the last layer stays as it is")
+    group.add_argument("--out-dim", type=Int(2), default=65536, help="K, outputs of the head")
+    group.add_argument("--hidden-dim", type=Int(1), default=2048, help="width of the head")
+    group.add_argument("--bottleneck-dim", type=Int(1), default=256, help="width before the last layer")
+    group.add_argument("--teacher-temp", type=Float(1e-6), default=0.04)
+    group.add_argument("--teacher-temp-start", type=Float(1e-6), default=0.04, help="of the first epoch, if warmed up")
+    group.add_argument("--teacher-temp-epochs", type=Int(0), default=0,
+                       help="warm-up; the longer official run: 30, from 0.04 to 0.07")
+    group.add_argument("--momentum", type=Float(0, 1), default=0.996,
+                       help="of the teacher, a half cosine from here to 1")
+    group.add_argument("--freeze-last-layer", type=Int(0), default=1,
+                       help="epochs in which the last layer stays as it is")
     group = parser.add_argument_group("recipe (official DINO)")
-    group.add_argument("--epochs", type=int, default=400, help="ours, as MAE's and MoCo-v3's")
-    group.add_argument("--batch-size", type=int, default=1024, help="global; ours, as MoCo-v3's")
-    group.add_argument("--base-lr", type=float, default=5e-4, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    group.add_argument("--warmup-epochs", type=int, default=10, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.04, help="at the start; not on vectors and biases")
-    group.add_argument("--weight-decay-end", type=float, default=0.4, help="at the end, by a half cosine")
-    group.add_argument("--drop-path", type=float, default=0.1, help="of the student, at the last block; 0: off")
-    group.add_argument("--clip-each", type=float, default=3.0, help="largest gradient norm of one tensor; 0: off")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm of all together; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--epochs", type=Int(1), default=400, help="ours, as MAE's and MoCo-v3's")
+    group.add_argument("--batch-size", type=Int(1), default=1024, help="global; ours, as MoCo-v3's")
+    group.add_argument("--base-lr", type=Float(0), default=5e-4, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--min-lr", type=Float(0), default=1e-6, help="where the cosine ends")
+    group.add_argument("--warmup-epochs", type=Int(0), default=10, help="linear from 0")
+    group.add_argument("--weight-decay", type=Float(0), default=0.04, help="at the start; not on vectors and biases")
+    group.add_argument("--weight-decay-end", type=Float(0), default=0.4, help="at the end, by a half cosine")
+    group.add_argument("--drop-path", type=Float(0, 1), default=0.1, help="of the student, at the last block; 0: off")
+    group.add_argument("--clip-each", type=Float(0), default=3.0, help="largest gradient norm of one tensor; 0: off")
+    group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm of all together; 0: off")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 
@@ -119,9 +123,9 @@ def crops_of(args):
     """The transform of the command line."""
     if args.in_chans not in (1, 3):
         raise UserError(f"--in-chans {args.in_chans}: DINO's colour jitter and blur need 1 or 3")
-    if not 0 < args.local_min < args.global_min < 1:
+    if args.local_min >= args.global_min:
         raise UserError(f"--local-min {args.local_min} and --global-min {args.global_min}: areas of crops, the first "
-                        f"the smaller, between 0 and 1")
+                        f"the smaller")
     if args.local_size % args.patch_size:
         raise UserError(f"--local-size {args.local_size}: a multiple of --patch-size {args.patch_size}")
     return MultiCrop(args.img_size, args.local_size, args.local_crops, args.global_min,

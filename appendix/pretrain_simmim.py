@@ -17,6 +17,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, describe_epoch, parameter_groups, steps_per_epoch
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS
@@ -35,21 +36,22 @@ def build_parser():
     options.add_model(parser, tuple(name for name in MODELS if not name.endswith("_rpe")))
     parser.set_defaults(model="vit_tiny_simmim")
     group = parser.add_argument_group("masking")
-    group.add_argument("--mask-ratio", type=float, default=0.6, help="share of mask units hidden, rounded up")
-    group.add_argument("--mask-unit", type=int, default=2, help="side in patches; the official 32 px at patch size 16")
+    group.add_argument("--mask-ratio", type=Float(0, 1), default=0.6, help="share of mask units hidden, rounded up")
+    group.add_argument("--mask-unit", type=Int(1), default=2,
+                       help="side in patches; the official 32 px at patch size 16")
     group = parser.add_argument_group("recipe (official SimMIM for ViT-B)")
-    group.add_argument("--epochs", type=int, default=400, help="ours, as MAE's; official 800")
-    group.add_argument("--batch-size", type=int, default=2048, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=5e-5, help="per 256 images; the official 1e-4 is per 512")
-    group.add_argument("--warmup-epochs", type=int, default=10, help="linear from --warmup-lr")
-    group.add_argument("--warmup-lr", type=float, default=5e-7, help="of the first step, at any batch size (ours)")
-    group.add_argument("--drop-at", type=float, default=0.875, help="part of the epochs after which the rate falls to "
-                                                                    "a tenth: official 700 of 800")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")
-    group.add_argument("--drop-path", type=float, default=0.1, help="rate at the last block, linear from 0; 0: off")
-    group.add_argument("--crop-min", type=float, default=0.67, help="smallest area of a crop")
-    group.add_argument("--clip-grad", type=float, default=5.0, help="largest gradient norm; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--epochs", type=Int(1), default=400, help="ours, as MAE's; official 800")
+    group.add_argument("--batch-size", type=Int(1), default=2048, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=5e-5, help="per 256 images; the official 1e-4 is per 512")
+    group.add_argument("--warmup-epochs", type=Int(0), default=10, help="linear from --warmup-lr")
+    group.add_argument("--warmup-lr", type=Float(0), default=5e-7, help="of the first step, at any batch size (ours)")
+    group.add_argument("--drop-at", type=Float(0, 1), default=0.875,
+                       help="part of the epochs after which the rate falls to a tenth: official 700 of 800")
+    group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on vectors, positions, class token")
+    group.add_argument("--drop-path", type=Float(0, 1), default=0.1, help="at the last block, linear from 0; 0: off")
+    group.add_argument("--crop-min", type=Float(0.001, 1), default=0.67, help="smallest area of a crop")
+    group.add_argument("--clip-grad", type=Float(0), default=5.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from common.augment import pretrain_transform
 from common.errors import UserError
+from common.ranges import Float, Int
 from common.vit import check_heads, model_size, pair, patch_grid
 
 DECODERS = {  # encoder -> default decoder: width, depth, heads
@@ -194,21 +195,23 @@ class MAE(nn.Module):
 def add_arguments(parser):
     """Add the arguments of MAE's model and recipe, shared by MAE and D-MAE pre-training, to a parser."""
     group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
-    group.add_argument("--decoder-dim", type=int, help="width; default by the encoder, 96 for Tiny")
-    group.add_argument("--decoder-depth", type=int, help="blocks; default likewise, 1 for Tiny")
-    group.add_argument("--decoder-heads", type=int, help="default likewise, 3 for Tiny")
+    group.add_argument("--mask-ratio", type=Float(0, 1), default=0.75, help="share of patches removed")
+    group.add_argument("--decoder-dim", type=Int(1), help="width; default by the encoder, 96 for Tiny")
+    group.add_argument("--decoder-depth", type=Int(1), help="blocks; default likewise, 1 for Tiny")
+    group.add_argument("--decoder-heads", type=Int(1), help="default likewise, 3 for Tiny")
     group.add_argument("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
     group = parser.add_argument_group("recipe (Appendix A.2)")
-    group.add_argument("--epochs", type=int, default=400)
-    group.add_argument("--batch-size", type=int, default=4096, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors and biases")
-    group.add_argument("--beta2", type=float, default=0.95, help="of AdamW")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop; official MAE: 0.2")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--epochs", type=Int(1), default=400)
+    group.add_argument("--batch-size", type=Int(1), default=4096, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=1.5e-4,
+                       help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=Int(0), default=40, help="linear from 0")
+    group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on vectors and biases")
+    group.add_argument("--beta2", type=Float(0, 0.9999), default=0.95, help="of AdamW")
+    group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08,
+                       help="smallest area of a crop; official MAE: 0.2")
+    group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=Int(0), default=0)
 
 
 def build_mae(args) -> MAE:

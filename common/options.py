@@ -13,6 +13,7 @@ from pathlib import Path
 from common import data
 from common.distributed import print0
 from common.errors import UserError
+from common.ranges import Float, Int
 from common.vit import SIZES, pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,21 +55,21 @@ def add_data(parser):
 def add_images(group, img_size=None):
     group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
-    group.add_argument("--img-size", type=int, nargs="+", default=img_size and [img_size], metavar="PX",
+    group.add_argument("--img-size", type=Int(1), nargs="+", default=img_size and [img_size], metavar="PX",
                        help="side, or height and width; default: " + ("%(default)s" if img_size else "as the weights "
                                                                       "say, else 224"))
-    group.add_argument("--in-chans", type=int, help="channels; other than 1 and 3 are read from .npy files; default: "
-                       "as the weights say, else 3")
-    group.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the weights say, else "
-                       "ImageNet's")
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
+    group.add_argument("--in-chans", type=Int(1),
+                       help="channels, other than 1 and 3 read from .npy files; default: as the weights say, else 3")
+    group.add_argument("--mean", type=Float(0, 1), nargs="+",
+                       help="per channel, in 0..1; default: as the weights say, else ImageNet's")
+    group.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
 
 
 def add_model(parser, models=SIZES):
     group = parser.add_argument_group("model", "default: as the weights say, else vit_tiny, 12 heads, patch size 16")
     group.add_argument("--model", choices=tuple(models), help="the encoder")
-    group.add_argument("--patch-size", type=int, help="pixels")
-    group.add_argument("--num-heads", type=int, help="12 in the paper; DeiT-Tiny's own has 3")
+    group.add_argument("--patch-size", type=Int(1), help="pixels")
+    group.add_argument("--num-heads", type=Int(1), help="12 in the paper; DeiT-Tiny's own has 3")
 
 
 def add_execution(parser):
@@ -80,15 +81,15 @@ def add_execution(parser):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
-    group.add_argument("--micro-batch", type=int, default=512, help="most images at once on a device")
-    group.add_argument("--workers", type=int, default=-1, help="loading processes per rank; -1: by the cores")
-    group.add_argument("--keep-decoded", type=float, default=0.25, metavar="SHARE",
+    group.add_argument("--micro-batch", type=Int(1), default=512, help="most images at once on a device")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes per rank; -1: by the cores")
+    group.add_argument("--keep-decoded", type=Float(0, 1), default=0.25, metavar="SHARE",
                        help="decode a set once and keep it, if that takes at most this share of free memory; 0: never")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--deterministic", action="store_true", help="bit-exact GPU kernels (a CPU is exact anyway)")
     group.add_argument("--allow-inexact", action="store_true", help="resume with other threads, ranks or precision")
-    group.add_argument("--save-minutes", type=float, default=10, help="longest time between two checkpoints")
-    group.add_argument("--log-every", type=int, default=10, help="steps between two rows of log.jsonl")
+    group.add_argument("--save-minutes", type=Float(0), default=10, help="longest time between two checkpoints")
+    group.add_argument("--log-every", type=Int(1), default=10, help="steps between two rows of log.jsonl")
     group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop",
                        help="skip: replace, count, list it, in training; above 1 %% stop all the same")
     return parser
@@ -124,7 +125,7 @@ def parse(parser, presets=None, recipes=None, argv=None):
     args = parser.parse_args(argv)
     if empty := [name for name, value in vars(args).items() if value == ""]:  # not taken for "none"
         raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
-    check_ranges(args)
+    check_warmup(args)
     return args
 
 
@@ -154,23 +155,9 @@ def alike(name, ours, theirs):
     return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
 
 
-# The smallest and the largest value of settings that several scripts share
-RANGES = {
-    **dict.fromkeys("epochs iterations batch_size micro_batch patch_size in_chans num_heads log_every num_images "
-                    "num_classes per_class mask_unit decoder_dim decoder_depth decoder_heads".split(), (1, None)),
-    **dict.fromkeys("seed local_crops views warmup_epochs eval_every clip_grad base_lr lr mixup cutmix "
-                    "weight_decay".split(), (0, None)),
-    **dict.fromkeys("mask_ratio drop_path smoothing erasing keep_decoded".split(), (0, 1)),
-    "workers": (-1, None), "crop_min": (0.001, 1), "beta2": (0, 0.9999)}
-
-
-def check_ranges(args):
-    """Raise a UserError for a value that no run can have."""
+def check_warmup(args):
+    """Raise a UserError if the warm-up is all of the training."""
     settings = vars(args)
-    for name, (low, high) in RANGES.items():
-        value, flag = settings.get(name), "--" + name.replace("_", "-")
-        if value is not None and (value < low or high is not None and value > high):
-            raise UserError(f"{flag} {value}: " + (f"at least {low}" if high is None else f"from {low} to {high}"))
     for unit in ("epochs", "iterations"):
         total, warmup = settings.get(unit), settings.get(f"warmup_{unit}")
         if total and warmup and warmup >= total:

@@ -17,6 +17,7 @@ from common.data import load_images, load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import HubError
+from common.ranges import Int
 
 PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as every script's
 NOTES = {
@@ -59,8 +60,8 @@ def add_rows(parser, rows=(), demo=()):
         group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
                            help=f"of {', '.join(row.key for row in rows)}; all: every row of the preset; "
                                 f"default: {' '.join(demo)} in the demo preset, all otherwise")
-        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run once per seed")
-    group.add_argument("--jobs", type=int, metavar="N", help="rows trained at once, each in a process of its own; "
+        group.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each row is run once per seed")
+    group.add_argument("--jobs", type=Int(1, 256), metavar="N", help="rows trained at once, each in its own process; "
                        "default: on a CPU as many as cores, else 1")
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="SCRIPT.KEY=VALUE",
                        help="any other setting of a row's script, e.g. finetune.epochs=100")

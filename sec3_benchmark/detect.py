@@ -21,6 +21,7 @@ from common.filling import load_encoder
 from common.loader import seed_everything
 from common.optim import adamw, learning_rate, steps_per_epoch
 from common.pretrained import FormatError, Weights, fingerprint, own_config, read_file, read_weights
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, compile_and_distribute, train
 from common.vit import SIZES, build_vit
@@ -39,11 +40,9 @@ PRESETS = {
                  anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
                  warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
     # for weights of the laptop and small pre-trainings: their patches and positions
-    "laptop": dict(img_size=[192], window=6, channels=64,
-                   hidden=256, anchors=64, rois=64, proposals=100, iterations=2000, batch_size=8, base_lr=4e-3,
-                   jitter=[0.5, 1.5], warmup_iterations=100),
-    "small": dict(img_size=[256], iterations=3000, batch_size=16, base_lr=4e-4,
-                  jitter=[0.5, 1.5]),
+    "laptop": dict(img_size=[192], window=6, channels=64, hidden=256, anchors=64, rois=64, proposals=100,
+                   iterations=2000, batch_size=8, base_lr=4e-3, jitter=[0.5, 1.5], warmup_iterations=100),
+    "small": dict(img_size=[256], iterations=3000, batch_size=16, base_lr=4e-4, jitter=[0.5, 1.5]),
 }
 PYRAMIDS = {"simple": SimplePyramid, "topdown": TopDownPyramid}
 BUILT_FROM = ("model", "patch_size", "num_heads", "in_chans", "img_size", "position_size", "window", "global_blocks",
@@ -60,32 +59,32 @@ def build_parser():
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained ViT, a file or timm:NAME; default: none")
     group.add_argument("--eval-only", action="store_true", help="evaluate --init, a detector's weights.pt, and leave")
     group = parser.add_argument_group("detector (Appendix A.5)")
-    group.add_argument("--position-size", type=int, nargs="+", metavar="PX", help="image size of the table of "
+    group.add_argument("--position-size", type=Int(1), nargs="+", metavar="PX", help="image size of the table of "
                        "positions, which is resized at each forward; default: as the weights say, else 224")
-    group.add_argument("--window", type=int, default=14, help="patches a side, in all but the global blocks")
-    group.add_argument("--global-blocks", type=int, nargs="+", default=[2, 5, 8, 11], help="counted from 0")
+    group.add_argument("--window", type=Int(1), default=14, help="patches a side, in all but the global blocks")
+    group.add_argument("--global-blocks", type=Int(0), nargs="+", default=[2, 5, 8, 11], help="counted from 0")
     group.add_argument("--pyramid", choices=tuple(PYRAMIDS), default="simple",
                        help="topdown: Li et al. 2021, its batch norm sees a micro-batch (of all GPUs)")
-    group.add_argument("--channels", type=int, default=256, help="of the pyramid and of the heads")
-    group.add_argument("--hidden", type=int, default=1024, help="width of the box head's fully connected layer")
-    group.add_argument("--anchors", type=int, default=256, help="sampled per image for the proposal loss")
-    group.add_argument("--rois", type=int, default=512, help="sampled per image for the heads' losses")
-    group.add_argument("--proposals", type=int, default=1000, help="kept per image")
+    group.add_argument("--channels", type=Int(1), default=256, help="of the pyramid and of the heads")
+    group.add_argument("--hidden", type=Int(1), default=1024, help="width of the box head's fully connected layer")
+    group.add_argument("--anchors", type=Int(2), default=256, help="sampled per image for the proposal loss")
+    group.add_argument("--rois", type=Int(4), default=512, help="sampled per image for the heads' losses")
+    group.add_argument("--proposals", type=Int(1), default=1000, help="kept per image")
     group.add_argument("--keep-activations", action="store_true", help="compute no block twice: faster, more memory")
     group = parser.add_argument_group("recipe (Appendix A.5)")
-    group.add_argument("--iterations", type=int, default=184_375, help="the paper's 100 epochs of 118,000 images")
-    group.add_argument("--batch-size", type=int, default=64, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1e-4, help="per 64 images: the peak is base * batch / 64")
+    group.add_argument("--iterations", type=Int(1), default=184_375, help="the paper's 100 epochs of 118,000 images")
+    group.add_argument("--batch-size", type=Int(1), default=64, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=1e-4, help="per 64 images: the peak is base * batch / 64")
     group.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x0.1 at 24/27 and 26/27")
-    group.add_argument("--warmup-iterations", type=int, default=250, help="linear from a thousandth")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on norms and positions; on biases too")
-    group.add_argument("--drop-path", type=float, default=0.0, help="rate at the last block, linear from 0; 0: off")
-    group.add_argument("--jitter", type=float, nargs=2, default=[0.1, 2.0], metavar=("MIN", "MAX"),
+    group.add_argument("--warmup-iterations", type=Int(0), default=250, help="linear from a thousandth")
+    group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on norms and positions; on biases too")
+    group.add_argument("--drop-path", type=Float(0, 1), default=0.0, help="at the last block, linear from 0; 0: off")
+    group.add_argument("--jitter", type=Float(0.01), nargs=2, default=[0.1, 2.0], metavar=("MIN", "MAX"),
                        help="scale of a training image, in images that just fit")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
-    group.add_argument("--draw", type=int, default=8, help="validation images in predictions.png; 0: none")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
+    group.add_argument("--draw", type=Int(0), default=8, help="validation images in predictions.png; 0: none")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 
@@ -200,8 +199,8 @@ def print_ap(result):
 def main(args):
     """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    if not 0 < args.jitter[0] <= args.jitter[1]:
-        raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, above 0, then the largest")
+    if args.jitter[0] > args.jitter[1]:
+        raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, then the largest")
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, the detector to evaluate")
     if args.eval_only:

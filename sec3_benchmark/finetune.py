@@ -21,6 +21,7 @@ from common.filling import load_encoder
 from common.loader import seed_everything
 from common.optim import adamw, warmup_cosine
 from common.pretrained import read_weights
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS, build_model
@@ -54,28 +55,30 @@ def add_arguments(parser, models=MODELS):
     options.add_model(parser, models)
     group = parser.add_argument_group("start")
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
-    group.add_argument("--keep-blocks", type=int, metavar="K", help="keep blocks 1..K of --init (Figure 2); 0: nothing")
+    group.add_argument("--keep-blocks", type=Int(0), metavar="K",
+                       help="keep blocks 1..K of --init (Figure 2); 0: nothing")
     group.add_argument("--eval-only", action="store_true", help="evaluate --init, head included, and leave")
     group = parser.add_argument_group("recipe (Appendix A.1)")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="impr", help="ori: DeiT's stronger augmentation")
-    group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--batch-size", type=int, default=1024, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1e-3, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    group.add_argument("--warmup-epochs", type=int, default=5, help="linear from 0")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="not on vectors, positions, class token")
-    group.add_argument("--layer-decay", type=float, default=0.85, help="also from scratch, as in the authors' command")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a random crop")
+    group.add_argument("--epochs", type=Int(1), default=300)
+    group.add_argument("--batch-size", type=Int(1), default=1024, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=1e-3, help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--min-lr", type=Float(0), default=1e-6, help="where the cosine ends")
+    group.add_argument("--warmup-epochs", type=Int(0), default=5, help="linear from 0")
+    group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on vectors, positions, class token")
+    group.add_argument("--layer-decay", type=Float(0, 1), default=0.85,
+                       help="also from scratch, as in the authors' command")
+    group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08, help="smallest area of a random crop")
     group.add_argument("--randaugment", default="rand-m10-mstd0.5-inc1", help="timm's notation; none: off")
-    group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; 0: off")
-    group.add_argument("--mixup", type=float, default=0.2, help="alpha of the Beta distribution; 0: off")
-    group.add_argument("--cutmix", type=float, default=0.0, help="alpha; 0: off")
-    group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing; 0: off")
-    group.add_argument("--drop-path", type=float, default=0.0, help="rate at the last block, linear from 0; 0: off")
+    group.add_argument("--erasing", type=Float(0, 1), default=0.0, help="probability of random erasing; 0: off")
+    group.add_argument("--mixup", type=Float(0), default=0.2, help="alpha of the Beta distribution; 0: off")
+    group.add_argument("--cutmix", type=Float(0), default=0.0, help="alpha; 0: off")
+    group.add_argument("--smoothing", type=Float(0, 1), default=0.0, help="label smoothing; 0: off")
+    group.add_argument("--drop-path", type=Float(0, 1), default=0.0, help="at the last block, linear from 0; 0: off")
     group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 

@@ -15,6 +15,7 @@ from common import distributed, entry, options
 from common.errors import UserError
 from common.loader import seed_everything
 from common.optim import adamw, steps_per_epoch, warmup_cosine
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import set_fused_attention
@@ -39,23 +40,25 @@ def build_parser():
     subsets.add_argument(parser)
     options.add_model(parser)
     group = parser.add_argument_group("momentum contrast")
-    group.add_argument("--temperature", type=float, default=0.2, help="T of the contrastive loss")
-    group.add_argument("--momentum", type=float, default=0.99, help="of the key encoder, a half cosine from here to 1")
-    group.add_argument("--mlp-dim", type=int, default=4096, help="hidden width of projector and predictor")
-    group.add_argument("--out-dim", type=int, default=256, help="width of queries and keys")
+    group.add_argument("--temperature", type=Float(1e-6), default=0.2, help="T of the contrastive loss")
+    group.add_argument("--momentum", type=Float(0, 1), default=0.99,
+                       help="of the key encoder, a half cosine from here to 1")
+    group.add_argument("--mlp-dim", type=Int(1), default=4096, help="hidden width of projector and predictor")
+    group.add_argument("--out-dim", type=Int(1), default=256, help="width of queries and keys")
     group.add_argument("--stop-grad-conv1", action="store_true", help="freeze the patch embedding, as the official "
                        "MoCo-v3 does for ViTs and the paper's code does not")
     group = parser.add_argument_group("recipe (Appendix A.3)")
-    group.add_argument("--epochs", type=int, default=400)
-    group.add_argument("--batch-size", type=int, default=1024, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=1.5e-4, help="per 256 images: the peak is base * batch / 256")
-    group.add_argument("--warmup-epochs", type=int, default=40, help="linear from --warmup-lr")
-    group.add_argument("--warmup-lr", type=float, default=1e-6, help="of the first step")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="on every parameter")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a crop")
-    group.add_argument("--blur-sigma", type=float, default=2.0, help="strongest blur, pixels")
-    group.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--epochs", type=Int(1), default=400)
+    group.add_argument("--batch-size", type=Int(2), default=1024, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=1.5e-4,
+                       help="per 256 images: the peak is base * batch / 256")
+    group.add_argument("--warmup-epochs", type=Int(0), default=40, help="linear from --warmup-lr")
+    group.add_argument("--warmup-lr", type=Float(0), default=1e-6, help="of the first step")
+    group.add_argument("--weight-decay", type=Float(0), default=0.1, help="on every parameter")
+    group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08, help="smallest area of a crop")
+    group.add_argument("--blur-sigma", type=Float(0), default=2.0, help="strongest blur, pixels")
+    group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 

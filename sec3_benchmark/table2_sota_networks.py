@@ -23,6 +23,7 @@ from common import distributed, entry, options, report
 from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_model
+from common.ranges import Int
 from common.training import choose_precision
 from common.vit import eval_mode
 from common.watch import out_of_memory
@@ -51,9 +52,9 @@ def build_parser():
     parser.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(n.key for n in NETWORKS)],
                         help=f"of {', '.join(n.key for n in NETWORKS)}; default: some in the demo preset, else all")
     group = parser.add_argument_group("throughput")
-    group.add_argument("--batch-size", type=int, default=1024, help="images")
-    group.add_argument("--warmup", type=int, default=10, help="batches before the measured ones")
-    group.add_argument("--repeats", type=int, default=40, help="measured batches; the median counts")
+    group.add_argument("--batch-size", type=Int(1), default=1024, help="images")
+    group.add_argument("--warmup", type=Int(0), default=10, help="batches before the measured ones")
+    group.add_argument("--repeats", type=Int(1), default=40, help="measured batches; the median counts")
     group.add_argument("--channels-last", action="store_true", help="NHWC memory, which convolutions may prefer")
     group.add_argument("--compile", action="store_true", help="torch.compile every network")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -63,7 +64,7 @@ def build_parser():
     group.add_argument("--imagenet", metavar="DIR", help="ImageNet-1k, holding val/<class>/")
     group.add_argument("--real-labels", metavar="FILE", help="real.json; needs --imagenet")
     group.add_argument("--imagenet-v2", metavar="DIR", help="imagenetv2-matched-frequency, folders 0 to 999")
-    group.add_argument("--workers", type=int, default=-1, help="loading processes; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
     group = parser.add_argument_group("execution")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
@@ -221,8 +222,6 @@ def draw(table, path):
 def main(args):
     """Measures and evaluates; writes table2.json, table2.md and table2.png; returns the rows."""
     device = distributed.start_process_group(args.device)
-    if args.repeats < 1 or args.warmup < 0:
-        raise UserError(f"--repeats {args.repeats}, --warmup {args.warmup}: at least 1, at least 0")
     given = checkpoints(args)
     wanted = args.rows or (DEMO if args.preset == "demo" else ["all"])
     accuracy = evaluate_all(given, args, device)  # first, as its arguments may be wrong

@@ -19,6 +19,7 @@ from common.distributed import print0
 from common.loader import seed_everything
 from common.optim import warmup_cosine
 from common.pretrained import read_weights
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS
@@ -54,23 +55,24 @@ def build_parser():
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("start")
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
-    group.add_argument("--keep-blocks", type=int, metavar="K", help="keep blocks 1..K of --init (Figure 4); 0: nothing")
+    group.add_argument("--keep-blocks", type=Int(0), metavar="K",
+                       help="keep blocks 1..K of --init (Figure 4); 0: nothing")
     group = parser.add_argument_group("recipe (Appendix A.4)")
-    group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--batch-size", type=int, default=512, help="global, over all ranks and accumulation steps")
-    group.add_argument("--base-lr", type=float, default=0.03, action=InsteadOfPeak,
+    group.add_argument("--epochs", type=Int(1), default=300)
+    group.add_argument("--batch-size", type=Int(1), default=512, help="global, over all ranks and accumulation steps")
+    group.add_argument("--base-lr", type=Float(0), default=0.03, action=InsteadOfPeak,
                        help="per 512 images: the peak is base * batch / 512")
-    group.add_argument("--lr", type=float, help="the peak itself, whatever the batch; default: from --base-lr")
-    group.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    group.add_argument("--warmup-epochs", type=int, default=20, help="linear from 0")
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD, Nesterov's")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="not on vectors, positions, class token")
-    group.add_argument("--layer-decay", type=float, default=0.75, help="from random weights too")
-    group.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0: off")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest area of a random crop")
+    group.add_argument("--lr", type=Float(0), help="the peak itself, whatever the batch; default: from --base-lr")
+    group.add_argument("--min-lr", type=Float(0), default=1e-6, help="where the cosine ends")
+    group.add_argument("--warmup-epochs", type=Int(0), default=20, help="linear from 0")
+    group.add_argument("--momentum", type=Float(0.001, 1), default=0.9, help="of SGD, Nesterov's")
+    group.add_argument("--weight-decay", type=Float(0), default=0.0, help="not on vectors, positions, class token")
+    group.add_argument("--layer-decay", type=Float(0, 1), default=0.75, help="from random weights too")
+    group.add_argument("--clip-grad", type=Float(0), default=1.0, help="largest gradient norm; 0: off")
+    group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08, help="smallest area of a random crop")
     group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
-    group.add_argument("--eval-every", type=int, default=10, help="epochs; 0: only at the end")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
+    group.add_argument("--seed", type=Int(0), default=0)
     options.add_execution(parser)
     return parser
 

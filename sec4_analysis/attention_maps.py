@@ -20,6 +20,7 @@ from common import entry, report
 from common.distributed import is_main
 from common.errors import UserError
 from common.images import ImageSet
+from common.ranges import Int
 from sec4_analysis import attention, study
 from sec4_analysis.activations import Activations, geometry
 from sec4_analysis.fig5_attention import ROWS
@@ -28,11 +29,11 @@ from sec4_analysis.fig5_attention import ROWS
 def build_parser():
     parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("maps")
-    group.add_argument("--image", type=int, default=0, metavar="I", help="which of the drawn images, from 0")
+    group.add_argument("--image", type=Int(0), default=0, metavar="I", help="which of the drawn images, from 0")
     group.add_argument("--picture", metavar="FILE", help="this image instead, for --models; needs no data set")
-    group.add_argument("--layers", type=int, nargs="+", default=[1, 6, 12], help="blocks, from 1")
-    group.add_argument("--heads", type=int, nargs="+", default=[1, 2], help="from 1")
-    group.add_argument("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
+    group.add_argument("--layers", type=Int(1), nargs="+", default=[1, 6, 12], help="blocks, from 1")
+    group.add_argument("--heads", type=Int(1), nargs="+", default=[1, 2], help="from 1")
+    group.add_argument("--query", type=Int(0), nargs=2, metavar=("ROW", "COLUMN"), help="a patch, from 0; default: all")
     return parser
 
 

@@ -14,6 +14,7 @@ from common import options, report, tables
 from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import read_weights
+from common.ranges import Int
 from common.tables import PREVIOUS, Row
 from common.vit import SIZES
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
@@ -30,8 +31,9 @@ def add_arguments(parser):
     group.add_argument("--models", nargs="+", action="extend", metavar="NAME=CHECKPOINT",
                        help="pre-trained weights; default: the preset's own MAE and MoCo-v3, one of each per seed. "
                             "Figure 2 fine-tunes those with moco in their NAME as Table 1 does, with layer decay 0.75")
-    group.add_argument("--blocks", type=int, nargs="+", default=[0, 3, 6, 9, 12], metavar="K", help="how many to keep")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="each point is run once per seed")
+    group.add_argument("--blocks", type=Int(0), nargs="+", default=[0, 3, 6, 9, 12], metavar="K",
+                       help="how many to keep")
+    group.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each point is run once per seed")
     group.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
 

@@ -21,6 +21,7 @@ from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import MAE as MaskedAutoencoder
 from common.pretrained import fingerprint
+from common.ranges import Int
 from common.tables import Row
 from common.vit import eval_mode, init_relative_vit, init_vit
 from sec4_analysis.activations import check_plain
@@ -55,12 +56,12 @@ def make_parser(description, norm=True):
         group.add_argument("--final-norm", choices=("own", "authors"), default="own",
                            help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
-    group.add_argument("--num-images", type=int, default=1024, help="exactly so many validation images")
+    group.add_argument("--num-images", type=Int(1), default=1024, help="exactly so many validation images")
     group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
                        "classes alike; authors: whole batches in class order until there are more than --num-images")
-    group.add_argument("--batch-size", type=int, default=128, help="images at once, and per mini-batch of CKA")
-    group.add_argument("--image-seed", type=int, help="draws the images; default: --seed")
-    group.add_argument("--seed", type=int, default=0, help="of the preset's own runs and of random models")
+    group.add_argument("--batch-size", type=Int(1), default=128, help="images at once, and per mini-batch of CKA")
+    group.add_argument("--image-seed", type=Int(0), help="draws the images; default: --seed")
+    group.add_argument("--seed", type=Int(0), default=0, help="of the preset's own runs and of random models")
     tables.add_rows(parser)
     parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .npz and leave")
     options.add_execution(parser)

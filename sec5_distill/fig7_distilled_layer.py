@@ -16,6 +16,7 @@ from pathlib import Path
 from common import entry, options, report, tables
 from common.distributed import is_main
 from common.errors import UserError
+from common.ranges import Int
 from common.tables import Row
 from sec5_distill import pretrain_dmae
 
@@ -28,7 +29,7 @@ def build_parser():
     options.add_data(parser)
     parser.add_argument("--layers", nargs="+", default=["none", "4", "8", "12", "all"], metavar="LAYER",
                         help=f"1 to {DEPTH}, none (plain MAE) or all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each layer is run once per seed")
+    parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each layer is run once per seed")
     parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
     options.add_execution(parser)

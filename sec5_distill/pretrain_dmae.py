@@ -18,6 +18,7 @@ from common.loader import seed_everything
 from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
 from common.pretrained import read_weights
+from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
 from common.vit import model_size
@@ -57,17 +58,17 @@ def build_parser():
     group.add_argument("--teacher", metavar="CHECKPOINT", default="timm:vit_base_patch16_224.mae",
                        help="an MAE or ViT; own: pre-train --teacher-model first, on the same data")
     group.add_argument("--teacher-model", default="vit_base", help="of --teacher own")
-    group.add_argument("--teacher-epochs", type=int, help="of --teacher own; default: as many as the student's")
-    group.add_argument("--teacher-heads", type=int, help="where the teacher's file does not say (12 is assumed)")
-    group.add_argument("--distill-blocks", type=int, nargs="*", default=[12], metavar="B",
+    group.add_argument("--teacher-epochs", type=Int(1), help="of --teacher own; default: as many as the student's")
+    group.add_argument("--teacher-heads", type=Int(1), help="where the teacher's file does not say (12 is assumed)")
+    group.add_argument("--distill-blocks", type=Int(1), nargs="*", default=[12], metavar="B",
                        help="the student's blocks, from 1, whose attention is distilled")
-    group.add_argument("--teacher-blocks", type=int, nargs="*", metavar="B",
+    group.add_argument("--teacher-blocks", type=Int(1), nargs="*", metavar="B",
                        help="the teacher's blocks that go with them; default: the same numbers")
-    group.add_argument("--attention-weight", type=float, default=1.0, help="of the sum over the chosen blocks")
-    group.add_argument("--hidden-layers", type=int, nargs="*", metavar="L",
+    group.add_argument("--attention-weight", type=Float(0), default=1.0, help="of the sum over the chosen blocks")
+    group.add_argument("--hidden-layers", type=Int(0), nargs="*", metavar="L",
                        help="hidden states to distil, 0 to depth; the paper: none")
-    group.add_argument("--teacher-hidden-layers", type=int, nargs="*", metavar="L", help="default: the same numbers")
-    group.add_argument("--hidden-weight", type=float, default=1.0, help="likewise")
+    group.add_argument("--teacher-hidden-layers", type=Int(0), nargs="*", metavar="L", help="default: the same numbers")
+    group.add_argument("--hidden-weight", type=Float(0), default=1.0, help="likewise")
     add_arguments(parser)
     options.add_execution(parser)
     return parser
@@ -127,7 +128,7 @@ def teacher_identity(args, weights):
 
 def without_defaults(args, weights):
     """Return settings in which what says the default in other words is the default, so that the run is the same."""
-    heads_known = (weights.config or {}).get("num_heads") or args.teacher_heads in (0, 12)
+    heads_known = (weights.config or {}).get("num_heads") or args.teacher_heads == 12
     layers = args.hidden_layers or None
     return options.replaced(
         args, teacher_model=None, teacher_epochs=None,  # once trained, only the teacher's content counts

@@ -184,7 +184,7 @@ def test_mistakes_are_named(place, tmp_path, words, message):
 def test_maps_of_what_is_not_there_are_errors(place, tmp_path):
     for words, message in ((("--image", "9"), "--image 9: 6 images are drawn"), (("--heads", "13"), "the model has 12"),
                            (("--layers", "13"), "--layers .13.: the model has 12 blocks"),
-                           (("--layers", "0"), "counted from 1"), (("--query", "4", "0"), "has 4 rows")):
+                           (("--query", "4", "0"), "has 4 rows")):
         with pytest.raises(ValueError, match=message):
             run(attention_maps, place, tmp_path, "--num-images", "6", *words)
 

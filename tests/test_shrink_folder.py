@@ -237,8 +237,6 @@ def test_without_a_terminal_a_line_each_minute(monkeypatch, capsys):
     ({"small": "foreign/file"}, "--output foreign/file exists"),
     ({"folder": "no/where"}, "--data-path no/where is no folder"),
     ({"folder": "empty"}, "no image below --data-path empty"),
-    ({"short_side": 0}, "--short-side 0 --quality 95: the side is at least 1, the quality from 1 to 100"),
-    ({"quality": 101}, "--quality 101"),
 ])
 def test_what_cannot_be_shrunk_is_said(photos, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)

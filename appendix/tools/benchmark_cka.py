@@ -17,16 +17,17 @@ from appendix.tools import benchmarking
 from appendix.tools.benchmarking import resident, synchronize
 from common import distributed, entry, options, report
 from common.errors import UserError
+from common.ranges import Int
 from common.runs import identity
 from sec4_analysis import cka
 
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--num-images", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=13, help="of each of the two models")
-    parser.add_argument("--width", type=int, default=196 * 192, help="numbers per image and layer")
+    parser.add_argument("--num-images", type=Int(1), default=1024)
+    parser.add_argument("--batch-size", type=Int(1), default=128)
+    parser.add_argument("--layers", type=Int(1), default=13, help="of each of the two models")
+    parser.add_argument("--width", type=Int(1), default=196 * 192, help="numbers per image and layer")
     benchmarking.add_execution(parser)
     return parser
 

@@ -19,6 +19,7 @@ from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
+from common.ranges import Int
 from common.runs import identity
 from common.vit import set_fused_attention
 from sec5_distill.distillation import DMAE, Teacher, visible_patches
@@ -29,10 +30,10 @@ VERSIONS = ("D-MAE", "MAE", "straightforward", "all")
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=5, help="measured turns of each version, after one to warm up")
+    parser.add_argument("--batch-size", type=Int(1), default=32)
+    parser.add_argument("--img-size", type=Int(1), default=224)
+    parser.add_argument("--patch-size", type=Int(1), default=16)
+    parser.add_argument("--turns", type=Int(1), default=5, help="measured turns of each version, after one to warm up")
     benchmarking.add_execution(parser)
     return parser
 

@@ -21,6 +21,7 @@ from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
 from common.optim import adamw, parameter_groups
+from common.ranges import Int
 from common.runs import identity
 from common.vit import set_fused_attention
 
@@ -29,14 +30,14 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=("step", "loader"), default=["step", "loader"])
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=5, help="measured turns of each version, after one to warm up")
+    parser.add_argument("--batch-size", type=Int(1), default=64)
+    parser.add_argument("--img-size", type=Int(1), default=224)
+    parser.add_argument("--patch-size", type=Int(1), default=16)
+    parser.add_argument("--pairs", type=Int(1), default=5, help="measured turns of each version, after one to warm up")
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
-    parser.add_argument("--workers", type=int, default=2, help="loading processes; 0: the speed of one core")
-    parser.add_argument("--num-images", type=int, default=1000, help="read in each turn of the loader")
+    parser.add_argument("--workers", type=Int(-1, 256), default=2, help="loading processes; 0: the speed of one core")
+    parser.add_argument("--num-images", type=Int(1), default=1000, help="read in each turn of the loader")
     parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="of the loader; default: all")
     benchmarking.add_execution(parser)
     return parser

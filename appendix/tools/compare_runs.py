@@ -18,6 +18,7 @@ from common import entry, options, report
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
+from common.ranges import Float
 from common.runs import identity
 
 ROWS = 30  # of a reference
@@ -29,7 +30,7 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs; default: all in outputs/")
     parser.add_argument("--references", nargs="+", metavar="FILE", help="default: reference_*.jsonl of every section")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="largest relative difference of a logged loss")
+    parser.add_argument("--tolerance", type=Float(0), default=0.05, help="largest relative difference of a logged loss")
     parser.add_argument("--write", metavar="FILE", help="keep the one run of --runs as a reference and leave")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser

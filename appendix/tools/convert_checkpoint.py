@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.filling import DECODER, load_model, require_fit
 from common.mae import DECODERS, MAE
 from common.pretrained import STEM, TABLE, read_weights, shape_config, vit_config
+from common.ranges import Float, Int
 from common.vit import SIZES, eval_mode
 
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
@@ -38,11 +39,11 @@ def build_parser():
     parser.add_argument("--checkpoint", "--init", required=True, help="as common/pretrained.py reads, also timm:NAME")
     parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
-    parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
-    parser.add_argument("--decoder-heads", type=int, help="likewise")
-    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
-    parser.add_argument("--mean", type=float, nargs="+", help="of the inputs; default: as the file says")
-    parser.add_argument("--std", type=float, nargs="+", help="likewise")
+    parser.add_argument("--num-heads", type=Int(1), help="only for a foreign file, which cannot say")
+    parser.add_argument("--decoder-heads", type=Int(1), help="likewise")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the inputs; default: as the file says")
+    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     return parser
 
 

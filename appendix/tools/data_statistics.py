@@ -22,15 +22,18 @@ from common.data import image_tree
 from common.distributed import print0
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage, list_images
+from common.ranges import Int
 
 
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="any tree of images")
-    parser.add_argument("--in-chans", type=int, default=3, help="channels; other than 1 and 3 are read from .npy files")
-    parser.add_argument("--num-images", type=int, help="a seeded draw of so many, of train/ and of val/; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=-1, help="reading processes; 0: none, -1: by the cores")
+    parser.add_argument("--in-chans", type=Int(1), default=3,
+                        help="channels; other than 1 and 3 are read from .npy files")
+    parser.add_argument("--num-images", type=Int(1),
+                        help="a seeded draw of so many, of train/ and of val/; default: all")
+    parser.add_argument("--seed", type=Int(0), default=0)
+    parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="reading processes; 0: none, -1: by the cores")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser
 

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.filling import load_model
 from common.images import ImageSet, list_images
 from common.pretrained import read_weights
+from common.ranges import Float, Int
 from common.vit import eval_mode
 from sec4_analysis.activations import check_plain
 from sec4_analysis.images import batches
@@ -30,12 +31,12 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
     parser.add_argument("--data-path", required=True, help="a folder, read with all that is below it, or one image")
-    parser.add_argument("--num-heads", type=int, help="only for a foreign file, which cannot say")
-    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
-    parser.add_argument("--mean", type=float, nargs="+", help="of the images; default: as the file says")
-    parser.add_argument("--std", type=float, nargs="+", help="likewise")
-    parser.add_argument("--batch-size", type=int, default=128, help="images at once")
-    parser.add_argument("--workers", type=int, default=-1, help="loading processes; -1: by the cores")
+    parser.add_argument("--num-heads", type=Int(1), help="only for a foreign file, which cannot say")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: as the file says")
+    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
+    parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
+    parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser

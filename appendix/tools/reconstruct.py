@@ -22,6 +22,7 @@ from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import take
 from common.pretrained import read_weights
+from common.ranges import Float, Int
 from common.report import subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
@@ -35,16 +36,18 @@ def build_parser():
     parser.add_argument("--data-path", metavar="DIR", help="where the data set lies")
     parser.add_argument("--preset", choices=options.PRESET_NAMES, help="demo without a path to data, paper with one")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
-    parser.add_argument("--mean", type=float, nargs="+", help="per channel, in 0..1; default: as the checkpoint says")
-    parser.add_argument("--std", type=float, nargs="+", help="likewise")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+",
+                        help="per channel, in 0..1; default: as the checkpoint says")
+    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
-    parser.add_argument("--decoder-heads", type=int, help="only for a foreign file, which cannot say")
-    parser.add_argument("--num-heads", type=int, help="likewise")
-    parser.add_argument("--img-size", type=int, nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--decoder-heads", type=Int(1), help="only for a foreign file, which cannot say")
+    parser.add_argument("--num-heads", type=Int(1), help="likewise")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="likewise, where it is not square")
     parser.add_argument("--raw-pixels", action="store_true", help="likewise: it predicts raw pixels")
-    parser.add_argument("--mask-ratio", type=float, help="share of patches removed; default: the file's, else 0.75")
-    parser.add_argument("--num-images", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="chooses images and masks")
+    parser.add_argument("--mask-ratio", type=Float(0, 1),
+                        help="share of patches removed; default: the file's, else 0.75")
+    parser.add_argument("--num-images", type=Int(1), default=8)
+    parser.add_argument("--seed", type=Int(0), default=0, help="chooses images and masks")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     parser.add_argument("--device", default="auto")
     return parser

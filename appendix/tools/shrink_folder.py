@@ -37,6 +37,7 @@ from common.checkpoint import save_json
 from common.distributed import print0
 from common.errors import UserError
 from common.images import EXTENSIONS, DataError, as_tensor, eight_bits, leads_up, list_images, to_pillow, upright
+from common.ranges import Int
 
 JPEG = (".jpg", ".jpeg")
 SETTINGS, UNREADABLE, TEMPORARY = ".shrink_folder.json", ".unreadable.txt", ".shrink-{}.tmp"  # hidden, so no images
@@ -46,10 +47,10 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="any tree of images, train/ and val/ or not")
     parser.add_argument("--output", required=True, metavar="SMALL", help="a new folder, or one to go on with")
-    parser.add_argument("--short-side", type=int, default=256, metavar="PX", help="at most so many pixels")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100")
+    parser.add_argument("--short-side", type=Int(1), default=256, metavar="PX", help="at most so many pixels")
+    parser.add_argument("--quality", type=Int(1, 100), default=95, help="of JPEG, 1 to 100")
     parser.add_argument("--format", choices=("jpeg", "keep"), default="jpeg", help="keep: what is no JPEG becomes PNG")
-    parser.add_argument("--workers", type=int, default=-1, help="processes; 0: none, -1: by the cores")
+    parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes; 0: none, -1: by the cores")
     return parser
 
 
@@ -192,8 +193,6 @@ def main(args):
     """Returns {"images" (in SMALL), "made" (of them, now), "before", "after" (bytes of them all), "unreadable"}."""
     root, small = Path(args.data_path), Path(args.output)
     how = {"short_side": args.short_side, "quality": args.quality}
-    if args.short_side < 1 or not 1 <= args.quality <= 100:
-        raise UserError(f"{' '.join(options.words(how))}: the side is at least 1, the quality from 1 to 100")
     names = image_names(root)
     pairs = list(zip(names, target_names(names, args.format)))
     begin(root, small, {"data_path": str(root.resolve()), **how, "format": args.format})

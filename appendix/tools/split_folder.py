@@ -17,16 +17,17 @@ from common import entry, options
 from common.data import labelled_folder
 from common.distributed import print0
 from common.errors import UserError
+from common.ranges import Float, Int
 
 
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="one folder of images for each class")
     parser.add_argument("--split-path", required=True, metavar="SPLIT", help="a new folder")
-    parser.add_argument("--val-share", type=float, default=0.1, help="of each class; at least one image")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="the first so many by name; default: all")
-    parser.add_argument("--per-class", type=int, metavar="N", help="at most so many for training; default: all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--val-share", type=Float(1e-6, 1), default=0.1, help="of each class; at least one image")
+    parser.add_argument("--num-classes", type=Int(1), metavar="N", help="the first so many by name; default: all")
+    parser.add_argument("--per-class", type=Int(1), metavar="N", help="at most so many for training; default: all")
+    parser.add_argument("--seed", type=Int(0), default=0)
     return parser
 
 
@@ -79,8 +80,6 @@ def main(args):
     """Returns {"train", "val"}: how many images each has."""
     root, target = Path(args.data_path), Path(args.split_path)
     check_places(root, target)
-    if not 0 < args.val_share < 1:
-        raise UserError(f"--val-share {args.val_share}: a part between 0 and 1")
     parts = split(labelled_folder(root, 3, "folder"), root, args)
     for part, classes in parts.items():
         for paths in classes:

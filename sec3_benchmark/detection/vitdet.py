@@ -95,15 +95,13 @@ class ViTBackbone(nn.Module):
     It takes over the ViT's modules and replaces their attention. Blocks in `global_blocks` (from 0) attend globally,
     the others within windows; the outputs of the blocks in `returned` are the result. The position embedding keeps the
     ViT's grid and is resized (bicubic) in each forward. checkpointing: recompute activations in the backward pass.
-    Raises UserError for blocks that the ViT lacks or an empty window.
+    Raises UserError for blocks that the ViT lacks.
     """
 
     def __init__(self, vit, img_size, window=14, global_blocks=(2, 5, 8, 11), returned=(-1,), checkpointing=False):
         super().__init__()
         if not all(0 <= block < len(vit.blocks) for block in global_blocks):
             raise UserError(f"--global-blocks {list(global_blocks)}: the model has blocks 0 to {len(vit.blocks) - 1}")
-        if window < 1:
-            raise UserError(f"--window {window}: at least one patch a side")
         self.grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
         self.position_grid, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks

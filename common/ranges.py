@@ -1,0 +1,38 @@
+"""Numeric arguments: the type of each says which values have a meaning, and the parser refuses all others.
+
+    parser.add_argument("--epochs", type=Int(1))
+    parser.add_argument("--mask-ratio", type=Float(0, 1))    # error: argument --mask-ratio: 75 is no number from 0 to 1
+"""
+import argparse
+import math
+import sys
+
+
+class Float:
+    """Read a finite number from `low` to `high`, both included. Raises argparse's error of one line for other text."""
+
+    kind, words, most = float, "number", sys.float_info.max
+
+    def __init__(self, low, high=None):
+        self.low, self.high = low, self.most if high is None else high
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{text} is no {self}")
+        return value
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high  # false for NaN
+
+    def __str__(self):
+        return f"{self.words} from {self.low}" + (f" to {self.high}" if self.high != self.most else "")
+
+
+class Int(Float):
+    """Read a whole number from `low` to `high`, both included, at most what 64 bits hold."""
+
+    kind, words, most = int, "whole number", 2**63 - 1
