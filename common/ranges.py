@@ -1,7 +1,7 @@
 """Numeric arguments: the type of each says which values have a meaning, and the parser refuses all others.
 
     parser.add_argument("--epochs", type=Int(1))
-    parser.add_argument("--mask-ratio", type=Float(0, 1))    # error: argument --mask-ratio: 75 is no number from 0 to 1
+    parser.add_argument("--mask-ratio", type=Float(0, 1))  # argument --mask-ratio: 75 is not a number from 0 to 1
 """
 import argparse
 import math
@@ -11,7 +11,7 @@ import sys
 class Float:
     """Read a finite number from `low` to `high`, both included. Raises argparse's error of one line for other text."""
 
-    kind, words, most = float, "number", sys.float_info.max
+    kind, words, most = float, "a number", sys.float_info.max
 
     def __init__(self, low, high=None):
         self.low, self.high = low, self.most if high is None else high
@@ -22,17 +22,18 @@ class Float:
         except ValueError:
             value = math.nan
         if value not in self:
-            raise argparse.ArgumentTypeError(f"{text} is no {self}")
+            raise argparse.ArgumentTypeError(f"{text} is not {self}")
         return value
 
     def __contains__(self, value):
         return self.low <= value <= self.high  # false for NaN
 
     def __str__(self):
-        return f"{self.words} from {self.low}" + (f" to {self.high}" if self.high != self.most else "")
+        bounds = f"of at least {self.low}" if self.high == self.most else f"from {self.low} to {self.high}"
+        return f"{self.words} {bounds}"
 
 
 class Int(Float):
     """Read a whole number from `low` to `high`, both included, at most what 64 bits hold."""
 
-    kind, words, most = int, "whole number", 2**63 - 1
+    kind, words, most = int, "a whole number", 2**63 - 1

@@ -168,7 +168,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     {"top1": ..., ...}; runs every args.eval_every epochs and at the end; its first number decides on the best weights.
     Resumes from the run's newest intact checkpoint. After a stop signal: saves and exits with code STOPPED.
     Returns {"seconds", "images_per_second", "bad_images", "last", "best"}; the last two are evaluation results.
-    Raises FloatingPointError for a non-finite loss or gradient.
+    Raises FloatingPointError for a non-finite loss, gradient or weight, and where fp16 skips every update.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
@@ -179,7 +179,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     print0(", ".join(f"{name} {value}" for name, value in engine.execution().items()))
     mention_busy_cores(device)
 
-    guard, snapshot = Guard(run, optimizer, engine.scaler, schedule, device), Snapshot(run, method, optimizer, engine)
+    guard, snapshot = Guard(run, optimizer, engine, schedule, total), Snapshot(run, method, optimizer, engine)
     start, progress = snapshot.restore(), snapshot.progress
     bad_images = BadImages(run, images, progress["bad_images"])
     method.prepare(device, engine.dtype, args.compile)

@@ -14,6 +14,7 @@ from common.errors import STOPPED
 from common.images import DataError
 
 BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
+MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3  # updates skipped in a row, scale of the loss: beyond, fp16 learns nothing
 
 
 class StopSignals:
@@ -73,34 +74,47 @@ class Guard:
     """Blocks all weight updates from the first non-finite loss or gradient on, without synchronising the device.
 
     PyTorch's fused optimizers skip an update where their attribute `found_inf` is 1. With fp16 the gradient scaler sets
-    that attribute itself and skips gradients that overflow, so in fp16 only the loss is checked.
+    that attribute itself, skips gradients that overflow and halves its scale. So a non-finite gradient is bad in fp16
+    only if halving does not help: after MOST_SKIPPED of them in a row, or all of a short run.
     """
 
-    def __init__(self, run, optimizer, scaler, schedule, device):
-        self.run, self.optimizer, self.schedule = run, optimizer, schedule
-        self.sets_found_inf = not scaler.is_enabled()
-        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)
+    def __init__(self, run, optimizer, engine, schedule, total):
+        self.run, self.optimizer, self.scaler, self.schedule = run, optimizer, engine.scaler, schedule
+        self.step, self.most_skipped = 0, min(MOST_SKIPPED, total)
+        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=engine.device)
+        self.skipped = torch.zeros_like(self.bad_step)  # in a row, up to the last step
 
     def check(self, step, loss, grad_norm):
         """Note the first bad step on the device and tell the optimizer whether to skip this update."""
-        finite = torch.isfinite(loss)
-        if self.sets_found_inf:
-            finite = finite & torch.isfinite(grad_norm)
-        self.bad_step = torch.where((self.bad_step < 0) & ~finite, float(step), self.bad_step)
-        if self.sets_found_inf:
+        self.step, finite = step, torch.isfinite(grad_norm)
+        self.skipped = torch.where(finite, 0.0, self.skipped + 1)
+        good = torch.isfinite(loss) & (finite | self.scaler.is_enabled())
+        self.bad_step = torch.where((self.bad_step < 0) & ~good, float(step), self.bad_step)
+        if not self.scaler.is_enabled():
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
 
     def raise_if_bad(self):
-        """Raise FloatingPointError on every rank if a step was bad. Synchronises the device: only to log or to save."""
-        [step] = distributed.all_max(int(self.bad_step))
-        if step < 0:
-            return
+        """Raise FloatingPointError on every rank if a step was bad, fp16 learns nothing, or weights are not finite.
+        Synchronises the device: only to log or to save.
+        """
+        weights = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        largest = torch.nn.utils.get_total_norm(weights, math.inf)
+        bad, skipped, tiny, broken = distributed.all_max(
+            int(self.bad_step), int(self.skipped), self.scaler.get_scale() < SMALLEST_SCALE,
+            not torch.isfinite(largest))
+        if bad >= 0:
+            self._raise(bad, "non-finite loss or gradient", "its update was not made, nothing was saved since")
+        if skipped >= self.most_skipped or tiny:
+            self._raise(self.step, "non-finite gradients again", f"the last {skipped} updates were not made")
+        if broken:
+            self._raise(self.step, "non-finite weights", "its update made them, they were not saved")
+
+    def _raise(self, step, what, effect):
         saved = checkpoint.steps_saved(self.run.folder)
         good = f"the last good checkpoint is step-{saved[0]:08d}.pt" if saved else "no checkpoint was saved before"
         raise FloatingPointError(
-            f"non-finite loss or gradient in step {step + 1} (learning rate {self.schedule(step):.3g}): its update was "
-            f"not made, nothing was saved since; {good} in {self.run.folder}. Try a lower --base-lr, --clip-grad 1 or "
-            f"--precision fp32")
+            f"{what} in step {step + 1} (learning rate {self.schedule(step):.3g}): {effect}; {good} in "
+            f"{self.run.folder}. Try a lower --base-lr, --clip-grad 1 or --precision fp32")
 
 
 class Meter:

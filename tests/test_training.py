@@ -334,6 +334,56 @@ def test_a_non_finite_loss_of_the_first_micro_batch_is_noticed(tmp_path):
         fit(tmp_path, settings(micro_batch=2), Toy(fault=fault))
 
 
+@pytest.fixture
+def fp16(monkeypatch):
+    """A CPU that takes fp16, scaler and all."""
+    monkeypatch.setattr(training, "choose_precision", lambda precision, device: torch.float16)
+
+
+def without_gradient(steps):
+    """A finite loss whose gradient is NaN in these steps."""
+    def fault(step, loss):
+        if step in steps:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss * 1
+    return fault
+
+
+@pytest.mark.parametrize(("epochs", "spoilt", "message"), [
+    (EPOCHS, range(9), "in step 9 .learning rate .*the last 9 updates were not made; no checkpoint was saved before"),
+    (100, range(300), "in step 30 .*the last 30 updates"),  # the scale, 2^16, is below 1e-3 after 26 halvings
+    (100, range(100, 300), "in step 130 .*; the last good checkpoint is step-00000100.pt in .*Try a lower --base-lr")])
+def test_fp16_that_learns_nothing_stops(tmp_path, fp16, epochs, spoilt, message):
+    args = settings(epochs=epochs, log_every=10)
+    if spoilt[0]:
+        fit_until(100, tmp_path, args)
+    with pytest.raises(FloatingPointError, match=message):
+        fit(tmp_path, args, Toy(fault=without_gradient(spoilt)))
+
+
+def test_fp16_that_skips_fifty_updates_at_a_scale_that_stays_stops(tmp_path, fp16, monkeypatch):
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 1.0)  # as with a factor close to 1
+    with pytest.raises(FloatingPointError, match="in step 60 .*the last 51 updates"):
+        fit(tmp_path, settings(epochs=100, log_every=20), Toy(fault=without_gradient(range(9, 300))))
+
+
+def test_fp16_may_skip_some_updates(tmp_path, fp16):
+    """As its first ones, until the scale fits; and one now and then."""
+    toy = fit(tmp_path, settings(epochs=10), Toy(fault=without_gradient([*range(8), *range(10, 30, 2)])))
+    assert toy.result["seconds"] and all(torch.isfinite(value).all() for value in toy.model.state_dict().values())
+
+
+@pytest.mark.parametrize("save_minutes", [0, 60])
+def test_weights_that_the_last_update_makes_infinite_are_not_saved(tmp_path, save_minutes):
+    def explode(step):
+        return 1e39 if step == TOTAL - 1 else schedule(step)
+    toy, args = Toy(), settings(save_minutes=save_minutes, log_every=100)
+    with pytest.raises(FloatingPointError, match="non-finite weights in step 9 .learning rate 1e.39.*not saved"):
+        train(Run(tmp_path, vars(args)), args, toy, toy.optimizer, explode, toy_images(), contiguous,
+              torch.device("cpu"))
+    assert steps_saved(tmp_path) == ([8, 7] if save_minutes == 0 else [])
+
+
 # Refusals and reuse
 
 CHANGES = {  # how it is continued -> what is said of it
