@@ -19,7 +19,7 @@ from common import distributed, entry, options
 from common.data import load_sets
 from common.errors import UserError
 from common.ranges import Float, Int
-from sec3_benchmark.evaluate import hits
+from sec3_benchmark.evaluate import count_classes, hits
 
 READS = "labels"
 PRESETS = {"demo": dict(data="fractals"), "laptop": dict(data="folder"), "small": dict(data="folder")}
@@ -72,12 +72,13 @@ def main(args):
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
+    num_classes = count_classes(train_set)
     if args.k > len(train_set):
         raise UserError(f"--k {args.k}: the training set has {len(train_set)} images")
     train, val = (cached_features(encoder, fingerprint, images, args, device, args.fresh).to(device)
                   for images in (train_set, val_set))
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
-    result = knn_accuracy(train, labels, val, targets, len(train_set.classes), args.k, args.temperature)
+    result = knn_accuracy(train, labels, val, targets, num_classes, args.k, args.temperature)
     return write_result("knn_probe", args, fingerprint, (train_set, val_set), result)
 
 

@@ -31,7 +31,7 @@ from common.errors import UserError
 from common.loader import epoch_order, seed_everything
 from common.optim import learning_rate, set_learning_rate
 from common.ranges import Float, Int
-from sec3_benchmark.evaluate import hits
+from sec3_benchmark.evaluate import count_classes, hits
 
 READS = "labels"
 PRESETS = {  # the official peak of 6.4 at smaller batches
@@ -49,7 +49,7 @@ def build_parser():
     group.add_argument("--views", type=Int(0), default=0,
                        help="random crops of each image, one an epoch in turn; 0: the centre crop")
     group.add_argument("--epochs", type=Int(1), default=90)
-    group.add_argument("--batch-size", type=Int(1), default=16384)
+    group.add_argument("--batch-size", type=Int(2), default=16384)
     group.add_argument("--base-lr", type=Float(0), default=0.1, help="per 256 images: the peak is base * batch / 256")
     group.add_argument("--warmup-epochs", type=Int(0), default=10, help="linear from 0")
     group.add_argument("--seed", type=Int(0), default=0)
@@ -115,6 +115,7 @@ def main(args):
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
+    num_classes = count_classes(train_set)
     compute = partial(cached_features, encoder, fingerprint, args=args, device=device)
     crop = pretrain_transform(args.img_size, interpolation="bicubic")
 
@@ -135,7 +136,7 @@ def main(args):
         print0(few_shots.table(found))
         return write_result("linear_probe", args, fingerprint, (train_set, val_set), {"shots": found})
     seed_everything("weights", args.seed)
-    probe = build_probe(encoder.embed_dim, len(train_set.classes)).to(device)
+    probe = build_probe(encoder.embed_dim, num_classes).to(device)
     loss = fit_probe(probe, view_of, labels, args)
     result = {**probe_accuracy(probe, compute(val_set, fresh=args.fresh).to(device), targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")

@@ -45,10 +45,11 @@ def build_parser():
                        help="smallest area of a large crop, largest of a small one")
     group.add_argument("--local-min", type=Float(0.001, 1), default=0.05, help="smallest area of a small crop")
     group.add_argument("--blur-sigma", type=Float(0), default=2.0, help="strongest blur, pixels")
+    # From 2: the softmax of one output is always 1; of a single number the norm leaves its sign
     group = parser.add_argument_group("self-distillation")
     group.add_argument("--out-dim", type=Int(2), default=65536, help="K, outputs of the head")
     group.add_argument("--hidden-dim", type=Int(1), default=2048, help="width of the head")
-    group.add_argument("--bottleneck-dim", type=Int(1), default=256, help="width before the last layer")
+    group.add_argument("--bottleneck-dim", type=Int(2), default=256, help="width before the last layer")
     group.add_argument("--teacher-temp", type=Float(1e-6), default=0.04)
     group.add_argument("--teacher-temp-start", type=Float(1e-6), default=0.04, help="of the first epoch, if warmed up")
     group.add_argument("--teacher-temp-epochs", type=Int(0), default=0,

@@ -59,6 +59,14 @@ def accuracy(model, loader, device, mean, std) -> dict:
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "val_loss": loss / images, "images": int(images)}
 
 
+def count_classes(images) -> int:
+    """Return the number of classes of the training images. Raise UserError for a single one, which teaches nothing."""
+    if len(images.classes) < 2:
+        raise UserError(f"{images.name} has one class, {images.classes[0]}, so that there is nothing to tell apart: a "
+                        f"training needs at least two")
+    return len(images.classes)
+
+
 def check_classes(weights, images):
     """Raise UserError if weights that name their classes have other classes, or another order, than the images."""
     theirs, ours = weights.classes, [str(name) for name in images.classes]

@@ -26,7 +26,7 @@ from common.runs import open_run
 from common.training import Method, train
 from common.vit import MODELS, build_model
 from sec3_benchmark.erasing import erase, erasing_box
-from sec3_benchmark.evaluate import check_classes, check_readable, evaluator
+from sec3_benchmark.evaluate import check_classes, check_readable, count_classes, evaluator
 from sec3_benchmark.layer_decay import layer_groups
 from sec3_benchmark.randaugment import train_transform
 
@@ -73,7 +73,7 @@ def add_arguments(parser, models=MODELS):
     group.add_argument("--erasing", type=Float(0, 1), default=0.0, help="probability of random erasing; 0: off")
     group.add_argument("--mixup", type=Float(0), default=0.2, help="alpha of the Beta distribution; 0: off")
     group.add_argument("--cutmix", type=Float(0), default=0.0, help="alpha; 0: off")
-    group.add_argument("--smoothing", type=Float(0, 1), default=0.0, help="label smoothing; 0: off")
+    group.add_argument("--smoothing", type=Float(0, 0.9999), default=0.0, help="label smoothing; 0: off")
     group.add_argument("--drop-path", type=Float(0, 1), default=0.0, help="at the last block, linear from 0; 0: off")
     group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
     group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
@@ -175,7 +175,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
     weights = read_weights(args.init) if args.init else None
     args = options.settle(args, weights)
     train_set, val_set = load_sets(args)
-    num_classes = len(train_set.classes)
+    num_classes = count_classes(train_set)
     start = "scratch" if weights is None else "init"
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None, **(fingerprints or {})}

@@ -39,12 +39,13 @@ def build_parser():
     options.add_data(parser)
     subsets.add_argument(parser)
     options.add_model(parser)
+    # From 2: the one key of a batch of 1 leaves nothing to tell apart; of a single number the norm leaves its sign
     group = parser.add_argument_group("momentum contrast")
     group.add_argument("--temperature", type=Float(1e-6), default=0.2, help="T of the contrastive loss")
     group.add_argument("--momentum", type=Float(0, 1), default=0.99,
                        help="of the key encoder, a half cosine from here to 1")
     group.add_argument("--mlp-dim", type=Int(1), default=4096, help="hidden width of projector and predictor")
-    group.add_argument("--out-dim", type=Int(1), default=256, help="width of queries and keys")
+    group.add_argument("--out-dim", type=Int(2), default=256, help="width of queries and keys")
     group.add_argument("--stop-grad-conv1", action="store_true", help="freeze the patch embedding, as the official "
                        "MoCo-v3 does for ViTs and the paper's code does not")
     group = parser.add_argument_group("recipe (Appendix A.3)")

@@ -25,7 +25,7 @@ from common.training import Method, train
 from common.vit import MODELS
 from sec3_benchmark.downstream import SETTINGS
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, load_downstream
-from sec3_benchmark.evaluate import check_readable, evaluator
+from sec3_benchmark.evaluate import check_readable, count_classes, evaluator
 from sec3_benchmark.finetune import build_classifier, in_words
 from sec3_benchmark.layer_decay import layer_groups
 
@@ -116,7 +116,7 @@ def main(args):
         check_readable(test_set, run, args, device)
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
-        vit = build_classifier(args, len(train_set.classes), weights).to(device)
+        vit = build_classifier(args, count_classes(train_set), weights).to(device)
         optimizer = sgd(layer_groups(vit, args.weight_decay, args.layer_decay), args.momentum)
         crop = pretrain_transform(args.img_size, (args.crop_min, 1.0), interpolation="bicubic")
         result = train(run, args, CrossEntropy(vit), optimizer, schedule(args, train_set), train_set, crop, device,

@@ -14,6 +14,7 @@ from common import options
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
 from common.pretrained import read_weights
+from common.vit import build_model
 from sec3_benchmark import evaluate, finetune, pretrain_mae
 from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator, hits
 from tests.helpers import near, settings_of, stage
@@ -316,3 +317,17 @@ def test_a_skipped_image_is_reported_by_the_run(tmp_path):
 def test_what_cannot_be_trained_is_named(tmp_path, folder, more, error, named):
     with pytest.raises(error, match=named):
         stage(FINETUNE, {**settings(tmp_path, folder, img_size=[16], patch_size=8), **more})
+
+
+@pytest.mark.parametrize("script", ["sec3_benchmark/finetune.py", "sec3_benchmark/transfer.py",
+                                    "appendix/linear_probe.py", "appendix/knn_probe.py"])
+def test_one_class_alone_teaches_nothing(tmp_path, folder, script):
+    """The loss would be 0 and the accuracy 100 from the first step on."""
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "dark")
+    vit = build_model("vit_demo", img_size=16, patch_size=8, num_heads=4, num_classes=0)
+    torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "vit.pt")
+    sets = "dataset" if "transfer" in script else "data"
+    where = {sets: "folder", f"{sets}_path": str(folder), "output": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="has one class, bright, .* at least two"):
+        stage(script, dict(**where, init=str(tmp_path / "vit.pt"), device="cpu", workers=0))
