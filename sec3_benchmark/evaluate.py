@@ -51,7 +51,7 @@ def accuracy(model, loader, device, mean, std) -> dict:
         logits, label = model(batch["image"]).float(), batch["label"]
         loss = F.cross_entropy(logits, label, reduction="sum")
         sums += torch.stack([hits(logits, label, 1).sum(), hits(logits, label, 5).sum(), loss,
-                             torch.tensor(float(len(label)), device=device)]).double()
+                             torch.full((), float(len(label)), device=device)]).double()
     top1, top5, loss, images = distributed.all_sum(sums).tolist()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the classifier's scores are not finite on some of {int(images)} images, so it has "

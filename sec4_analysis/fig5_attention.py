@@ -49,7 +49,7 @@ def distance_and_entropy(model, batches, distance_unit, keep_prefix):
         for batch in batches:
             total, count = total + torch.stack(list(read(batch).values()), dim=1), count + len(batch)
     keys = len(distances) + (prefix if keep_prefix else 0)
-    uniform = torch.tensor([distances.double().sum() / len(distances) / keys, np.log(keys)])
+    uniform = torch.stack([distances.double().sum().cpu() / len(distances) / keys, torch.tensor(np.log(keys))])
     uniform = uniform.view(2, 1, 1).expand(2, len(wanted), 1)
     return torch.cat([(total / count).cpu(), uniform], dim=2).numpy()
 
