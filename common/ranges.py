@@ -1,7 +1,7 @@
 """Numeric arguments: the type of each says which values have a meaning, and the parser refuses all others.
 
     parser.add_argument("--epochs", type=Int(1))
-    parser.add_argument("--mask-ratio", type=Float(0, 1))  # argument --mask-ratio: 75 is not a number from 0 to 1
+    parser.add_argument("--mask-ratio", type=Float(0, 1))  # argument --mask-ratio: '75' is not a number from 0 to 1
 """
 import argparse
 import math
@@ -22,7 +22,7 @@ class Float:
         except ValueError:
             value = math.nan
         if value not in self:
-            raise argparse.ArgumentTypeError(f"{text} is not {self}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
         return value
 
     def __contains__(self, value):
