@@ -17,6 +17,7 @@ from common import distributed, entry, options
 from common.data import load_sets
 from common.errors import UserError
 from common.ranges import Float, Int
+from common.watch import progress
 from sec3_benchmark.evaluate import count_classes, hits
 
 READS = "labels"
@@ -54,7 +55,7 @@ def knn_accuracy(train, labels, queries, targets, num_classes, k=20, temperature
     """{"top1", "top5"} in percent of queries (Q, D) with targets (Q,); features of any length."""
     train, queries = F.normalize(train, dim=1), F.normalize(queries, dim=1)
     correct = torch.zeros(2)
-    for first in range(0, len(queries), batch):
+    for first in progress(range(0, len(queries), batch), "voting", unit="batch"):
         scores = vote(train, labels, queries[first:first + batch], num_classes, k, temperature)
         own = targets[first:first + batch]
         voted = scores.gather(1, own.unsqueeze(1))[:, 0] > 0

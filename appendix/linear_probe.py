@@ -31,6 +31,7 @@ from common.errors import UserError
 from common.loader import epoch_order, seed_everything
 from common.optim import learning_rate, set_learning_rate
 from common.ranges import Float, Int
+from common.watch import progress
 from sec3_benchmark.evaluate import count_classes, hits
 
 READS = "labels"
@@ -83,7 +84,7 @@ def fit_probe(probe, view_of, labels, args):
     N, steps = len(labels), len(labels) // args.batch_size
     if not steps:
         raise UserError(f"{N} training images, fewer than one batch of {args.batch_size}: lower --batch-size")
-    for step in range(args.epochs * steps):
+    for step in progress(range(args.epochs * steps), "training the probe", unit="step"):
         epoch, first = step // steps, step % steps * args.batch_size
         if first == 0:
             order = torch.from_numpy(epoch_order(N, args.seed, epoch)).to(labels.device)

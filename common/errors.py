@@ -6,3 +6,7 @@ STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that a signal stopped: it is sa
 
 class UserError(ValueError):
     """An error of input or settings. The message names the wrong value, where it comes from and the remedy."""
+
+
+class DataError(UserError):
+    """The data are not what the arguments say. The message names the place, what was found and the remedy."""

@@ -18,12 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.checkpoint import write_atomically
 from common.distributed import once_per_node
 from common.errors import UserError
 from common.vit import pair
+from common.watch import progress
 
 VERSION = 2  # part of the cache file's name: increase it with any change to the pixels
 MAPS = (2, 8)  # fewest and most maps of a system; arrays hold 8, unused maps are zero and have probability zero
@@ -237,7 +237,7 @@ def write_set(path, shape, seed, classes, indices):
 
     def write(file):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for i in tqdm(range(0, len(classes), step), desc=path.name, disable=None):  # None: only on a terminal
+        for i in progress(range(0, len(classes), step), path.name, unit="chunk"):
             file.write(draw_fractals(seed, classes[i : i + step], indices[i : i + step], height, width).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common.distributed import is_main, print0
+from common.distributed import print0
 from common.images import UnreadableImage
+from common.watch import progress
 
 PROBE = 200  # images decoded to estimate the memory that all of them need
 
@@ -54,9 +54,8 @@ def keep_decoded(images, share):
     if not probed or np.mean(probed) * len(images) > available:
         return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        progress = tqdm(total=len(images), desc=f"decoding {images.name}", unit="image", leave=False,
-                        disable=None if is_main() else True)
-        images.kept = DecodedImages(ordered_map(pool, decode_or_none(images), len(images), progress))
+        decoded = ordered_map(pool, decode_or_none(images), len(images))
+        images.kept = DecodedImages(progress(decoded, f"decoding {images.name}", len(images)))
     print0(f"{images.name}: {len(images):,} decoded images kept in memory ({len(images.kept.block) / 2**20:,.0f} MiB)")
 
 
@@ -70,11 +69,10 @@ def decode_or_none(images):
     return decode
 
 
-def ordered_map(pool, function, count, progress, chunk=1000):
+def ordered_map(pool, function, count, chunk=1000):
     """Yield function(0), ..., function(count - 1), computed by the pool `chunk` at a time, which bounds the memory."""
     for first in range(0, count, chunk):
         yield from pool.map(function, range(first, min(count, first + chunk)))
-        progress.update(min(count, first + chunk) - first)
 
 
 def free_memory():

@@ -1,4 +1,4 @@
-"""Monitoring of a training run: log and progress bar, stop signals, non-finite values, unreadable images, memory."""
+"""Monitoring: progress bars, and of a training run log, stop signals, non-finite values, unreadable images, memory."""
 import math
 import os
 import signal
@@ -10,11 +10,28 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.distributed import print0
-from common.errors import STOPPED
-from common.images import DataError
+from common.errors import STOPPED, DataError
 
 BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
 MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3  # updates skipped in a row, scale of the loss: beyond, fp16 learns nothing
+
+
+def progress_bar(total, **how):
+    """Make a tqdm bar with count, rate and time left, which rank 0 shows on a terminal; elsewhere it is silent."""
+    disable = None if distributed.is_main() else True  # None: tqdm disables itself without a terminal
+    return tqdm(total=total, disable=disable, **{"unit": "image", "leave": False, **how})
+
+
+def progress(items, what, total=None, **how):
+    """Yield the items while a progress bar called `what` counts them; of a loader's batches it counts this rank's
+    images. total: the number of items, where they do not know it.
+    """
+    keys = getattr(items, "batch_sampler", None)
+    total = len(items) if total is None and keys is None else total
+    with progress_bar(sum(map(len, keys)) if keys is not None else total, desc=what, **how) as line:
+        for item in items:
+            yield item
+            line.update(1 if keys is None else len(item["index"]))
 
 
 class StopSignals:
@@ -132,8 +149,7 @@ class Meter:
     def bar(self, start):
         """Show a progress bar on rank 0; without a terminal, print a line every two minutes instead."""
         self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
-        disable = None if distributed.is_main() else True  # None: tqdm disables itself without a terminal
-        with tqdm(total=self.total, initial=start, unit="step", disable=disable) as self.line:
+        with progress_bar(self.total, initial=start, unit="step", leave=True) as self.line:
             yield
 
     def waiting_for(self, batches):

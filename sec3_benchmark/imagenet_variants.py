@@ -17,6 +17,7 @@ from common.augment import eval_transform
 from common.data import STATISTICS, labelled_folder
 from common.images import DataError
 from common.loader import on_device
+from common.watch import progress
 from sec3_benchmark.evaluate import eval_loader
 
 
@@ -34,7 +35,7 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size, workers, device,
                          distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
-    for batch in on_device(loader, device, mean, std):
+    for batch in on_device(progress(loader, images.name), device, mean, std):
         logits = model(batch["image"])
         best[batch["index"]] = logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1)
     best = distributed.all_sum(best).cpu().numpy()  # a rank's other entries are 0

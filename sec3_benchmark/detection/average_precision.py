@@ -10,6 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from common import distributed
 from common.data import statistics
 from common.loader import on_device
+from common.watch import progress
 from sec3_benchmark.detection.coco import DetectionViews, index_coco
 from sec3_benchmark.detection.mask_rcnn import paste_masks
 from sec3_benchmark.evaluate import eval_loader
@@ -29,7 +30,7 @@ def detect_all(model, images, args, device, rank=0, world=1):
     batch_size = min(args.micro_batch, 8)  # at 640 px an image takes some 0.4 GB
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
     categories, found = list(images.categories), []
-    for batch in on_device(loader, device, mean, std):
+    for batch in on_device(progress(loader, "detecting"), device, mean, std):
         sizes = [tuple(size) for size in batch["host_size"].tolist()]
         for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
                                                     batch["host_original"].tolist()):
