@@ -8,7 +8,9 @@
 suncet names its files by the fraction WITHOUT labels: its 99percent.txt lists 1 % of ImageNet. A drawn subset is a
 function of the labels and SEED alone, not of a run's seed, as an official list would be.
 """
+import os
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ SEED = 0
 # ImageNet-LT's 1,000 counts (115,846 images) are a draw from 5 + 554 x Pareto of power 6, at most 1,280, in a data set
 # whose largest class has 1,300 images. Our fit; mean, median and quantiles are held against the counts in the tests.
 TAIL_POWER, TAIL_LEAST, TAIL_SCALE, TAIL_MOST, TAIL_LARGEST_CLASS = 6, 5, 554, 1280, 1300
-LINE = re.compile(r"(?:.*/)?(?P<folder>[^/]+)/(?P<file>[^/\s]+)(?:\s+\d+)?|(?P<prefix>[^/\s]+)_[^/_\s]+\.\w+")
+LINE = re.compile(r"(?P<path>.*[^/]/[^/\s]+)(?:\s+\d+)?|(?P<prefix>[^/\s]+)_[^/_\s]+\.\w+")
 
 
 def add_argument(parser):
@@ -137,7 +139,7 @@ def draw(labels, counts, seed):
 # Official lists
 
 def read_list(path):
-    """Entries `<class>/<file>` of a list in either official form."""
+    """Paths, each with the class's folder in it, of a list in either official form."""
     names = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         match = LINE.fullmatch(line.strip())
@@ -145,10 +147,7 @@ def read_list(path):
             raise DataError(f"{path}, line {number}: {line.strip()[:80]!r} is neither n01440764_10043.JPEG nor "
                             f"train/n01440764/n01440764_190.JPEG 0")
         if match:
-            names.append(f"{match['folder']}/{match['file']}" if match["file"] else f"{match['prefix']}/{match[0]}")
-    if len(set(names)) != len(names) or not names:
-        raise DataError(f"{path} names {len(names)} images, {len(names) - len(set(names))} of them twice: no such list "
-                        f"is official, fetch it again")
+            names.append(match["path"] or f"{match['prefix']}/{match[0]}")
     return names
 
 
@@ -157,9 +156,30 @@ def listed(images, path):
     if not images.from_files:
         raise DataError(f"--subset {path}: a list needs image files in class folders, and {images.name} has none; "
                         f"choose a percentage or lt")
-    place = {"/".join(Path(file).parts[-2:]): index for index, file in enumerate(images.images)}
+    alike = defaultdict(list)  # images by the last two parts of their paths
+    for index, file in enumerate(images.images):
+        alike[tuple(file.split("/")[-2:])].append(index)
     names = read_list(path)
-    if missing := [name for name in names if name not in place]:
+    chosen = [named(name, images, alike[tuple(name.split("/")[-2:])]) for name in names]
+    different = {name if index is None else index for name, index in zip(names, chosen)}
+    if len(different) != len(names) or not names:
+        raise DataError(f"{path} names {len(names)} images, {len(names) - len(different)} of them twice: no such list "
+                        f"is official, fetch it again")
+    if missing := [name for name, index in zip(names, chosen) if index is None]:
         raise DataError(f"{path} names {len(names)} images, {len(missing)} of them are not among the {len(images)} of "
                         f"{images.name} (first: {missing[0]}): give the data set that the list was made for")
-    return np.sort([place[name] for name in names])
+    return np.sort(chosen)
+
+
+def named(name, images, candidates):
+    """Return the candidate, an index, whose path agrees with a list's entry on most parts from the end, at least up to
+    the folder of its class; None if there is none.
+    """
+    def agreement(index):
+        path, entry = images.images[index].split("/"), name.split("/")
+        parts = len(os.path.commonprefix([path[::-1], entry[::-1]]))
+        of_class = str(images.classes[images.labels[index]]) in path[-parts:-1]
+        return of_class * parts, -len(path)  # a/1.png is in class a itself rather than in a folder a of it
+
+    best = max(candidates, key=agreement, default=None)
+    return None if best is None or not agreement(best)[0] else best
