@@ -20,6 +20,7 @@ from common.loader import on_device
 from common.pretrained import read_weights
 from common.ranges import Int
 from common.vit import MODELS, build_model, eval_mode
+from common.watch import progress
 from sec3_benchmark.evaluate import eval_loader
 
 POOLING = ("token", "avg")
@@ -40,8 +41,8 @@ def add_arguments(parser):
 
 
 def add_execution(parser, save_to, kept=True):
-    """What of options.add_execution holds here: features are float32, and every image has its row, so that an
-    unreadable one is an error. `save_to` is the help of --save-to; `kept`: features are kept and found again.
+    """What of options.add_execution holds here: features are float32, and an unreadable image is an error. `save_to` is
+    the help of --save-to; `kept`: features are kept and found again.
     """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR", help="where results are kept")
@@ -83,17 +84,19 @@ def features(vit, images, layer=0, pooling="token"):
 
 
 @torch.inference_mode()
-def extract(vit, images, transform, args, device, view=0):
-    """Features (N, D) of all images, float32, on the CPU of every rank; each rank computes its share."""
+def extract(vit, images, transform, args, device, view=0, unreadable=None):
+    """Features (N, D) of all images, float32, on the CPU of every rank; each rank computes its share. With
+    args.on_bad_image "skip" it adds the numbers of the unreadable ones, whose rows mean nothing, to a list.
+    """
     mean, std = (values.to(device) for values in statistics(args))
     rank, world = distributed.rank(), distributed.world_size()
     loader = eval_loader(images, transform, min(args.micro_batch, 256), args.workers, device, rank, world,
-                         epoch=view)
-    own = [features(vit, batch["image"], args.layer, args.pooling).float().cpu()
-           for batch in on_device(loader, device, mean, std)]
+                         epoch=view, on_bad_image=getattr(args, "on_bad_image", None))
     everything = torch.zeros(len(images), vit.embed_dim)
-    if own:  # not on a rank beyond the number of images
-        everything[rank::world] = torch.cat(own)
+    for batch in on_device(progress(loader, "features"), device, mean, std):
+        everything[batch["index"]] = features(vit, batch["image"], args.layer, args.pooling).float().cpu()
+        if unreadable is not None:
+            unreadable += batch["bad"][batch["bad"] >= 0].tolist()
     return distributed.all_sum(everything)  # of zeros and one rank's values: exact
 
 

@@ -7,6 +7,7 @@
 """
 import argparse
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from torchvision import datasets as tv
 
 from common.augment import CROP_PCT
-from common.distributed import once_per_node, print0
+from common.distributed import once_per_node, print0, remark
+from common.errors import DataError
+from common.files import EXTENSIONS, list_images, look_into, say_passed
 from common.fractals import fractal_set
-from common.images import EXTENSIONS, DataError, ImageSet, list_images
+from common.images import ImageSet
 from common.vit import pair
 
 NAMES = ("fractals", "folder", "imagenet", "cifar10", "cifar100")
@@ -29,24 +32,55 @@ FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to tr
 
 def labelled_folder(root, in_chans, name):
     """<root>/<class>/...: every class folder needs an image."""
-    if not Path(root).is_dir():
+    root = os.fspath(root)
+    if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
-                        f"val/ alone); appendix/tools/split_folder.py makes both of a folder of classes")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    files = [list_images(os.path.join(root, folder)) for folder in classes]
-    if empty := [folder for folder, found in zip(classes, files) if not found]:
+                        f"any tree will do: --data folder); appendix/tools/split_folder.py makes both of a folder of "
+                        f"classes")
+    files, loose = images_by_folder(root)
+    if empty := [folder for folder, found in files.items() if not found]:
         raise DataError(f"{root}: no image in {', '.join(empty[:5])} (looked for {' '.join(EXTENSIONS)}). It must hold "
                         f"one folder of images for each class, and no other")
-    if not classes:
+    if not files:
         raise DataError(f"{root} holds no folder. It must hold one folder of images for each class")
-    labels = np.repeat(np.arange(len(classes)), list(map(len, files)))
-    return ImageSet(name, [path for found in files for path in found], labels, classes, in_chans)
+    if loose:
+        remark(f"{root}: {len(loose)} images beside the folders of the classes are passed over, such as {loose[0]}")
+    say_classes(root, files)
+    return by_class(name, files, in_chans)
+
+
+def images_by_folder(root):
+    """List the images below a folder: {subfolder: [paths]}, sorted, and the paths of those in no subfolder."""
+    loose, extensions, folders = look_into(root)
+    others = Counter(extensions)
+    files = {os.path.basename(folder): list_images(folder, others) for folder in sorted(folders)}
+    say_passed(root, sum(map(len, files.values())) + len(loose), others)
+    return files, loose
+
+
+def by_class(name, files, in_chans):
+    """Make the ImageSet of {class: [paths]}."""
+    labels = np.repeat(np.arange(len(files)), list(map(len, files.values())))
+    return ImageSet(name, [path for found in files.values() for path in found], labels, list(files), in_chans)
+
+
+def say_classes(root, files):
+    """Print a line where {class: [paths]} look as if the folders of the classes lay deeper or higher than they must."""
+    deep = all(os.path.dirname(path) != os.path.join(root, name) for name in files for path in files[name])
+    if deep or len(files) == 1:
+        where = f"all images lie deeper, as {next(iter(files.values()))[0]}" if deep else "is this the right folder?"
+        remark(f"{root}: its folders are the classes ({len(files)}: {', '.join([*files][:5])}); {where}")
 
 
 def image_tree(root, in_chans):
-    """The images below a folder without labels: enough to pre-train on."""
-    root = Path(root) / "train" if (Path(root) / "train").is_dir() else Path(root)
-    if not root.is_dir():
+    """The images to pre-train on, without labels: those in train/ if there is one, else all below the folder."""
+    train = os.path.join(root, "train")
+    return all_images(train if os.path.isdir(train) else root, in_chans)
+
+
+def all_images(root, in_chans):
+    """The images below a folder, without labels."""
+    if not os.path.isdir(root):
         raise DataError(f"--data-path {root} is not a folder")
     if not (paths := list_images(root)):
         raise DataError(f"no image below {root} (looked for {' '.join(EXTENSIONS)})")
@@ -60,6 +94,21 @@ def load_images(args):
     if args.data in ("folder", "imagenet") and args.data_path:
         return image_tree(args.data_path, args.in_chans)
     return load_sets(args, splits=("train",))[0]
+
+
+def images_to_analyse(args):
+    """The images to look at: those of val/ if --data-path has one, else all below it. They have labels if each of them
+    lies in a subfolder, as val/<class>/ has them.
+    """
+    if args.data != "folder" or not args.data_path:
+        return load_sets(args, splits=("val",))[0]
+    val = os.path.join(args.data_path, "val")
+    root = val if os.path.isdir(val) else os.fspath(args.data_path)
+    if os.path.isdir(root) and not look_into(root)[0]:
+        files, _ = images_by_folder(root)
+        if labelled := {folder: found for folder, found in files.items() if found}:
+            return by_class("folder", labelled, args.in_chans)
+    return all_images(root, args.in_chans)
 
 
 def load_sets(args, splits=("train", "val")):

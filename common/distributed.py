@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,12 @@ def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if is_main():
         print(*args, **kwargs, flush=True)
+
+
+@cache
+def remark(text):
+    """Print a text on rank 0, once in this process however often it is said: a data set is listed many times."""
+    print0(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def barrier():

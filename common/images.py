@@ -1,4 +1,4 @@
-"""Image files: how they are listed, how they are decoded to uint8 tensors (C, H, W), and data sets of them.
+"""How image files are decoded to uint8 tensors (C, H, W), and data sets of them.
 
 simplejpeg decodes plain JPEG files, to the same pixels as Pillow and faster; Pillow decodes everything else.
 (torchvision's decoders are deprecated, and its PNG decoder crashes the process on a damaged file.)
@@ -7,21 +7,20 @@ import hashlib
 import io
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError
+from common.errors import DataError
+from common.files import FileNames
 
 try:
     import simplejpeg
 except ImportError:  # Pillow alone gives the same pixels
     simplejpeg = None
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 # Increase it whenever the same files give other pixels or crops. It is part of every fingerprint, so that no run is
 # reused or resumed with pixels other than those it began with. 2: tensors are resized, crops sampled by timm's rule
 PIXELS_VERSION = 2
@@ -31,85 +30,8 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            8: Image.Transpose.ROTATE_90}
 
 
-class DataError(UserError):
-    """The data are not what the arguments say. The message names the place, what was found and the remedy."""
-
-
 class UnreadableImage(DataError):
     """An image that could not be decoded; the message names the file."""
-
-
-# Listing
-
-class Packed:
-    """A read-only sequence of byte strings, stored in one block of memory.
-
-    Worker processes share the block. A list of a million Python objects would be copied into every worker, page by
-    page, because even reading an object writes its reference count.
-    """
-
-    def __init__(self, parts):
-        parts = list(parts)
-        self.block, self.ends = b"".join(parts), np.cumsum([0, *map(len, parts)])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        first, end = self.ends[range(len(self))[index]:][:2]
-        return self.block[first:end]
-
-    def digest(self):
-        """Return the sha256 of the parts in their order."""
-        return hashlib.sha256(self.ends.tobytes() + self.block).digest()
-
-
-class FileNames(Packed):
-    """A read-only sequence of paths; indexing with a slice or an array gives FileNames again.
-
-    The digest covers the names below the paths' common folder, not the folder itself.
-    """
-
-    def __init__(self, paths):
-        paths = list(map(os.fspath, paths))
-        shared = os.path.commonprefix((min(paths), max(paths))) if paths else ""
-        self.root = shared[:shared.rfind("/") + 1]
-        super().__init__(os.fsencode(path)[len(os.fsencode(self.root)):] for path in paths)
-
-    def __getitem__(self, index):
-        if not isinstance(index, (int, np.integer)):
-            return FileNames(self[i] for i in np.arange(len(self))[index])
-        return self.root + os.fsdecode(super().__getitem__(index))
-
-
-def list_images(root) -> list[str]:
-    """List the paths of all images below a folder, sorted; empty if the folder does not exist.
-
-    Images are regular files with an extension in EXTENSIONS. Hidden names are skipped. Links to folders are followed,
-    except upwards, and each folder is listed once. Raises DataError for a subfolder that cannot be read.
-    """
-    found, listed, waiting = [], set(), [os.fspath(root)] if os.path.isdir(root) else []
-    while waiting:
-        folder = waiting.pop()
-        here = os.path.realpath(folder)
-        if here in listed:
-            continue
-        listed.add(here)
-        try:
-            with os.scandir(folder) as entries:
-                shown = [entry for entry in entries if not entry.name.startswith(".")]
-                found += [e.path for e in shown if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
-                below = [e.path for e in shown if e.is_dir() and not (e.is_symlink() and leads_up(e.path, here))]
-        except OSError as error:
-            raise DataError(f"{folder} cannot be listed ({error.strerror}): make it readable or remove it") from None
-        waiting += sorted(below, reverse=True)  # a folder reachable by two names is listed by the first
-    return sorted(found)
-
-
-def leads_up(link, folder):
-    """Return whether a link in `folder` (a real path) points to that folder or to one of its parents."""
-    target = os.path.realpath(link)
-    return os.path.commonpath((target, folder)) == target
 
 
 # Decoding
@@ -132,9 +54,7 @@ def read_image(path, in_chans: int = 3) -> torch.Tensor:
         raise ValueError(f"an image file has 1 or 3 channels, --in-chans is {in_chans}: store such images as .npy")
     pixels = decode_jpeg(content)
     if pixels is None:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()  # before EXIF is read: load() rotates a TIFF, and a PNG may store EXIF after its pixels
-            pixels = np.array(eight_bits(upright(image)))  # a copy: Pillow's memory is read-only
+        pixels = np.array(eight_bits(upright(open_by_pillow(content))))  # a copy: Pillow's memory is read-only
     return to_channels(as_tensor(pixels), in_chans)
 
 
@@ -147,14 +67,44 @@ def decode_jpeg(content):
     if simplejpeg is None or not content.startswith(b"\xff\xd8\xff"):
         return None
     if b"Exif\0" in content or b"tiff:Orientation" in content:
-        with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # does not decode pixels
-            if image.getexif().get(ORIENTATION) in UPRIGHT:
-                return None
+        try:
+            with Image.open(io.BytesIO(content)) as image:  # does not decode pixels
+                turned = image.getexif().get(ORIENTATION) in UPRIGHT
+        except Exception as error:  # damaged EXIF; or the image is above Pillow's limit, and may be turned
+            turned = isinstance(error, Image.DecompressionBombError)
+        if turned:
+            return None
     try:
         grey = simplejpeg.decode_jpeg_header(content)[2] == "Gray"
         return simplejpeg.decode_jpeg(content, "GRAY" if grey else "RGB")
     except ValueError:
         return None
+
+
+def open_by_pillow(content):
+    """Open a file's content by Pillow, and decode it. Raises whatever Pillow raises."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()  # before EXIF is read: load() rotates a TIFF, and a PNG may store EXIF after its pixels
+    except Exception as error:
+        bare = without_metadata(content) if content.startswith(b"\x89PNG") else content
+        if bare != content:  # Pillow refuses malformed metadata, and long ones; the pixels may be intact
+            return open_by_pillow(bare)
+        if isinstance(error, UnidentifiedImageError):  # whose message names an address in memory
+            raise UnidentifiedImageError("cannot identify the format of the image") from None
+        raise
+    return image
+
+
+def without_metadata(content):
+    """Return a PNG file's content without its ancillary chunks, whose names begin in lower case; EXIF stays."""
+    bare, start = content[:8], 8
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start:start + 4], "big")
+        name = content[start + 4:start + 8]
+        bare += content[start:end] if name[:1].isupper() or name == b"eXIf" else b""
+        start = end
+    return bare
 
 
 def upright(image):
@@ -166,17 +116,28 @@ def upright(image):
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception:  # damaged EXIF can raise any exception; the pixels are intact
         turn = None
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format  # transpose forgets it
+    return turned
 
 
 def eight_bits(image):
-    """Convert a PIL image of any mode to 8 bits: L if it is grey, else RGB."""
+    """Convert a PIL image of any mode to 8 bits: L if it is grey, else RGB.
+
+    White is 65535 where the file has 16 bits, and 1 where it has floats. Raises ValueError for other values.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # more than 8 bits, which Pillow would clip at 255
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two have 16 bits in Pillow's mode I
+            raise ValueError("signed or 32-bit whole numbers, of which no value is known to be white: store it "
+                             "unsigned, with 8 or 16 bits")
         values = np.asarray(image, dtype=np.float64)
-        # Mode I does not state its bit depth: an image whose values stay below 256 is taken as 8-bit
-        scale = 1 / 257 if image.mode.startswith("I;16") or values.max() > 255 else 1
-        scale = 255 if image.mode == "F" and values.max() <= 1 else scale
-        return Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
+        levels = np.round(values * 255 if image.mode == "F" else values / 257)
+        if not (levels.min() >= 0 and levels.max() <= 255):  # NaN is neither
+            raise ValueError(f"floats from {values.min():g} to {values.max():g}, where 1 is white: scale them to 0..1, "
+                             f"or store it with 8 or 16 bits")
+        return Image.fromarray(levels.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
@@ -251,8 +212,10 @@ class ImageSet:
                 return read_image(self.images[index], self.in_chans)
             return to_channels(as_tensor(np.array(self.images[index])), self.in_chans)
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-            raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). Repair or "
-                                  f"remove it") from None
+            large = isinstance(error, Image.DecompressionBombError)
+            remedy = "Make it smaller (appendix/tools/shrink_folder.py)" if large else "Repair, convert or remove it"
+            raise UnreadableImage(f"{self.where(index)} could not be read ({type(error).__name__}: {error}). {remedy}"
+                                  ) from None
 
     def fingerprint(self) -> str:
         """Hash the content of the set, not its location: a string of 16 hexadecimal digits.

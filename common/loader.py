@@ -43,7 +43,9 @@ def epoch_order(length, seed, epoch):
 
 
 class Views(Dataset):
-    """Sample (epoch, index) -> what `transform` makes of the image: a dict of tensors, plus label and index."""
+    """Sample (epoch, index) -> what `transform` makes of the image: a dict of tensors, plus label, index and "bad", the
+    index of an unreadable image, else -1. on_bad_image "skip" puts another image in its place, "blank" a black one.
+    """
 
     def __init__(self, images, transform, seed, on_bad_image=None):
         self.images, self.transform, self.seed, self.on_bad_image = images, transform, seed, on_bad_image
@@ -62,6 +64,8 @@ class Views(Dataset):
         try:
             return self.images.read(index), index
         except UnreadableImage as error:
+            if self.on_bad_image == "blank":
+                return torch.zeros(self.images.in_chans, 1, 1, dtype=torch.uint8), -1
             if self.on_bad_image != "skip":
                 hint = ", or pass it over by --on-bad-image skip" if self.on_bad_image else ""  # not in an evaluation
                 raise UnreadableImage(f"{error}{hint}") from None

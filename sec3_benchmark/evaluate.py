@@ -3,28 +3,40 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import distributed
 from common.augment import eval_transform
 from common.checkpoint import steps_saved
 from common.data import statistics
-from common.errors import UserError
+from common.distributed import print0
+from common.errors import DataError, UserError
 from common.images import UnreadableImage
 from common.loader import Views, data_loader, on_device
 from common.memory import keep_decoded
+from common.watch import progress
 
 READABLE = set()  # fingerprints of the sets that this process has checked to be readable
 
 
-def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0):
+def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
     """Load every `world`-th image, from number `rank` on, once and in order.
 
-    The last batch is not padded, so the ranks together see each image exactly once.
+    The last batch is not padded, so the ranks together see each image exactly once. With on_bad_image "skip" a black
+    image stands for an unreadable one, whose number is in the batch's "bad"; else it is an error.
     """
     keys = [(epoch, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
-    return data_loader(Views(images, transform, seed=0), batches, workers, device)
+    instead = "blank" if on_bad_image == "skip" else on_bad_image
+    return data_loader(Views(images, transform, 0, instead), batches, workers, device)
+
+
+def say_unreadable(images, indices):
+    """Print how many images were left out as unreadable, and the first names. Raises DataError if all were."""
+    names = ", ".join(images.where(int(index)) for index in indices[:20]) + ", ..." * (len(indices) > 20)
+    if len(indices) == len(images):
+        raise DataError(f"none of {len(images)} images could be read: {names}")
+    if len(indices):
+        print0(f"{len(indices)} of {len(images)} images are unreadable and left out: {names}")
 
 
 def hits(scores, labels, k):
@@ -47,7 +59,7 @@ def accuracy(model, loader, device, mean, std) -> dict:
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in on_device(loader, device, mean, std):
+    for batch in on_device(progress(loader, "evaluating"), device, mean, std):
         logits, label = model(batch["image"]).float(), batch["label"]
         loss = F.cross_entropy(logits, label, reduction="sum")
         sums += torch.stack([hits(logits, label, 1).sum(), hits(logits, label, 5).sum(), loss,
@@ -92,8 +104,7 @@ def check_readable(images, run, args, device):
     loader = eval_loader(images, decode_only, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None
     try:
-        for _ in tqdm(loader, desc=f"reading {images.name}", unit="batch", leave=False,
-                      disable=None if distributed.is_main() else True):
+        for _ in progress(loader, f"reading {images.name}"):
             pass
     except UnreadableImage as error:
         problem = str(error)

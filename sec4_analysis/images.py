@@ -5,19 +5,16 @@ import numpy as np
 import torch
 
 from common.augment import eval_transform
-from common.data import channel_statistics, load_sets
+from common.data import channel_statistics
 from common.errors import UserError
 from common.loader import Views, data_loader, on_device
+from common.watch import progress
 from sec4_analysis.activations import geometry
 
 
-def validation_images(args):
-    """Those of --data; every class with its label."""
-    return load_sets(args, splits=("val",))[0]
-
-
-def draw_images(labels, args):
+def draw_images(images, args):
     """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
+    labels = np.zeros(len(images), int) if images.labels is None else images.labels
     if args.order == "authors":
         count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
         chosen = np.argsort(labels, kind="stable")[:count]
@@ -31,8 +28,8 @@ def draw_images(labels, args):
             turn[mine] = np.arange(len(mine))
         chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
     if len(chosen) < count or count < 1:
-        raise UserError(f"--num-images {args.num_images} needs {count} images, the validation set has {len(labels)}: "
-                        f"lower --num-images")
+        raise UserError(f"--num-images {args.num_images} needs {count} images, there are {len(labels)}: lower "
+                        f"--num-images")
     return chosen
 
 
@@ -47,11 +44,13 @@ def preprocessing(model, args):
     return [n * p for n, p in zip(grid, patch)], *(torch.tensor(values) * 255 for values in normalisation.values())
 
 
-def batches(model, images, chosen, args, device):
-    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most."""
+def batches(model, images, chosen, args, device, what="analysing"):
+    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most. `what` names
+    the progress bar.
+    """
     size, mean, std = preprocessing(model, args)
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
     keys = [[(0, int(index)) for index in part] for part in parts]
     loader = data_loader(Views(images, eval_transform(size), seed=0), keys, args.workers, device)
-    for batch in on_device(loader, device, mean.to(device), std.to(device)):
+    for batch in on_device(progress(loader, what), device, mean.to(device), std.to(device)):
         yield batch["image"]

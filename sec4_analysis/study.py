@@ -15,6 +15,7 @@ from timm.models.beit import Beit
 
 from common import distributed, options, report, tables
 from common.checkpoint import write_atomically
+from common.data import images_to_analyse
 from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_model
@@ -25,7 +26,7 @@ from common.ranges import Int
 from common.tables import Row
 from common.vit import eval_mode, init_relative_vit, init_vit
 from sec4_analysis.activations import check_plain
-from sec4_analysis.images import batches, draw_images, preprocessing, validation_images
+from sec4_analysis.images import batches, draw_images, preprocessing
 
 PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
 MAE, MOCO = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/pretrain_mocov3.py"
@@ -56,7 +57,8 @@ def make_parser(description, norm=True):
         group.add_argument("--final-norm", choices=("own", "authors"), default="own",
                            help="authors: an untrained one for MAE, as in their script")
     group = parser.add_argument_group("images")
-    group.add_argument("--num-images", type=Int(1), default=1024, help="exactly so many validation images")
+    group.add_argument("--num-images", type=Int(1), default=1024, help="exactly so many images, of val/ if "
+                       "--data-path has one, else of all that lies below it")
     group.add_argument("--order", choices=("drawn", "authors"), default="drawn", help="drawn: by --seed, from all "
                        "classes alike; authors: whole batches in class order until there are more than --num-images")
     group.add_argument("--batch-size", type=Int(1), default=128, help="images at once, and per mini-batch of CKA")
@@ -121,7 +123,7 @@ def own_runs(args, rows, item):
     """Train or find the preset's own runs; return {key of a row: result of its last stage}."""
     prepare(args, item)
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
-        draw_images(validation_images(options.settle(args)).labels, args)
+        draw_images(images_to_analyse(options.settle(args)), args)
     results, without = tables.run_rows(rows, options.replaced(args, seeds=[args.seed]), (), item)
     tables.require_weights(without)
     return {key: lines[-1] for key, [lines] in results.items()}
@@ -181,7 +183,7 @@ def untrained(model, seed):
 # Images, numbers, pictures
 
 def images(args, models):
-    """Read the validation images, with the channels that the models {name: model} take; return their ImageSet.
+    """Find the images to analyse, with the channels that the models {name: model} take; return their ImageSet.
 
     None where there is nothing to do: after a dry run, which has no models, and on ranks that are not needed any more.
     """
@@ -190,16 +192,16 @@ def images(args, models):
     first = next(iter(models.values()))
     size, channels = preprocessing(first, args)[0], first.patch_embed.proj.in_channels
     reading = options.replaced(args, img_size=size, in_chans=channels)
-    found = validation_images(reading)  # by all ranks, together
+    found = images_to_analyse(reading)  # by all ranks, together
     return found if distributed.is_main() else None
 
 
 def each_model(args, models, images):
     """Yield (name, model on this rank's device, batches of the images drawn) for each of the models {name: model}."""
-    device, chosen = start_ranks(args), draw_images(images.labels, args)
+    device, chosen = start_ranks(args), draw_images(images, args)
     for name, model in models.items():
         print0(f"{name}: {model.checkpoint}, {len(chosen)} images")
-        yield name, eval_mode(model, device), batches(model, images, chosen, args, device)
+        yield name, eval_mode(model, device), batches(model, images, chosen, args, device, name)
         model.to("cpu")  # the next one has the device to itself
 
 
@@ -208,7 +210,7 @@ def about(args, models, images, **settings):
     known = {name: {"checkpoint": "/".join(Path(model.checkpoint).parts[-2:]),
                     "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
              for name, model in models.items()}
-    return {"preset": args.preset, "data": args.data, "images": len(draw_images(images.labels, args)),
+    return {"preset": args.preset, "data": args.data, "images": len(draw_images(images, args)),
             "order": args.order, "seed": args.seed, "image_seed": args.image_seed,
             "data_fingerprint": images.fingerprint(), "models": known, **settings}
 

@@ -11,7 +11,8 @@ import torchvision
 from PIL import Image
 
 from common.data import STATISTICS, channel_statistics, load_images, load_sets, statistics, with_statistics
-from common.images import EXTENSIONS, DataError
+from common.errors import DataError
+from common.files import EXTENSIONS
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
 

@@ -32,15 +32,15 @@ def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
 def test_figure_6_of_the_paper_leaves_the_recipes_alone(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "load_all", lambda args, checkpoints, heads: {})
     monkeypatch.setattr(tables, "load_sets", lambda args: None)  # there is no ImageNet here
-    monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1024) % 8, []))
+    monkeypatch.setattr(study, "images_to_analyse", lambda args: ImageSet("val", [], np.arange(1024) % 8, []))
     run(fig6_distilled_similarity, tmp_path, "--data-path", "IMAGENET", parse=study.parse)
     assert [settings["epochs"] for _, settings in asked] == [300, 400, 400]
     assert asked[2][1]["teacher"] == "timm:vit_base_patch16_224.mae" and asked[2][1]["distill_blocks"] == [12]
 
 
 def test_figure_6_misses_images_before_it_trains(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "validation_images", lambda args: ImageSet("val", [], np.arange(1023) % 8, []))
-    with pytest.raises(UserError, match="--num-images 1024 needs 1024 images, the validation set has 1023"):
+    monkeypatch.setattr(study, "images_to_analyse", lambda args: ImageSet("val", [], np.arange(1023) % 8, []))
+    with pytest.raises(UserError, match="--num-images 1024 needs 1024 images, there are 1023"):
         run(fig6_distilled_similarity, tmp_path, "--preset", "small", "--data-path", "DIR", parse=study.parse)
     assert not asked
 

@@ -66,7 +66,7 @@ def test_a_fine_tuned_model_gives_the_mean_behind_its_norm(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "extract_features").iterdir())) == 3
 
 
-def test_where_train_alone_is_read_a_line_says_so(tmp_path, capsys):
+def test_where_val_alone_is_read_a_line_says_so(tmp_path, capsys):
     vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5)
     save_torch(tmp_path / "ft.pt", {"model": vit.state_dict(), "config": vit.config})
     for place in ("train/a", "val/a"):
@@ -79,7 +79,7 @@ def test_where_train_alone_is_read_a_line_says_so(tmp_path, capsys):
             "output": str(tmp_path / "out")}))
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("these are")]
     images = tmp_path / "images"
-    assert said(images) == [f"these are of {images}/train alone; --data-path {images}/val reads the others"]
-    assert said(images / "val") == []
+    assert said(images) == [f"these are of {images}/val alone; --data-path {images}/train reads the others"]
+    assert said(images / "train") == []
     (images / "test").mkdir()
-    assert extract_features.read_alone(images).endswith(f"--data-path {images}/test or {images}/val reads the others")
+    assert extract_features.read_alone(images).endswith(f"--data-path {images}/test or {images}/train reads the others")

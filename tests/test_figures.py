@@ -66,7 +66,7 @@ def run(module, folder, output, *words, models=True):
 
 def draw(labels, **settings):
     given = dict(num_images=10, order="drawn", batch_size=4, seed=0, image_seed=None)
-    return images.draw_images(np.asarray(labels), SimpleNamespace(**{**given, **settings}))
+    return images.draw_images(SimpleNamespace(labels=np.asarray(labels)), SimpleNamespace(**{**given, **settings}))
 
 
 def test_every_class_is_drawn_alike_and_the_number_is_exact():
@@ -87,7 +87,7 @@ def test_the_authors_order_is_class_by_class_in_whole_batches_until_there_are_mo
 
 
 def test_more_images_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="--num-images 11 needs 11 images, the validation set has 10: lower --num-im"):
+    with pytest.raises(ValueError, match="--num-images 11 needs 11 images, there are 10: lower --num-im"):
         draw(np.arange(10), num_images=11)
 
 
@@ -168,7 +168,7 @@ def test_the_authors_final_norm_changes_the_last_row_of_an_mae_alone(place, tmp_
     (("--models", "a=x.pt", "a=y.pt"), "--models a=x.pt a=y.pt: write NAME=VALUE, each name once"),
     (("--models", "a=no/where.pt"), "no weights at no/where.pt"),
     (("--from-numbers", "fig1.json"), "--from-numbers fig1.json: give the .npz that this script wrote"),
-    (("--num-images", "31"), "--num-images 31 needs 31 images, the validation set has 30"),
+    (("--num-images", "31"), "--num-images 31 needs 31 images, there are 30"),
     (("--num-images", "3"), "at least 4 images at once, not 3: choose a larger --batch-size"),
     (("--num-heads-of", "A=3"), "has num_heads = 12, not 3"),
     (("--num-heads-of", "A=0"), "--num-heads-of A=0: a number for one of A, B"),
@@ -236,7 +236,7 @@ def test_models_of_different_depths_stand_in_one_table():
 
 def test_too_few_images_are_said_before_hours_of_training(place, tmp_path, monkeypatch):
     monkeypatch.setattr(study.tables, "run_rows", lambda *args: pytest.fail("a stage was started"))
-    with pytest.raises(ValueError, match="--num-images 31 needs 31 images, the validation set has 30"):
+    with pytest.raises(ValueError, match="--num-images 31 needs 31 images, there are 30"):
         run(fig1_layer_similarity, place, tmp_path, "--num-images", "31", models=False)
 
 

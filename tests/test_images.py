@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 
 from common import images as images_module
-from common.images import FileNames, ImageSet, Packed, UnreadableImage, decode_jpeg, list_images, read_image
+from common.files import FileNames, Packed, list_images
+from common.images import ImageSet, UnreadableImage, decode_jpeg, read_image
 from common.loader import Views
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)

@@ -14,15 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import entry, options
 from common.checkpoint import save_json
 from common.data import image_tree
 from common.distributed import print0
 from common.errors import UserError
-from common.images import ImageSet, UnreadableImage, list_images
+from common.files import list_images
+from common.images import ImageSet, UnreadableImage
 from common.ranges import Int
+from common.watch import progress
 
 
 def build_parser():
@@ -53,7 +54,7 @@ def read_all(images, indices, workers):
     """Yields what `sums` says of each image."""
     with ProcessPoolExecutor(workers if workers > 0 else None) if workers else nullcontext() as pool:
         read = partial(pool.map, chunksize=64) if pool else map
-        yield from tqdm(read(partial(sums, images), indices), total=len(indices), unit="image", disable=None)
+        yield from progress(read(partial(sums, images), indices), f"reading {images.name}", len(indices))
 
 
 def statistics(images, indices, workers=0):

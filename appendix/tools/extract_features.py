@@ -4,10 +4,11 @@
     python appendix/tools/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
     torchrun --nproc-per-node=8 appendix/tools/extract_features.py --init timm:NAME --data-path DIR
 
-Below DIR (its train/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
-`np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, and "about", what
-made them as JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean; of a --layer of it
---pooling may say otherwise. Without DIR the generated images are taken, and their numbers are the file names.
+Below DIR (its val/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
+`np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, "unreadable", the
+paths that --on-bad-image skip left out, and "about", what made them as JSON. A classifier that was fine-tuned on the
+mean of its patch tokens gives that mean; of a --layer of it --pooling may say otherwise. Without DIR the generated
+images are taken, and their numbers are the file names.
 """
 import hashlib
 import json
@@ -20,9 +21,10 @@ from appendix.features import add_arguments, add_execution, build_encoder, extra
 from common import distributed, entry, options
 from common.augment import eval_transform
 from common.checkpoint import write_atomically
-from common.data import load_images
+from common.data import images_to_analyse
 from common.distributed import print0
 from common.errors import UserError
+from sec3_benchmark.evaluate import say_unreadable
 
 PRESETS = {"demo": dict(data="fractals"), **dict.fromkeys(("laptop", "small", "paper"), dict(data="folder"))}
 
@@ -31,6 +33,7 @@ def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
     add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz",
                   kept=False)
+    parser.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: leave it out, list it")
     return parser
 
 
@@ -42,34 +45,40 @@ def names_of(images, root):
 
 
 def read_alone(root):
-    """One line where train/ is not all that lies in the folder, else None: nobody asked for train/."""
-    if not root or not (Path(root) / "train").is_dir():
+    """One line where val/ is not all that lies in the folder, else None: nobody asked for val/."""
+    if not root or not (Path(root) / "val").is_dir():
         return None
-    others = [str(path) for path in sorted(Path(root).iterdir()) if path.is_dir() and path.name != "train"]
+    others = [str(path) for path in sorted(Path(root).iterdir()) if path.is_dir() and path.name != "val"]
     remedy = f"; --data-path {' or '.join(others[:3])} reads the others" if others else ""
-    return f"these are of {Path(root) / 'train'} alone{remedy}"
+    return f"these are of {Path(root) / 'val'} alone{remedy}"
 
 
 def main(args):
-    """Returns {"features": the file written, "images", "dim"}."""
+    """Returns {"features": the file written, "images", "dim"}, and "unreadable" if there are any: their names."""
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
-    images = load_images(args)
+    images = images_to_analyse(args)
     about = json.dumps({"weights": fingerprint, "images": images.fingerprint(), **settings_of(args)}, sort_keys=True)
     name = f"{Path(args.init).name}-layer{args.layer}-{args.pooling}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     place = Path(args.save_to or Path(args.output) / "extract_features" / f"{name}.npz")
     if place.is_dir():
         raise UserError(f"--save-to {place} is a folder: name a file in it")
     place.parent.mkdir(parents=True, exist_ok=True)
-    values = extract(encoder, images, eval_transform(args.img_size), args, device).numpy()
+    unreadable, files = [], np.array(names_of(images, args.data_path))
+    values = extract(encoder, images, eval_transform(args.img_size), args, device, unreadable=unreadable).numpy()
+    unreadable = sorted(sum(distributed.gather(unreadable), []))
+    say_unreadable(images, unreadable)
+    read = np.setdiff1d(np.arange(len(images)), unreadable)
+    arrays = {"features": values[read], "files": files[read], "unreadable": files[unreadable]}
     if distributed.is_main():
-        files = np.array(names_of(images, args.data_path))
-        write_atomically(place, lambda file: np.savez_compressed(file, features=values, files=files, about=about))
+        write_atomically(place, lambda file: np.savez_compressed(file, **arrays, about=about))
+    values, unreadable = arrays["features"], arrays["unreadable"].tolist()
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
     if images.from_files and (line := read_alone(args.data_path)):
         print0(line)
-    return {"features": str(place), "images": len(values), "dim": values.shape[1]}
+    return {"features": str(place), "images": len(values), "dim": values.shape[1],
+            **({"unreadable": unreadable} if unreadable else {})}
 
 
 if __name__ == "__main__":

@@ -5,26 +5,31 @@
 
 Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
 of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.
-Writes predictions.csv: file, class, probability, and the folder's class if there is one.
+Writes predictions.csv: file, class, probability, and the folder's class if there is one; with --on-bad-image skip an
+unreadable image has an empty class and probability.
 """
 import csv
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import distributed, entry, options
+from common.augment import eval_transform
 from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
+from common.files import list_images
 from common.filling import load_model
-from common.images import ImageSet, list_images
+from common.images import ImageSet
+from common.loader import on_device
 from common.pretrained import read_weights
 from common.ranges import Float, Int
 from common.vit import eval_mode
+from common.watch import progress
+from sec3_benchmark.evaluate import eval_loader, say_unreadable
 from sec4_analysis.activations import check_plain
-from sec4_analysis.images import batches
+from sec4_analysis.images import preprocessing
 
 
 def build_parser():
@@ -36,6 +41,7 @@ def build_parser():
     parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: as the file says")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
+    parser.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: it has no class")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
@@ -53,11 +59,17 @@ def find_images(path):
 
 @torch.inference_mode()
 def predict(model, files, args, device):
-    """Most likely class and its probability of each image: (N,), (N,)."""
+    """Most likely class and its probability of each image, None where it is unreadable: (N,), (N,)."""
     images = ImageSet("images", [str(file) for file in files], None, [], model.patch_embed.proj.in_channels)
-    parts = [model(batch).float().softmax(dim=1).max(dim=1)
-             for batch in batches(model, images, np.arange(len(images)), args, device)]
-    return torch.cat([part.indices for part in parts]).tolist(), torch.cat([part.values for part in parts]).tolist()
+    (size, *normalisation), found = preprocessing(model, args), []
+    loader = eval_loader(images, eval_transform(size), args.batch_size, args.workers, device,
+                         on_bad_image=args.on_bad_image)
+    for batch in on_device(progress(loader, "predicting"), device, *(values.to(device) for values in normalisation)):
+        best = model(batch["image"]).float().softmax(dim=1).max(dim=1)
+        found += [(number, value) if bad < 0 else (None, None) for number, value, bad in zip(
+            best.indices.tolist(), best.values.tolist(), batch["bad"].tolist())]
+    say_unreadable(images, [index for index, (number, _) in enumerate(found) if number is None])
+    return zip(*found)
 
 
 def shown(name):
@@ -84,7 +96,9 @@ def class_folders(files, root, classes):
 
 
 def main(args):
-    """Returns {"classes": the most likely one's name for each image, "accuracy" (None where unknown), "file"}."""
+    """Returns {"classes": the most likely one's name for each image, "" where it is unreadable, "accuracy" (None where
+    unknown), "file", "unreadable": names}.
+    """
     device, weights = distributed.start_process_group(args.device), read_weights(args.init)
     model = eval_mode(load_model(weights, num_heads=args.num_heads, img_size=args.img_size), device)
     check_plain(model, args.init)
@@ -95,19 +109,23 @@ def main(args):
     path = Path(args.output) / "predictions" / "predictions.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen, probabilities = predict(model, files, args, device)
-    said = [names[number] for number in chosen]
+    said = ["" if number is None else names[number] for number in chosen]
 
     truth = class_folders(files, args.data_path, weights.classes or ())
     known = any(truth)
-    rows = zip(files, said, (f"{value:.4f}" for value in probabilities), *([truth] if known else []))
+    shares = ["" if value is None else f"{value:.4f}" for value in probabilities]
+    rows = zip(files, said, shares, *([truth] if known else []))
     text = io.StringIO()
     csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
-    for file, name, value in list(zip(files, said, probabilities))[:10]:
-        print0(f"{shown(file)}: {shown(name)} ({value:.1%})")
-    accuracy = print_accuracy(truth, said) if known else None
+    read = [index for index, number in enumerate(chosen) if number is not None]
+    for index in read[:10]:
+        print0(f"{shown(files[index])}: {shown(said[index])} ({probabilities[index]:.1%})")
+    of_read = [truth[index] for index in read]
+    accuracy = print_accuracy(of_read, [said[index] for index in read]) if any(of_read) else None
     print0(f"all {len(files)} in {path}" + ("" if weights.classes else "; the file does not name its classes"))
-    return {"classes": said, "accuracy": accuracy, "file": str(path)}
+    return {"classes": said, "accuracy": accuracy, "file": str(path),
+            "unreadable": [str(file) for file, number in zip(files, chosen) if number is None]}
 
 
 if __name__ == "__main__":

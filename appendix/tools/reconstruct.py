@@ -15,7 +15,7 @@ import torch
 
 from common import data, distributed, entry, options
 from common.augment import eval_transform
-from common.data import load_images, statistics, with_statistics
+from common.data import images_to_analyse, statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_model
@@ -27,7 +27,8 @@ from common.report import subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
 
-PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
+PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"},
+           "paper": {"data": "folder"}}
 
 
 def build_parser():
@@ -112,7 +113,7 @@ def main(args):
     model = eval_mode(model, device)
     args = options.replaced(args, img_size=model.config["img_size"], in_chans=model.config["in_chans"])
     args = with_statistics(args, weights)
-    images = load_images(args)
+    images = images_to_analyse(args)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
     transform, (mean, std) = eval_transform(args.img_size), (s.view(-1, 1, 1).to(device) for s in statistics(args))

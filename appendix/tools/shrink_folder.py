@@ -11,33 +11,35 @@ as they are: a crop of a smaller image is more blurred.
 After a stop the same command goes on. What is in SMALL already is not made again; delete a file to have it made anew.
 SMALL/.unreadable.txt lists the files that cannot be read: the name, a tab, the reason.
 """
-import glob
 import io
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common import entry, options
 from common.augment import resize
 from common.checkpoint import save_json
 from common.distributed import print0
-from common.errors import UserError
-from common.images import EXTENSIONS, DataError, as_tensor, eight_bits, leads_up, list_images, to_pillow, upright
+from common.errors import DataError, UserError
+from common.files import EXTENSIONS, list_images, look_into
+from common.images import as_tensor, eight_bits, open_by_pillow, to_pillow, upright
 from common.ranges import Int
+from common.watch import progress
 
 JPEG = (".jpg", ".jpeg")
 SETTINGS, UNREADABLE, TEMPORARY = ".shrink_folder.json", ".unreadable.txt", ".shrink-{}.tmp"  # hidden, so no images
@@ -56,14 +58,15 @@ def build_parser():
 
 def image_names(root):
     """Names below `root` of all that a training would list there. It lists train/, val/ and each class on its own, so
-    of these a link counts even where list_images has been before.
+    of these each counts, even one that is a link to another.
     """
     if not root.is_dir():
         raise DataError(f"--data-path {root} is no folder: give the one that holds the images")
-    links = [os.path.join(root, name) for pattern in ("*", "*/*") for name in glob.glob(pattern, root_dir=root)]
-    links = [link for link in links if os.path.islink(link) and os.path.isdir(link)
-             and not leads_up(link, os.path.realpath(os.path.dirname(link)))]
-    names = sorted({os.path.relpath(path, root) for folder in (root, *links) for path in list_images(folder)})
+    _, _, splits = look_into(root)
+    classes = [folder for split in splits for folder in look_into(split)[-1]]
+    names = {os.path.relpath(path, root) for path in list_images(root)}
+    names |= {os.path.relpath(path, root) for folder in splits + classes for path in list_images(folder, Counter())}
+    names = sorted(names)
     if not names:
         raise DataError(f"no image below --data-path {root} (looked for {' '.join(EXTENSIONS)})")
     return names
@@ -103,19 +106,29 @@ def begin(root, small, settings):
         leftover.unlink(missing_ok=True)
 
 
+@contextmanager
+def of_any_size():
+    """Let Pillow open images above its limit, which guards against files that were made to fill the memory."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def shrunk(path, as_jpeg, short_side, quality):
     """The content of the smaller file. Raises whatever the decoder raises."""
     if path.lower().endswith(".npy"):
         np.load(path, allow_pickle=False)
         return Path(path).read_bytes()
-    with Image.open(path) as image:
-        image.load()  # first, see common/images.py, whose pixels these are
-        turned = upright(image)
-        short = min(image.size)
-        plain = image.format == "JPEG" and image.mode in ("L", "RGB") and turned is image and short <= short_side
-        if as_jpeg and plain:
-            return Path(path).read_bytes()
-        pixels = as_tensor(np.array(eight_bits(turned)))
+    content = Path(path).read_bytes()
+    with of_any_size():
+        image = open_by_pillow(content)  # its pixels are those of common/images.py
+    turned, short = upright(image), min(image.size)
+    plain = image.format == "JPEG" and image.mode in ("L", "RGB") and turned is image and short <= short_side
+    if as_jpeg and plain:
+        return content
+    pixels = as_tensor(np.array(eight_bits(turned)))
     if short > short_side:
         size = [round(side * short_side / short) for side in pixels.shape[1:]]
         pixels = resize(pixels, size)  # as in training; six times as fast as Pillow's
@@ -181,10 +194,9 @@ def in_processes(work, items, workers):
 def followed(results, total):
     """The same, with a progress bar on a terminal and elsewhere a line each minute."""
     start = said = time.monotonic()
-    bar = tqdm(results, total=total, unit="image", disable=None)
-    for number, result in enumerate(bar, 1):
+    for number, result in enumerate(progress(results, "shrinking", total), 1):
         yield result
-        if bar.disable and (now := time.monotonic()) > said + 60:
+        if not sys.stderr.isatty() and (now := time.monotonic()) > said + 60:
             said = now
             print0(f"{number} of {total} images, {number / (now - start):.0f} a second")
 

@@ -1,0 +1,110 @@
+"""Image files below a folder, listed by one rule for all data sets; and their names, stored in little memory."""
+import hashlib
+import os
+from collections import Counter
+
+import numpy as np
+
+from common.distributed import remark
+from common.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+
+
+def list_images(root, others=None) -> list[str]:
+    """List the paths of all images below a folder, sorted; empty if the folder does not exist.
+
+    Images are regular files with an extension in EXTENSIONS. Hidden names are skipped; other files are counted in the
+    Counter `others`, or in a printed line. Links to folders are followed, except upwards, and each folder is listed
+    once. Raises DataError for a subfolder that cannot be read.
+    """
+    passed, found, listed = Counter(), [], set()
+    waiting = [os.fspath(root)] if os.path.isdir(root) else []
+    while waiting:
+        folder = waiting.pop()
+        if (here := os.path.realpath(folder)) in listed:
+            continue
+        listed.add(here)
+        images, extensions, folders = look_into(folder)
+        found += images
+        passed.update(extensions)
+        waiting += sorted(folders, reverse=True)  # a folder reachable by two names is listed by the first
+    if others is None:
+        say_passed(root, len(found), passed)
+    else:
+        others.update(passed)
+    return sorted(found)
+
+
+def say_passed(root, images, others):
+    """Print a line about the files below `root` that are no images: a Counter of their extensions."""
+    if others:
+        kinds = ", ".join(f"{count} {kind or 'without extension'}"
+                          + " (broken links or no regular files)" * (kind in EXTENSIONS)
+                          for kind, count in others.most_common(8))
+        remark(f"{root}: {images} images; {others.total()} other files are passed over: {kinds}")
+
+
+def look_into(folder):
+    """Return the paths of the images in a folder, the extensions of its other files, and the paths of its subfolders.
+
+    Hidden names and links that lead upwards are left out. Raises DataError if the folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        folders = [e.path for e in shown if e.is_dir() and not (e.is_symlink() and leads_up(e.path, here))]
+        files = [entry for entry in shown if not entry.is_dir()]
+        images = {e.path for e in files if e.name.lower().endswith(EXTENSIONS) and e.is_file()}
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be listed ({error.strerror}): make it readable or remove "
+                        f"it") from None
+    return sorted(images), [os.path.splitext(e.name)[1].lower() for e in files if e.path not in images], folders
+
+
+def leads_up(link, folder):
+    """Return whether a link in `folder` (a real path) points to that folder or to one of its parents."""
+    target = os.path.realpath(link)
+    return os.path.commonpath((target, folder)) == target
+
+
+class Packed:
+    """A read-only sequence of byte strings, stored in one block of memory.
+
+    Worker processes share the block. A list of a million Python objects would be copied into every worker, page by
+    page, because even reading an object writes its reference count.
+    """
+
+    def __init__(self, parts):
+        parts = list(parts)
+        self.block, self.ends = b"".join(parts), np.cumsum([0, *map(len, parts)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        first, end = self.ends[range(len(self))[index]:][:2]
+        return self.block[first:end]
+
+    def digest(self):
+        """Return the sha256 of the parts in their order."""
+        return hashlib.sha256(self.ends.tobytes() + self.block).digest()
+
+
+class FileNames(Packed):
+    """A read-only sequence of paths; indexing with a slice or an array gives FileNames again.
+
+    The digest covers the names below the paths' common folder, not the folder itself.
+    """
+
+    def __init__(self, paths):
+        paths = list(map(os.fspath, paths))
+        shared = os.path.commonprefix((min(paths), max(paths))) if paths else ""
+        self.root = shared[:shared.rfind("/") + 1]
+        super().__init__(os.fsencode(path)[len(os.fsencode(self.root)):] for path in paths)
+
+    def __getitem__(self, index):
+        if not isinstance(index, (int, np.integer)):
+            return FileNames(self[i] for i in np.arange(len(self))[index])
+        return self.root + os.fsdecode(super().__getitem__(index))
