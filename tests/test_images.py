@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageOps
 
 from common import images as images_module
-from common.files import FileNames, Packed, list_images
 from common.images import ImageSet, UnreadableImage, decode_jpeg, read_image
 from common.loader import Views
 
@@ -281,59 +280,7 @@ def test_pillow_alone_gives_the_same_pixels(tmp_path, monkeypatch):
     assert decode_jpeg(path.read_bytes()) is None and np.array_equal(pixels(path), expected)
 
 
-# Names
-
-def test_packed_strings_come_back():
-    parts = [b"", b"abc", b"", "ä".encode(), b"z" * 1000]
-    packed = Packed(parts)
-    assert len(packed) == 5 and list(packed) == parts and packed[-1] == parts[-1]
-    with pytest.raises(IndexError):
-        packed[5]
-    assert packed.digest() != Packed([b"a", b"bc", b"", parts[3], parts[4]]).digest()  # the same bytes, cut otherwise
-
-
-def test_file_names_come_back_and_are_told_apart_below_their_folder():
-    paths = ["/data/set/a/1.png", "/data/set/a/2.png", "/data/set/ab/1.png"]
-    names = FileNames(paths)
-    assert list(names) == paths and list(names[1:]) == paths[1:]
-    assert list(names[np.array([2, 0])]) == [paths[2], paths[0]]
-    moved = FileNames([path.replace("/data/set", "elsewhere") for path in paths])
-    assert moved.digest() == names.digest() != FileNames(paths[:2]).digest()
-    assert list(FileNames(["one.png"])) == ["one.png"] and list(FileNames([])) == []
-
-
-def test_a_link_to_the_folder_above_the_listed_one_is_not_followed(tmp_path):
-    """From a class folder it would lead to all other classes, and out of train/ into val/."""
-    for place in ("train/a/1.png", "train/b/2.png", "val/a/3.png"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        saved(tmp_path / place, RANDOM)
-    (tmp_path / "train/a/up").symlink_to("..")
-    (tmp_path / "train/a/top").symlink_to(tmp_path)
-    assert list_images(tmp_path / "train/a") == [str(tmp_path / "train/a/1.png")]
-    assert len(list_images(tmp_path / "train")) == 2
-
-
-def test_hidden_and_irregular_files_are_passed_over(tmp_path):
-    for place in ("a/1.png", "a/._1.png", ".cache/2.png", "a/.ipynb_checkpoints/3.png", "b.png/4.png"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        saved(tmp_path / place, RANDOM, format="PNG")
-    os.mkfifo(tmp_path / "a" / "pipe.png")
-    (tmp_path / "a" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)] == ["a/1.png", "b.png/4.png"]
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    scandir = os.scandir
-
-    def refused(folder):
-        if str(folder).endswith("a"):
-            raise PermissionError(13, "Permission denied", folder)
-        return scandir(folder)
-    monkeypatch.setattr(images_module.os, "scandir", refused)
-    with pytest.raises(images_module.DataError, match=r"/a cannot be listed \(Permission denied\)"):
-        list_images(tmp_path)
-
+# Fingerprints
 
 def test_another_version_of_the_pixels_is_another_fingerprint(monkeypatch):
     """So that no run goes on with pixels that it did not begin with."""
@@ -353,24 +300,3 @@ def test_another_pixel_or_label_changes_the_fingerprint_of_an_array():
     assert fingerprint(array.copy(), labels.astype(np.int32)) == expected
     assert len({expected, fingerprint(changed, labels), fingerprint(array, labels[::-1]),
                 fingerprint(array[:1], labels[:1])}) == 4
-
-
-def test_links_are_followed_but_not_back_up(tmp_path):
-    """Nor round in circles: else each image would be found again below every turn."""
-    (tmp_path / "data" / "a").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    for place in ("data/a/1.png", "elsewhere/2.png"):
-        Image.new("RGB", (4, 4)).save(tmp_path / place)
-    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "a")
-    names = [os.path.relpath(path, tmp_path / "data") for path in list_images(tmp_path / "data")]
-    assert names == ["a/1.png", "b/2.png"]
-
-
-def test_names_need_not_be_utf8(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    os.rename(tmp_path / "a.png", os.fsencode(tmp_path / "caf") + b"\xe9.png")
-    images = ImageSet("folder", list_images(tmp_path), None, [])
-    assert len(images) == 1 and images.read(0).shape == (3, 4, 4) and len(images.fingerprint()) == 16
-    assert images.where(0).endswith("caf\\xe9.png") and images.where(0).encode()
