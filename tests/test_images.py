@@ -1,6 +1,8 @@
 """common/images.py: every kind of image against pixels known by hand and Pillow's, one rule for listing files."""
 import os
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from appendix.tools import shrink_folder
 from common import images as images_module
 from common.images import ImageSet, UnreadableImage, decode_jpeg, read_image
 from common.loader import Views
+from tests.helpers import settings_of
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
 
@@ -109,6 +113,31 @@ def test_floats_and_bits_keep_their_range(tmp_path):
         assert image.mode == "1"
     assert pixels(bits, 1).tolist() == [[0, 255, 255, 0]]
     assert pixels(bits).tolist() == [[[0] * 3, [255] * 3, [255] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize(("array", "suffix"), [
+    (np.full((2, 3), 0.5, np.float32) + [[np.nan, 0, 0]], "tif"), (np.full((2, 3), 0.5) + [[np.inf, 0, 0]], "tif"),
+    (np.full((2, 3), 0.5) + [[-9999, 0, 0]], "tif"), (np.full((2, 3), 0.5) * [[255, 1, 1]], "tif"),
+    (np.full((2, 3), 1.01), "tif"), (np.full((2, 3), 7, np.int32), "tif"), (np.full((2, 3), 40_000, np.int32), "tif"),
+    (np.full((2, 3), 2**31 - 1, np.int32), "tif"), (np.full((2, 3), -1, np.int32), "tif")])
+def test_values_of_no_known_range_are_refused(tmp_path, array, suffix):
+    """Never a black or white image: no maximum of one image decides."""
+    array = array.astype(np.float32) if array.dtype != np.int32 else array
+    with pytest.raises(UnreadableImage, match="white.* 8 or 16 bits"):
+        one_file(saved(tmp_path / f"a.{suffix}", Image.fromarray(array)), 1).read(0)
+
+
+def test_dark_images_of_16_bits_stay_dark(tmp_path):
+    values = np.array([[0, 255, 200], [3, 128, 129]], np.uint16)  # as dark as one of 8 bits would be bright
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + values.astype(">u2").tobytes())
+    for path in (tmp_path / "a.pgm", saved(tmp_path / "a.png", values), saved(tmp_path / "a.tif", values)):
+        assert pixels(path, 1).tolist() == [[0, 1, 1], [0, 0, 1]]
+
+
+def test_floats_do_not_depend_on_the_brightest(tmp_path):
+    for values in ([[0.1, 0.2]], [[0.1, 1.0]], [[0.1, 1.0005]], [[0.1, -0.0005]]):  # a resampled one may overshoot
+        path = saved(tmp_path / "a.tif", Image.fromarray(np.array(values, np.float32)))
+        assert pixels(path, 1).tolist() == [[26, round(255 * values[0][1])]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -252,6 +281,74 @@ def test_an_odd_exif_tag_beside_the_orientation_does_no_harm(tmp_path):
     for suffix in ("jpg", "png"):
         path = saved(tmp_path / f"a.{suffix}", smooth(20, 30), exif=odd)
         assert pixels(path).shape == (30, 20, 3)
+
+
+def exif_block(*entries):
+    """A little-endian EXIF block: Orientation 6 and raw entries (tag, type, count, 4 bytes)."""
+    entries = sorted([(0x112, 3, 1, b"\6\0\0\0"), *entries])
+    body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + b"\0" * 4
+
+
+ODD_TAGS = {
+    "text as bytes, name as number": [(0x10F, 3, 1, b"\1\0\0\0"), (0x131, 7, 4, b"abcd")],
+    "resolution as text": [(0x11A, 2, 4, b"72\0\0")], "version as float": [(0x9000, 11, 1, b"\0\0\x80?")],
+    "width as text": [(0x100, 2, 4, b"abc\0")], "tag of no type": [(0x9C9C, 99, 1, b"\0\0\0\0")],
+    "value far behind the end": [(0x9C9B, 1, 4000, b"\xff\xff\xff\x7f")]}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tags", ODD_TAGS)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_odd_tags_beside_the_orientation_are_read_upright(tmp_path, suffix, tags):
+    how = {"jpg": {}, "png": {}, "webp": dict(lossless=True)}[suffix]
+    path = saved(tmp_path / f"a.{suffix}", RANDOM, exif=exif_block(*ODD_TAGS[tags]), **how)
+    assert pixels(path).shape == (24, 20, 3)
+    assert suffix == "jpg" or np.array_equal(pixels(path), np.rot90(RANDOM, -1))
+
+
+def chunk(name, data, checksum=None):
+    checksum = zlib.crc32(name + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+
+LONG = zlib.compress(bytes(3_000_000))
+ODD_CHUNKS = {
+    "long profile": chunk(b"iCCP", b"x\0\0" + LONG), "profile of no method": chunk(b"iCCP", b"x\0\5abc"),
+    "long text": chunk(b"zTXt", b"x\0\0" + LONG), "long international text": chunk(b"iTXt", b"x\0\1\0\0\0" + LONG),
+    "much text": b"".join(chunk(b"zTXt", b"x%d\0\0" % i + zlib.compress(bytes(1_000_000), 1)) for i in range(68)),
+    "damaged text": chunk(b"tEXt", b"a\0b", 1), "damaged private chunk": chunk(b"prVt", b"abc", 1),
+    "short gamma": chunk(b"gAMA", b"\0"), "short resolution": chunk(b"pHYs", b"\0"),
+    "animation of no frames": chunk(b"fcTL", bytes(26))}
+
+
+@pytest.mark.parametrize("case", ODD_CHUNKS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_png_is_read_whatever_lies_beside_its_pixels(tmp_path, case, turned):
+    """Exactly, and upright where EXIF says so; damaged pixels stay an error."""
+    path = saved(tmp_path / "a.png", RANDOM, **(dict(exif=exif_block()) if turned else {}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:33] + ODD_CHUNKS[case] + whole[33:])  # behind the first chunk
+    assert np.array_equal(pixels(path), np.rot90(RANDOM, -1) if turned else RANDOM)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UnreadableImage):
+        one_file(path).read(0)
+
+
+def test_images_above_pillows_limit_are_to_be_shrunk(tmp_path, monkeypatch):
+    """By a tool that can read them; and one that is turned is refused rather than read lying."""
+    plain, turned = tmp_path / "a/1.png", tmp_path / "a/2.jpg"
+    plain.parent.mkdir()
+    saved(plain, RANDOM)
+    saved(turned, RANDOM, exif=exif_block())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # twice as many are an error
+    for path in (plain, turned):
+        with pytest.raises(UnreadableImage, match="DecompressionBombError.*Make it smaller .appendix/tools/shrink"):
+            one_file(path).read(0)
+    shrink_folder.main(settings_of(shrink_folder, presets={}, given={
+        "data_path": str(tmp_path / "a"), "output": str(tmp_path / "small"), "short_side": 10, "workers": 0}))
+    assert Image.MAX_IMAGE_PIXELS == 200
+    assert sorted(pixels(path).shape for path in (tmp_path / "small").glob("*.jpg")) == [(10, 12, 3), (12, 10, 3)]
 
 
 def test_damaged_jpegs_are_read_as_pillow_reads_them_or_not_at_all(tmp_path):
