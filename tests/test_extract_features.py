@@ -8,7 +8,7 @@ from appendix.tools import extract_features
 from common.augment import eval_transform
 from common.checkpoint import save_torch
 from common.errors import UserError
-from common.images import ImageSet, read_image
+from common.images import ImageSet, UnreadableImage, read_image
 from common.vit import build_vit
 from tests.helpers import assert_close, settings_of
 
@@ -83,3 +83,35 @@ def test_where_val_alone_is_read_a_line_says_so(tmp_path, capsys):
     assert said(images / "train") == []
     (images / "test").mkdir()
     assert extract_features.read_alone(images).endswith(f"--data-path {images}/test or {images}/train reads the others")
+
+
+@pytest.mark.parametrize(("workers", "micro_batch"), [(0, 2), (0, 512), (1, 3)])
+def test_unreadable_images_are_passed_over_and_the_other_rows_stay_with_their_files(tmp_path, workers, micro_batch):
+    """Text, an empty file, half a file; first, in the middle and last, so that a shift of the rows would show."""
+    vit = build_vit("vit_demo", img_size=32, patch_size=8, num_classes=5)
+    save_torch(tmp_path / "vit.pt", {"model": vit.state_dict(), "config": vit.config})
+    place = tmp_path / "images"
+    place.mkdir()
+    for number in range(6):
+        Image.new("RGB", (40, 40), (40 * number, 9, 200)).save(place / f"{number}.png")
+    given = {"init": str(tmp_path / "vit.pt"), "data_path": str(place), "device": "cpu", "workers": workers,
+             "micro_batch": micro_batch, "output": str(tmp_path / "out")}
+
+    def extract(**more):
+        result = extract_features.main(settings_of(extract_features, {**given, **more}))
+        with np.load(result["features"]) as found:
+            return result, dict(found)
+    _, whole = extract()
+    (place / "0.png").write_bytes(b"text")
+    (place / "3.png").write_bytes(b"")
+    (place / "5.png").write_bytes((place / "4.png").read_bytes()[:60])
+    with pytest.raises((UnreadableImage, RuntimeError), match="0.png.*--on-bad-image skip"):
+        extract()
+    result, found = extract(on_bad_image="skip")
+    assert found["files"].tolist() == ["1.png", "2.png", "4.png"] and result["images"] == 3
+    assert found["unreadable"].tolist() == result["unreadable"] == ["0.png", "3.png", "5.png"]
+    assert_close(torch.from_numpy(found["features"]), torch.from_numpy(whole["features"][[1, 2, 4]]), 1e-5)
+    for number in range(6):
+        (place / f"{number}.png").write_bytes(b"text")
+    with pytest.raises(UserError, match="none of 6 images could be read"):
+        extract(on_bad_image="skip")

@@ -1,4 +1,5 @@
 """common/loader.py: the pixels of a run are a function of seed, epoch and index; nothing else changes them."""
+import io
 import random
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from common.loader import (
     step_batches,
     to_device,
 )
-from common.watch import BadImages
+from common.watch import BadImages, progress
 from sec3_benchmark.evaluate import eval_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -285,3 +286,31 @@ def test_bytes_are_normalised_as_torchvision_does_it():
     assert moved["image"].dtype == torch.float32
     assert torch.allclose(moved["image"], torch.stack([reference(Image.fromarray(a)) for a in array]), atol=2e-6)
     assert all(torch.equal(moved[name], rest[name]) for name in rest)
+
+
+# Progress
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def batches_of(sizes):
+    images = ImageSet("noise", np.zeros((sum(sizes), 4, 4, 3), np.uint8), None, [])
+    ends = np.cumsum(sizes)
+    keys = [[(0, int(i)) for i in range(end - size, end)] for size, end in zip(sizes, ends)]
+    return data_loader(Views(images, lambda image: image, 0), keys, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("items", "given", "count"), [
+    (lambda: batches_of([3, 3, 2]), {}, "8/8"), (lambda: range(5), {}, "5/5"),
+    (lambda: iter("abc"), {"total": 3}, "3/3")])
+def test_progress_counts_on_a_terminal_of_rank_0_and_is_silent_elsewhere(monkeypatch, items, given, count):
+    """A loader's batches count as images."""
+    for rank, terminal in (("0", Terminal()), ("1", Terminal()), ("0", io.StringIO())):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr("sys.stderr", terminal)
+        seen = list(progress(items(), "reading", leave=True, **given))
+        assert len(seen) == len(list(items()))
+        shows = rank == "0" and terminal.isatty()
+        assert (count in terminal.getvalue() and "reading" in terminal.getvalue()) if shows else not terminal.getvalue()

@@ -1,6 +1,7 @@
 """appendix/tools/predict.py: classes by name, and the accuracy that the classifier's own evaluation had."""
 import csv
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,3 +109,26 @@ def test_without_names_and_without_a_classifier(place, tmp_path, capsys):
         run(place, tmp_path, tmp_path / "mae.pt", place.folder / "data" / "val")
     with pytest.raises(UserError, match="no such file or folder"):
         run(place, tmp_path, place.colour["checkpoint"], tmp_path / "nowhere")
+
+
+def test_unreadable_images_have_no_class_and_the_rows_of_the_others_stay(place, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(place.folder / "data" / "val", data)
+    whole = run(place, tmp_path, place.colour["checkpoint"], data)["classes"]
+    for name, content in {"cat/0.png": b"text", "cat/7.png": b"", "dog/4.png": None}.items():
+        path = data / name
+        path.write_bytes(path.read_bytes()[:70] if content is None else content)
+    with pytest.raises(UserError, match="cat/0.png could not be read.*--on-bad-image skip"):
+        run(place, tmp_path, place.colour["checkpoint"], data)
+    capsys.readouterr()
+    for batch_size in (128, 4):
+        found = run(place, tmp_path, place.colour["checkpoint"], data, on_bad_image="skip", batch_size=batch_size)
+        bad = [0, 7, 13]  # of cat/0 ... cat/8, dog/0 ...
+        assert found["classes"] == ["" if i in bad else name for i, name in enumerate(whole)]
+        assert found["unreadable"] == [str(data / name) for name in ("cat/0.png", "cat/7.png", "dog/4.png")]
+        rows = list(csv.DictReader(open(found["file"], newline="")))
+        assert [row["class"] for row in rows] == found["classes"] and all(
+            bool(row["class"]) == bool(row["probability"]) for row in rows)
+        read = [(row["class"], row["folder"]) for row in rows if row["class"]]
+        assert found["accuracy"] == pytest.approx(sum(a == b for a, b in read) / 15)
+        assert "3 of 18 images are unreadable and left out: " in capsys.readouterr().out

@@ -126,6 +126,33 @@ def test_equal_names_in_two_folders_are_told_apart(tmp_path):
     assert list(subsets.part_of(images, str(tmp_path / "list")).images) == ["/d/train/b/0.png"]
 
 
+FILES = ["/d/train/a/0.png", "/d/train/a/day1/1.png", "/d/train/a/day2/1.png", "/d/train/b/a/1.png",
+         "/d/train/b/day1/1.png", "/d/train/a/1.png"]
+
+
+@pytest.mark.parametrize(("entry", "taken"), [
+    ("train/a/day1/1.png 0", 1), ("a/day1/1.png", 1), ("./a/day2/1.png", 2), ("/e/imagenet/train/b/day1/1.png 1", 4),
+    ("train/a/1.png", 5), ("a/1.png 0", 5), ("train/b/a/1.png", 3), ("b/a/1.png", 3),
+    ("day1/1.png", None), ("train/c/day1/1.png", None), ("train/b/day2/1.png", None), ("train/b/0.png", None)])
+def test_a_list_takes_the_file_that_it_names_and_no_other(tmp_path, entry, taken):
+    """Folders inside classes may hold equal names."""
+    images = ImageSet("folder", FILES, np.array([0, 0, 0, 1, 1, 0]), ["a", "b"])
+    (tmp_path / "list").write_text(entry + "\n")
+    if taken is None:
+        with pytest.raises(UserError, match="names 1 images, 1 of them are not among the 6"):
+            subsets.part_of(images, str(tmp_path / "list"))
+    else:
+        part = subsets.part_of(images, str(tmp_path / "list"))
+        assert list(part.images) == [FILES[taken]] and part.labels.tolist() == [images.labels[taken]]
+
+
+def test_one_file_by_two_names_is_named_twice(tmp_path):
+    images = ImageSet("folder", FILES, np.array([0, 0, 0, 1, 1, 0]), ["a", "b"])
+    (tmp_path / "list").write_text("a/day1/1.png\ntrain/a/day1/1.png\ntrain/b/day1/1.png\n")
+    with pytest.raises(UserError, match="names 3 images, 1 of them twice"):
+        subsets.part_of(images, str(tmp_path / "list"))
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("n00000000_999.JPEG\nn00000001_999.JPEG\n",
      "names 2 images, 2 of them are not among the 6 of toy \\(first: n00000000/n00000000_999.JPEG\\)"),
