@@ -1,7 +1,7 @@
 """Data sets by name: what --data and --data-path mean.
 
     fractals           generated on the spot, labelled (common/fractals.py); no --data-path
-    folder             --data-path with train/<class>/ and val/<class>/; to pre-train any tree of images will do
+    folder             --data-path with train/<class>/ and val/<class>/; to pre-train, or to analyse, any tree of images
     imagenet           the same layout, and exactly 1,000 classes
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """

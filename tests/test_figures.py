@@ -86,6 +86,14 @@ def test_the_authors_order_is_class_by_class_in_whole_batches_until_there_are_mo
     assert len(draw(labels, order="authors", num_images=1024, batch_size=64)) == 1088  # that of the MAE-Base pair
 
 
+def test_images_without_labels_are_drawn_alike():
+    args = SimpleNamespace(num_images=10, order="drawn", batch_size=4, seed=0, image_seed=None)
+    unlabelled = ImageSet("folder", [f"{i}.png" for i in range(40)], None, [])
+    chosen = images.draw_images(unlabelled, args)
+    assert len(set(chosen)) == 10 and np.array_equal(chosen, draw(np.zeros(40, int)))
+    assert images.draw_images(unlabelled, SimpleNamespace(**{**vars(args), "order": "authors"})).tolist() == [*range(12)]
+
+
 def test_more_images_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="--num-images 11 needs 11 images, there are 10: lower --num-im"):
         draw(np.arange(10), num_images=11)
