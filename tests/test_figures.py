@@ -15,6 +15,7 @@ from appendix import a6_cka_settings
 from common import options
 from common.checkpoint import save_torch
 from common.data import load_sets
+from common.images import ImageSet
 from common.loader import seed_everything
 from common.mae import MAE
 from common.vit import build_model, build_vit
@@ -89,9 +90,10 @@ def test_the_authors_order_is_class_by_class_in_whole_batches_until_there_are_mo
 def test_images_without_labels_are_drawn_alike():
     args = SimpleNamespace(num_images=10, order="drawn", batch_size=4, seed=0, image_seed=None)
     unlabelled = ImageSet("folder", [f"{i}.png" for i in range(40)], None, [])
+    authors = SimpleNamespace(**{**vars(args), "order": "authors"})
     chosen = images.draw_images(unlabelled, args)
     assert len(set(chosen)) == 10 and np.array_equal(chosen, draw(np.zeros(40, int)))
-    assert images.draw_images(unlabelled, SimpleNamespace(**{**vars(args), "order": "authors"})).tolist() == [*range(12)]
+    assert images.draw_images(unlabelled, authors).tolist() == [*range(12)]
 
 
 def test_more_images_than_there_are_is_an_error():
