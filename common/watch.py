@@ -16,19 +16,16 @@ BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip s
 MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3  # updates skipped in a row, scale of the loss: beyond, fp16 learns nothing
 
 
-def progress_bar(total, **how):
-    """Make a tqdm bar with count, rate and time left, which rank 0 shows on a terminal; elsewhere it is silent."""
-    disable = None if distributed.is_main() else True  # None: tqdm disables itself without a terminal
-    return tqdm(total=total, disable=disable, **{"unit": "image", "leave": False, **how})
+def progress_bar(total, unit="image", leave=False, **how):
+    """Make a tqdm bar with count, rate and time left, for rank 0 alone; None: tqdm is silent without a terminal."""
+    return tqdm(total=total, unit=unit, leave=leave, disable=None if distributed.is_main() else True, **how)
 
 
 def progress(items, what, total=None, **how):
-    """Yield the items while a progress bar called `what` counts them; of a loader's batches it counts this rank's
-    images. total: the number of items, where they do not know it.
-    """
+    """Yield the items while a bar called `what` counts them up to `total`; of a loader it counts the images."""
     keys = getattr(items, "batch_sampler", None)
-    total = len(items) if total is None and keys is None else total
-    with progress_bar(sum(map(len, keys)) if keys is not None else total, desc=what, **how) as line:
+    total = sum(map(len, keys)) if keys is not None else len(items) if total is None else total
+    with progress_bar(total, desc=what, **how) as line:
         for item in items:
             yield item
             line.update(1 if keys is None else len(item["index"]))
