@@ -11,7 +11,7 @@ import torch
 
 from common import distributed, options
 from common.augment import eval_transform
-from common.checkpoint import save_torch
+from common.checkpoint import load_verified, require_finite, save_torch
 from common.data import statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -19,6 +19,7 @@ from common.filling import load_encoder
 from common.loader import on_device
 from common.pretrained import read_weights
 from common.ranges import Int
+from common.shapes import tokens_of
 from common.vit import MODELS, build_model, eval_mode
 from common.watch import progress
 from sec3_benchmark.evaluate import eval_loader
@@ -67,7 +68,8 @@ def build_encoder(args, device):
         raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: leave --pooling token out, or "
                         f"take a block's output (--layer)")
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                      num_heads=args.num_heads, num_classes=0, global_pool=pool)
+                      num_heads=args.num_heads, num_classes=0, global_pool=pool,
+                      **tokens_of(weights, args.model, args.img_size, args.patch_size))
     print0(load_encoder(vit, weights))
     if args.layer > len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
@@ -106,6 +108,17 @@ def settings_of(args):
     return {name: getattr(args, name) for name in names}
 
 
+def kept_features(path):
+    """The features in a file of an earlier run; None if there is none, or it is damaged."""
+    try:
+        return load_verified(path)["features"]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged bytes can raise any exception
+        print0(f"{path} is damaged ({type(error).__name__}): computed anew")
+        return None
+
+
 def cached_features(encoder, fingerprint, images, args, device, fresh=False, transform=None, view=0):
     """`extract`, or its file unless `fresh`. `transform` None is the evaluation's crop; `view` numbers the draws of
     another one.
@@ -115,9 +128,11 @@ def cached_features(encoder, fingerprint, images, args, device, fresh=False, tra
         settings["view"] = view
     key = json.dumps([fingerprint, images.fingerprint(), images.name, settings], sort_keys=True)
     path = Path(args.output) / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    if distributed.broadcast_object(path.is_file() and not fresh):
-        return torch.load(path, map_location="cpu", weights_only=True)["features"]
+    kept = kept_features(path) if distributed.is_main() and not fresh else None
+    if distributed.broadcast_object(kept is not None):
+        return kept if kept is not None else load_verified(path)["features"]
     values = extract(encoder, images, transform or eval_transform(args.img_size), args, device, view)
+    require_finite(path, {"feature": values.numpy()})
     if distributed.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_torch(path, {"features": values})

@@ -10,6 +10,7 @@ import uuid
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import distributed
@@ -52,8 +53,26 @@ def save_torch(path, content):
 
 
 def save_json(path, content):
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically. Raises UserError for numbers that are not finite."""
+    require_finite(path, content)
     write_atomically(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
+
+
+def save_arrays(path, arrays):
+    """Write {name: array} as a compressed .npz file, atomically. Raises UserError for numbers that are not finite."""
+    require_finite(path, arrays)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def require_finite(path, content, name=""):
+    """Raise UserError if a number in nested dicts, lists and arrays is not finite: `path` is not to be written then."""
+    if isinstance(content, (dict, list, tuple)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            require_finite(path, value, f"{name}.{key}" if name else key)
+    elif isinstance(content, (float, np.ndarray, np.floating)) and np.asarray(content).dtype.kind == "f" \
+            and not np.isfinite(content).all():
+        raise UserError(f"{path} is not written: {name} is not finite. The weights or the images give no number there: "
+                        f"look at both")
 
 
 def steps_saved(folder):
@@ -71,15 +90,22 @@ def save_step(folder, step, state):
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
 
 
-def load_verified(path):
-    """Verify the CRC of every record of a torch (zip) file, then load it onto the CPU. OSError if corrupt.
+def verify(path):
+    """Raise BadZipFile if a record of a torch (zip) file is not as it was written: its CRC, which torch.load ignores.
 
-    torch.load does not check the CRC. Nor does the CRC cover a record's attributes, which torch writes as 0: a flipped
-    directory flag makes torch.load return uninitialised memory. Damage elsewhere may raise any other exception.
+    The CRC does not cover a record's attributes: by a flipped directory flag torch.load would return uninitialised
+    memory. A file of torch.serialization.set_crc32_options(False) holds no CRC. Damage may raise any other exception.
     """
     with zipfile.ZipFile(path) as archive:
-        if bad := archive.testzip() or next((r.filename for r in archive.infolist() if r.external_attr), None):
-            raise OSError(f"record {bad} is not as it was written")
+        records = archive.infolist()
+        bad = next((record.filename for record in records if record.external_attr & 0x10), None)
+        if bad := bad or any(record.CRC for record in records) and archive.testzip():
+            raise zipfile.BadZipFile(f"record {bad} is not as it was written")
+
+
+def load_verified(path):
+    """Verify a torch (zip) file, then load it onto the CPU. Raises BadZipFile or any other exception if damaged."""
+    verify(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -94,7 +120,7 @@ def load_newest(folder):
         try:
             return load_verified(path)
         except Exception as error:  # damaged bytes can raise any exception
-            print0(f"{path} is damaged ({type(error).__name__}: {error}): falling back to the checkpoint before it")
+            print0(f"{path} is damaged ({type(error).__name__}): falling back to the checkpoint before it")
     if steps:
         raise UserError(f"every checkpoint in {folder} is damaged (steps {steps}): delete it to start this run again")
     return None

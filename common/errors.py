@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """The data are not what the arguments say. The message names the place, what was found and the remedy."""
+
+
+class FormatError(UserError):
+    """Weights that cannot be read, are not understood or do not fit: says which, and what to do."""

@@ -4,17 +4,18 @@ built, `load_model` into the model that the weights came from.
 Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
 heads are another function, so that number travels with every file of ours and is compared wherever it is known.
 """
-import math
 from collections import Counter
 from dataclasses import dataclass
 
-from timm.layers import resample_abs_pos_embed
-from timm.models import adapt_input_conv
+from timm.models import VisionTransformer
 from timm.models.beit import Beit
+from torch import nn
 
 from common.distributed import print0
+from common.errors import FormatError
 from common.mae import DECODERS, MAE
-from common.pretrained import STEM, TABLE, FormatError, Weights, listed, read_weights, shape_config
+from common.pretrained import Weights, listed, read_weights
+from common.shapes import STEM, TABLE, fit_channels, fit_positions, shape_config, source_grid
 from common.vit import SIZES, build_model, pair, patch_grid
 
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
@@ -69,7 +70,7 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
     state = {name: value for name, value in wanted.items() if name in target and not name.startswith(ignored)}
     # 2. Positions and channels are made to fit
     if "pos_embed" in state:
-        state["pos_embed"] = fit_positions(weights, vit, notes)
+        state["pos_embed"] = fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
     if STEM in state:
         state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
 
@@ -143,48 +144,7 @@ def leading_blocks(state, k):
     return {name: value for name, value in state.items() if kept(name)}
 
 
-def fit_positions(weights, vit, notes):
-    """The source's pos_embed, its patches (not the other tokens) resized to the model's grid, bicubic, as timm does."""
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    new = tuple(vit.patch_embed.grid_size)
-    old = source_grid(weights, prefix, new)
-    if old != new:
-        notes.append(f"positions resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
-    return resample_abs_pos_embed(weights.state["pos_embed"], list(new), list(old), num_prefix_tokens=prefix)
-
-
-def fit_channels(weight, in_chans, notes):
-    """The patch convolution (D, C, p, p) for other inputs: a grey image read as RGB gives the same, either way. From
-    C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
-    """
-    if weight.shape[1] == 1 and in_chans == 3:
-        notes.append("input channel shared out to 3")
-        return weight.repeat(1, 3, 1, 1) / 3
-    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # require_fit refuses what is still unequal
-        return weight
-    notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
-    return adapt_input_conv(in_chans, weight)
-
-
 # The model that weights came from
-
-def source_grid(weights, prefix, wanted=(0, 0)):
-    """Rows and columns of the source's patches, `prefix` other tokens aside: from its settings, else square, else the
-    `wanted` ones if they are as many.
-    """
-    if "dist_token" in weights.state:
-        raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
-                          f"plain DeiT's weights")
-    count, config = weights.state["pos_embed"].shape[1] - prefix, weights.config
-    square = (math.isqrt(max(count, 0)),) * 2
-    grids = [patch_grid(config["img_size"], config["patch_size"])] if config else [square, wanted]
-    for grid in grids:
-        if math.prod(grid) == count:
-            return grid
-    why = f"its grid is {grids[0]}" if config else "no square, and no image size is in the file"
-    raise FormatError(f"{weights.source} has positions for {count} patches ({why}): give its --img-size, height and "
-                      f"width, or a file with settings")
-
 
 def require_fit(source, target, state, missing=None, unexpected=None):
     """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
@@ -201,55 +161,80 @@ def require_fit(source, target, state, missing=None, unexpected=None):
 def load_model(source, **overrides):
     """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
 
-    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, norm_pix, a non-square
-    img_size); of our files they may change mask_ratio and drop_path. A FormatError if one contradicts the source. The
-    model's `statistics` are those of the images it learnt from, or None.
+    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, norm_pix); of our files they
+    may change mask_ratio and drop_path. To another img_size the positions are resized. A FormatError if one of the rest
+    contradicts the source. What is assumed or changed is printed in one line. The model's `statistics` are those of the
+    images it learnt from, or None.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
         given["img_size"] = list(pair(given["img_size"]))
     weights = source if isinstance(source, Weights) else read_weights(source)
-    source, config = weights.source, weights.config or {}
+    source, config, notes = weights.source, weights.config or {}, []
     for name, value in given.items():
         known = (name in config and name != "mask_ratio") or weights.model is not None
-        if known and config.get(name) != value:
+        if known and name != "img_size" and config.get(name) != value:
             raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
-    if weights.model is not None:
-        weights.model.statistics = weights.statistics
-        return weights.model
     if "dist_norm.weight" in weights.state:
         raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
                           f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
-    config = {**(config or foreign_config(weights, given)), **given}
-    model = MAE(**config) if "decoder_dim" in config else build_model(**config)
-    require_fit(source, model.state_dict(), weights.state)
-    model.load_state_dict(weights.state)
+    model = weights.model or build_for(weights, given, notes)
+    if weights.model is not None and "img_size" in given:
+        resize_timm(model, weights, given["img_size"], notes)
+    if notes:
+        print0(f"{source}: {'; '.join(dict.fromkeys(notes))}")
     model.statistics = weights.statistics
     return model
 
 
-def foreign_config(weights, given):
-    """The settings of a file that holds none: from its shapes. Head counts are not among them: given, or assumed and
-    printed.
+def build_for(weights, given, notes):
+    """A model of ours, filled strictly; a projection head is no part of it, nor an encoder's mask token."""
+    config = {**(weights.config or foreign_config(weights, given, notes)), **given}
+    model = MAE(**config) if "decoder_dim" in config else build_model(**config)
+    target, grid = model.state_dict(), patch_grid(model.config["img_size"], config["patch_size"])
+    beside = [name for name in weights.state if name not in target and name.startswith(("head.", "mask_token"))]
+    state = {name: value for name, value in weights.state.items() if name not in beside}
+    notes += [f"left out {listed(beside)}"] if beside else []
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        if weights.config or state[name].shape != target[name].shape:  # else the size given is the file's own
+            state[name] = fit_positions(name, weights, grid, notes)
+    require_fit(weights.source, target, state)
+    model.load_state_dict(state)
+    return model
+
+
+def resize_timm(vit, weights, img_size, notes):
+    """Makes timm's own ViT one for images of another size, in place."""
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+        raise FormatError(f"{weights.source} is no plain ViT whose positions can be resized: leave --img-size out")
+    grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
+    vit.pos_embed = nn.Parameter(fit_positions("pos_embed", weights, grid, notes))
+    vit.patch_embed.set_input_size(img_size=tuple(img_size))
+    vit.config = {**vit.config, "img_size": img_size}
+
+
+def foreign_config(weights, given, notes):
+    """The settings of a file that holds none: from its shapes. What these cannot tell is given, or assumed and noted.
     """
-    config, table = shape_config(weights.state), weights.state.get(f"blocks.0.attn.{TABLE}")
+    size, patch = given.get("img_size"), weights.state[STEM].shape[2]
+    config = shape_config(weights.state, size and patch_grid(size, patch))
+    table = weights.state.get(f"blocks.0.attn.{TABLE}")
     if config["model"] is None:
         raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
                           f"give timm:NAME or a timm folder")
     if table is not None and not {"pos_embed", "head.weight"} <= weights.state.keys():
         raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
                           f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
+    config["img_size"] = size or [patch * side for side in source_grid(weights)[1]]
     if table is not None:  # the 79.0 model
-        side = config["patch_size"] * source_grid(weights, 1)[0]
-        return {**{name: config[name] for name in ("patch_size", "in_chans", "num_classes", "global_pool")},
-                "model": config["model"] + "_rpe", "img_size": [side, side], "num_heads": table.shape[1]}
-    prefix = config.get("class_token", True) + config.get("reg_tokens", 0)
-    config["img_size"] = given.get("img_size") or [config["patch_size"] * n for n in source_grid(weights, prefix)]
+        return {**{name: config[name] for name in ("patch_size", "in_chans", "num_classes", "global_pool", "img_size")},
+                "model": config["model"] + "_rpe", "num_heads": table.shape[1]}
     assumed = {"num_heads": 12}
     if "decoder_dim" in config:
         assumed["decoder_heads"] = DECODERS[config["model"]][2]
-    for name, value in assumed.items():
-        config[name] = given.get(name, value)
-        if name not in given:
-            print0(f"{weights.source}: {name} is not in the file; assuming {value}")
-    return config
+    notes += [f"{name} {value} ASSUMED (else --{name.replace('_', '-')}, in figures --num-heads-of NAME=N)"
+              for name, value in assumed.items() if name not in given]
+    notes += [f"{' x '.join(map(str, config['img_size']))} px" + ("" if size else ", from the number of positions")]
+    notes += ["class token taken to have no position"] if config.get("no_embed_class") else []
+    notes += ["ImageNet's mean and deviation unless given"] if config["in_chans"] == 3 else []
+    return {**config, **assumed}

@@ -7,8 +7,10 @@ import argparse
 import difflib
 import hashlib
 import re
+import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +20,22 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from common.errors import UserError
-from common.vit import SIZES
+from common.checkpoint import verify
+from common.data import channel_statistics
+from common.distributed import print0
+from common.errors import FormatError, UserError
+from common.shapes import STEM, TABLE, vit_config
+from common.vit import MODELS
 
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
 SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, without yacs
                 (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
                 *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
-STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
-TABLE = "relative_position_bias_table"
-
-
-class FormatError(UserError):
-    """A source that cannot be read, is not understood or does not fit: says which, and what to do."""
+# Where weights may lie in a file, the first choice first; what wrappers (DDP, averaged models, torch.compile, FSDP,
+# activation checkpointing) add to names, anywhere in them; names that are no weights
+PARTS = ("model", "state_dict", "teacher", "model_ema", "state_dict_ema", "model_state_dict", "module")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+NO_WEIGHTS = ("relative_position_index", "n_averaged")
 
 
 class HubError(FormatError):
@@ -43,15 +48,54 @@ class HubError(FormatError):
 
 @dataclass
 class Weights:
+    """What was read. A FormatError for what no model can be made of: see `problem`."""
+
     state: dict  # name -> tensor, public names
     config: dict | None  # arguments of build_vit or MAE, where the source has them (num_heads among them)
     source: str
     layout: str  # what was recognised
-    fingerprint: str  # of `state`, whatever the file around it
     left_out: list  # names of tensors beside the model (D-MAE's teacher)
     model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
     statistics: dict | None = None  # mean and std, per channel in 0..1, of the images, where the source says them
     classes: list | None = None  # their names, where the source is a classifier and says them
+    fingerprint: str = field(init=False)  # of `state`, whatever the file around it
+
+    def __post_init__(self):
+        if found := problem(self):
+            raise FormatError(f"{self.source}: {found}")
+        self.fingerprint = fingerprint(self.state)
+
+
+def problem(weights):
+    """Say why no model can be made of Weights (no numbers, settings that mean nothing); None if all is well."""
+    state, config, images, classes = weights.state, weights.config or {}, weights.statistics, weights.classes
+    if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        return f"not tensors: {listed(strange)}. Save the state_dict without them"
+    if spoilt := [name for name, value in state.items() if not value.float().isfinite().all()]:
+        return (f"NaN or infinite values in {listed(spoilt)}: its training diverged, or the file is damaged. Take an "
+                f"earlier checkpoint, or fetch it again")
+    if wrong := [name for name, value in config.items() if name in SENSIBLE and not SENSIBLE[name](value)]:
+        return f"its settings say {wrong[0]} = {config[wrong[0]]!r}, which no model has: the file was changed"
+    if classes and "head.weight" in state and len(classes) != len(state["head.weight"]):
+        return f"it names {len(classes)} classes and its head has {len(state['head.weight'])}: correct the names"
+    try:
+        channel_statistics(*(len(images["mean"]), *map(images.get, ("mean", "std"))) if images else (3,))
+    except (TypeError, KeyError, AttributeError, UserError):
+        return f"its images have {images}, where a mean and a std should be, from 0 to 1 for each channel. Correct them"
+    return None
+
+
+def whole(value, least=1):
+    """Whether a setting is a whole number."""
+    return type(value) is int and value >= least
+
+
+SENSIBLE = {  # what a setting must be, before anything is computed with it
+    "model": lambda value: value in (None, *MODELS),  # None: no size of ours
+    "img_size": lambda value: isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(map(whole, value)),
+    "global_pool": lambda value: isinstance(value, str), "mask_ratio": lambda value: isinstance(value, float | int),
+    **dict.fromkeys(("num_classes", "reg_tokens"), partial(whole, least=0)),
+    **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"), whole)}
 
 
 def fingerprint(state):
@@ -81,16 +125,14 @@ def read_weights(source):
     if str(source).startswith("timm:") or Path(source).is_dir():
         return read_timm(str(source))
     content = read_file(Path(source))
-    config, tensors = own_config(content), unwrap(content)
+    config, tensors = own_config(content), unwrap(content, source)
     for layout, prefix, beside in LAYOUTS:
-        left_out = [name for name in tensors if name.startswith(beside) or name.endswith("relative_position_index")]
+        left_out = [name for name in tensors if name.startswith(beside) or name.endswith(NO_WEIGHTS)]
         state = {name.removeprefix(prefix): value for name, value in tensors.items()
                  if name.startswith(prefix) and name not in left_out}
         if STEM in state and len(state) + len(left_out) == len(tensors):
             share_table(state)
-            if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-                raise FormatError(f"{source}: not tensors: {listed(strange)}. Save the state_dict without them")
-            return Weights(state, config, str(source), "ours" if config else layout, fingerprint(state), left_out,
+            return Weights(state, config, str(source), "ours" if config else layout, left_out,
                            **{name: content.get(name) for name in ("statistics", "classes") if config})
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
@@ -110,12 +152,19 @@ def own_config(content):
     return config if ours else None
 
 
-def unwrap(content):
-    """The dict under "model", "state_dict" or "teacher" (DINO's), else all, and without DDP's prefix."""
-    parts = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
-    tensors = parts[0] if parts else content
-    prefix = "module." if all(str(name).startswith("module.") for name in tensors) else ""
-    return {str(name).removeprefix(prefix): value for name, value in tensors.items()}
+def unwrap(content, source):
+    """The dict of tensors in what a file holds, however deep, under names without what wrapped the model. Of several
+    the one under the first of PARTS is taken, which is said.
+    """
+    while parts := [key for key in PARTS if isinstance(content.get(key), dict)]:
+        if len(parts) > 1:
+            print0(f"{source} holds weights as {' and '.join(parts)}: {parts[0]} is read (to read another, save it "
+                   f"alone as {{'model': state_dict}})")
+        content = content[parts[0]]
+    bare = {name: ".".join(part for part in str(name).split(".") if part not in WRAPPERS) for name in content}
+    if len(set(bare.values())) < len(bare):
+        raise FormatError(f"{source} holds two models, one in a wrapper ({', '.join(WRAPPERS)}): save one of them")
+    return {bare[name]: value for name, value in content.items()}
 
 
 def listed(names):
@@ -131,6 +180,8 @@ def read_file(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):  # else it is from before torch 1.6, or none of torch's
+            verify(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -164,27 +215,7 @@ def read_timm(source):
         raise (HubError(problem, source) if hub else FormatError(problem)) from error
     state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
     statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
-    names = model.pretrained_cfg.get("label_names") or ()  # a list, or numbers to names
-    classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)] or None
-    return Weights(state, model.config, source, "timm", fingerprint(state), [], model, statistics, classes)
-
-
-def vit_config(vit):
-    """The arguments of build_vit for a timm VisionTransformer; `model` is None where no size of ours is its."""
-    return shape_config(vit.state_dict(), img_size=list(vit.patch_embed.img_size), global_pool=vit.global_pool,
-                        num_heads=vit.blocks[0].attn.num_heads)
-
-
-def shape_config(state, **known):
-    """The arguments of build_vit, or of MAE where there is a decoder, as far as shapes tell; `known` has precedence."""
-    width, in_chans, patch_size, _ = state[STEM].shape
-    depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(part)})
-                            for part in ("blocks.", "decoder_blocks."))
-    size = {"embed_dim": width, "depth": depth}
-    config = {"model": next((name for name in SIZES if SIZES[name] == size), None), "patch_size": patch_size,
-              "in_chans": in_chans}
-    if "decoder_embed.weight" in state:
-        return {**config, "decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": decoder_depth, **known}
-    return {**config, "num_classes": len(state.get("head.weight", ())), "class_token": "cls_token" in state,
-            "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
-            "global_pool": "avg" if "fc_norm.weight" in state else "token", **known}
+    names = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, dict):  # numbers to names, in JSON as text: "2" before "10"
+        names = [names[number] for number in sorted(names, key=lambda number: (len(str(number)), str(number)))]
+    return Weights(state, model.config, source, "timm", [], model, statistics, [str(name) for name in names] or None)

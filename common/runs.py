@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from common import distributed
-from common.checkpoint import save_json, save_torch, write_atomically
+from common.checkpoint import save_json, save_torch, verify, write_atomically
 from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -164,9 +164,22 @@ def open_run(script, name, args, fingerprints, no_identity=()):
 
 
 def finished(folder):
-    """The result of a finished run, else None; the folder may have moved since."""
-    if (done := folder / "result.json").exists():
-        return {**json.loads(done.read_text()), "run": str(folder), "checkpoint": str(folder / WEIGHTS)}
+    """The result of a finished run, else None, also where its result or its weights are damaged, which is said. The
+    folder may have moved since, and the weights may be gone.
+    """
+    done, weights = folder / "result.json", folder / WEIGHTS
+    try:
+        result = json.loads(done.read_text())
+        result["environment"]  # the last that is written
+        done = weights
+        verify(weights)
+    except FileNotFoundError:
+        if done != weights:
+            return None
+    except Exception as error:  # damaged bytes can raise any exception
+        print0(f"{done} is damaged ({type(error).__name__}): this run is continued or made again")
+        return None
+    return {**result, "run": str(folder), "checkpoint": str(weights)}
 
 
 def _lock(folder):

@@ -69,14 +69,20 @@ def build_model(model="vit_tiny", **settings) -> nn.Module:
 
 
 def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_classes=1000, num_heads=12,
-              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0, architecture=VisionTransformer):
+              global_pool="avg", drop_path=0.0, class_token=True, reg_tokens=0, no_embed_class=False,
+              init_values=None, architecture=VisionTransformer):
     """Build and initialise a ViT classifier; its attribute `config` holds the settings that rebuild it.
 
     global_pool: "avg": mean of the patch tokens -> fc_norm -> head; "token": norm -> class token -> head.
-    architecture: a subclass of VisionTransformer. The defaults are the paper's ViT-Tiny, 5,717,416 parameters.
+    no_embed_class: only patches have positions. init_values: LayerScale's, None for no LayerScale (DeiT III and DINOv2
+    have these). architecture: a subclass of VisionTransformer. The defaults are the paper's ViT-Tiny, 5,717,416
+    parameters.
     """
+    if global_pool == "token" and not class_token:
+        raise UserError("this ViT has no class token to pool: choose --global-pool avg")
     config = dict(img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-                  num_heads=num_heads, global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens)
+                  num_heads=num_heads, global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens,
+                  no_embed_class=no_embed_class, init_values=init_values)
     patch_grid(img_size, patch_size)
     check_heads(model_size(model)["embed_dim"], num_heads)
     vit = architecture(**config, drop_path_rate=drop_path, weight_init="skip", **SIZES[model])
@@ -116,7 +122,6 @@ def build_relative_vit(model="vit_tiny_rpe", *, img_size=224, patch_size=16, in_
     vit = Beit(**config, drop_path_rate=drop_path, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-6),
                use_abs_pos_emb=VARIANTS["_" + variant], use_rel_pos_bias=not shared_table,
                use_shared_rel_pos_bias=shared_table, **model_size(size))
-    vit.no_embed_class = False  # as in VisionTransformer: the class token has a position
     vit.config = {"model": model, **config, "shared_table": shared_table}
     return init_relative_vit(vit)
 

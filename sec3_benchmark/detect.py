@@ -16,13 +16,14 @@ from torch import nn
 from common import distributed, entry, options
 from common.data import with_statistics
 from common.distributed import print0
-from common.errors import UserError
+from common.errors import FormatError, UserError
 from common.filling import load_encoder
 from common.loader import seed_everything
 from common.optim import adamw, learning_rate, steps_per_epoch
-from common.pretrained import FormatError, Weights, fingerprint, own_config, read_file, read_weights
+from common.pretrained import Weights, own_config, read_file, read_weights
 from common.ranges import Float, Int
 from common.runs import open_run
+from common.shapes import tokens_of
 from common.training import Method, compile_and_distribute, train
 from common.vit import SIZES, build_vit
 from sec3_benchmark.detection.average_precision import evaluator
@@ -98,7 +99,8 @@ def parse(parser, presets, argv=None):
 def build_detector(args, num_classes, weights=None):
     """The detector of the command line, its ViT with `weights` if there are any."""
     vit = build_vit(args.model, img_size=args.position_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                    num_classes=0, num_heads=args.num_heads, drop_path=args.drop_path)
+                    num_classes=0, num_heads=args.num_heads, drop_path=args.drop_path,
+                    **tokens_of(weights, args.model, args.position_size, args.patch_size))
     if weights is not None:
         print0(load_encoder(vit, weights))
     returned = args.global_blocks if args.pyramid == "topdown" else (-1,)
@@ -144,7 +146,7 @@ def read_detector(source):
     config, state = own_config(content) or {}, content.get("model")
     if "detector_classes" not in config:
         raise FormatError(f"{source} is no detector: --eval-only takes the weights.pt of a run of detect.py")
-    return Weights(state, config, str(source), "detector", fingerprint(state), [],
+    return Weights(state, config, str(source), "detector", [],
                    **{name: content.get(name) for name in ("statistics", "classes")})
 
 

@@ -23,6 +23,7 @@ from common.optim import adamw, warmup_cosine
 from common.pretrained import read_weights
 from common.ranges import Float, Int
 from common.runs import open_run
+from common.shapes import tokens_of
 from common.training import Method, train
 from common.vit import MODELS, build_model
 from sec3_benchmark.erasing import erase, erasing_box
@@ -135,7 +136,8 @@ def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0,
     if args.keep_blocks is not None and weights is None:
         raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-                num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path)
+                num_classes=num_classes, num_heads=args.num_heads, global_pool=args.global_pool, drop_path=drop_path,
+                **tokens_of(weights, args.model, args.img_size, args.patch_size))
     if weights is not None:
         print0(load_encoder(vit, weights, keep_blocks=args.keep_blocks, keep_head=keep_head))
     return vit

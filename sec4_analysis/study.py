@@ -14,7 +14,7 @@ import numpy as np
 from timm.models.beit import Beit
 
 from common import distributed, options, report, tables
-from common.checkpoint import write_atomically
+from common.checkpoint import save_arrays
 from common.data import images_to_analyse
 from common.distributed import print0
 from common.errors import UserError
@@ -218,7 +218,7 @@ def about(args, models, images, **settings):
 def save(args, item, arrays, about, text):
     """Write {name: array} as <item>.npz, what is known about them as .json, and the text, Markdown, as .md."""
     folder = Path(args.output) / item
-    write_atomically(folder / f"{item}.npz", lambda file: np.savez_compressed(file, **arrays))
+    save_arrays(folder / f"{item}.npz", arrays)
     where = report.origin(args.preset, args.data) if args.preset else args.data
     report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {text}")
 

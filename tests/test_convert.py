@@ -62,7 +62,7 @@ def test_what_other_readers_do_not_see_is_printed_and_ours_read_it(tmp_path, cap
 def test_other_models_are_refused_in_one_line(tmp_path, monkeypatch):
     resnet = timm.create_model("resnet10t")
     resnet.config = None  # as read_weights leaves it
-    weights = Weights(resnet.state_dict(), None, "timm:resnet10t", "timm", "", [], resnet)
+    weights = Weights(resnet.state_dict(), None, "timm:resnet10t", "timm", [], resnet)
     monkeypatch.setattr(convert_checkpoint, "read_weights", lambda source: weights)
     with pytest.raises(UserError, match="timm:resnet10t is a ResNet"):
         convert(checkpoint="timm:resnet10t", to="timm", output=str(tmp_path / "out"))
@@ -147,8 +147,8 @@ def test_export_of_an_encoder(tmp_path):
 
 def test_export_refuses_what_timm_s_plain_vit_cannot_be(tmp_path):
     for model, error in ((timm.create_model("deit_tiny_distilled_patch16_224"), UserError),
-                         (timm.create_model("vit_tiny_patch16_224", init_values=0.1, depth=1), FormatError),
-                         (timm.create_model("vit_tiny_patch16_224", no_embed_class=True, depth=1), FormatError)):
+                         (timm.create_model("vit_tiny_patch16_224", qk_norm=True, depth=1), FormatError),
+                         (timm.create_model("vit_tiny_patch16_224", pre_norm=True, depth=1), FormatError)):
         with pytest.raises(error):
             export_timm(model, tmp_path / "out", (0.5,) * 3, (0.5,) * 3)
     for mean, names in (((0.5,), None), ((0.5,) * 3, ["a"])):

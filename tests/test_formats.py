@@ -238,6 +238,10 @@ def test_positions_are_resized_as_by_hand(tmp_path):
         expected = torch.cat([source.pos_embed.detach()[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
         for path in (own_file(tmp_path / "a.pt", source), saved(tmp_path / "b.pth", source.state_dict())):
             vit = build_vit(**{**SMALL, "img_size": size}, num_classes=5)
+            if grid == (8, 2) and path.name == "b.pth":  # which nothing in the file tells apart
+                with pytest.raises(FormatError, match=r"16 patches, \(8, 2\) or \(4, 4\)"):
+                    load_encoder(vit, read_weights(path))
+                continue
             report = load_encoder(vit, read_weights(path))
             assert_close(vit.pos_embed, expected, 1e-6)
             assert f"positions resized from 4x4 to {grid[0]}x{grid[1]}" in str(report)
@@ -402,7 +406,7 @@ def test_a_second_head_stays_behind_or_is_asked_for(tmp_path):
 def test_what_is_no_plain_vit_is_said_to_be_none(name):
     """A network without patches, and one whose patches a ResNet embeds."""
     state = timm.create_model(name).state_dict()
-    weights = Weights(state, None, f"timm:{name}", "timm", "", [])
+    weights = Weights(state, None, f"timm:{name}", "timm", [])
     with pytest.raises(FormatError, match=f"timm:{name} is no plain ViT"):
         load_encoder(build_vit("vit_tiny"), weights)
 
@@ -419,14 +423,14 @@ def test_class_names_of_a_timm_folder(tmp_path, monkeypatch, names, read):
 
 
 def test_positions_of_a_foreign_file_that_is_not_square(tmp_path):
-    """24 patches are no square: they are those of the model, if it has as many; else the size must be given."""
-    source = classifier(img_size=(16, 96), patch_size=8)
+    """20 patches are no square: they are those of the model, if it has as many; else the size must be given."""
+    source = classifier(img_size=(16, 80), patch_size=8)
     torch.save(source.state_dict(), tmp_path / "a.pth")
-    weights, same = read_weights(tmp_path / "a.pth"), classifier(img_size=(16, 96), patch_size=8)
+    weights, same = read_weights(tmp_path / "a.pth"), classifier(img_size=(16, 80), patch_size=8)
     assert not any("resized" in note for note in load_encoder(same, weights).notes)
     assert torch.equal(same.pos_embed, source.pos_embed)
-    with pytest.raises(FormatError, match="positions for 24 patches .* --img-size"):
-        load_encoder(classifier(img_size=(16, 80), patch_size=8), weights)
+    with pytest.raises(FormatError, match="positions for 20 patches .* --img-size"):
+        load_encoder(classifier(img_size=(16, 96), patch_size=8), weights)
 
 
 def test_a_distilled_deit_is_refused(tmp_path):
@@ -471,19 +475,19 @@ def test_load_model_rebuilds_ours_and_foreign_files(tmp_path, model, capsys):
         assert rebuilt.config == original.config and type(rebuilt) is type(original)
         assert torch.equal(rebuilt(x) if noise is None else rebuilt(x, noise), outputs)
         assumed = "b.pth" in path.name and "num_heads" not in settings
-        assert ("num_heads is not in the file; assuming 12" in capsys.readouterr().out) == assumed
+        assert ("num_heads 12 ASSUMED" in capsys.readouterr().out) == assumed
 
 
 def test_load_model_of_a_foreign_mae_needs_to_be_told_its_decoder_heads(tmp_path, capsys):
     path = saved(tmp_path / "a.pth", {"model": autoencoder(decoder_heads=6).state_dict()})
     assert load_model(path).config["decoder_heads"] == 3
-    assert "decoder_heads is not in the file; assuming 3" in capsys.readouterr().out
+    assert "decoder_heads 3 ASSUMED" in capsys.readouterr().out
     assert load_model(path, decoder_heads=6).config["decoder_heads"] == 6
 
 
 def test_load_model_refuses_what_contradicts_the_file(tmp_path):
     path = own_file(tmp_path / "a.pt", classifier())
-    for wrong in ({"num_heads": 3}, {"num_classes": 4}, {"img_size": 64}, {"model": "vit_tiny"}, {"in_chans": 1},
+    for wrong in ({"num_heads": 3}, {"num_classes": 4}, {"model": "vit_tiny"}, {"in_chans": 1},
                   {"global_pool": "token"}):
         with pytest.raises(FormatError, match=f"has {next(iter(wrong))} = "):
             load_model(path, **wrong)
@@ -515,7 +519,7 @@ def test_hub_weights_come_with_their_own_heads(monkeypatch):
     assert asked == [("vit_tiny_patch16_224.augreg_in21k", True)]
     assert weights.config == {"model": "vit_tiny", "img_size": [224, 224], "patch_size": 16, "in_chans": 3,
                               "num_classes": 5, "num_heads": 3, "global_pool": "token", "class_token": True,
-                              "reg_tokens": 0}
+                              "reg_tokens": 0, "no_embed_class": False, "init_values": None}
     with pytest.raises(FormatError, match="3 heads and the model 12"):
         load_encoder(build_vit(), weights)
     model = load_model("timm:vit_tiny_patch16_224")

@@ -26,8 +26,9 @@ from common.distributed import print0
 from common.errors import UserError
 from common.filling import DECODER, load_model, require_fit
 from common.mae import DECODERS, MAE
-from common.pretrained import STEM, TABLE, read_weights, shape_config, vit_config
+from common.pretrained import read_weights
 from common.ranges import Float, Int
+from common.shapes import STEM, TABLE, shape_config, vit_config
 from common.vit import SIZES, eval_mode
 
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
@@ -69,7 +70,7 @@ def export_timm(model, folder, mean, std, class_names=None):
     if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
         raise UserError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
                         f"suit a model of {channels} channels and {classes} classes: give one for each, or none")
-    rebuilt = timm.create_model(architecture, **args)  # a model with layer scale or query norms is refused here
+    rebuilt = timm.create_model(architecture, **args)  # a model with query norms is refused here
     require_fit("the export", rebuilt.state_dict(), state)
 
     data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),

@@ -20,7 +20,7 @@ import numpy as np
 from appendix.features import add_arguments, add_execution, build_encoder, extract, settings_of
 from common import distributed, entry, options
 from common.augment import eval_transform
-from common.checkpoint import write_atomically
+from common.checkpoint import save_arrays
 from common.data import images_to_analyse
 from common.distributed import print0
 from common.errors import UserError
@@ -71,7 +71,7 @@ def main(args):
     read = np.setdiff1d(np.arange(len(images)), unreadable)
     arrays = {"features": values[read], "files": files[read], "unreadable": files[unreadable]}
     if distributed.is_main():
-        write_atomically(place, lambda file: np.savez_compressed(file, **arrays, about=about))
+        save_arrays(place, {**arrays, "about": about})
     values, unreadable = arrays["features"], arrays["unreadable"].tolist()
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")

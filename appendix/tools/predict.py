@@ -16,7 +16,7 @@ import torch
 
 from common import distributed, entry, options
 from common.augment import eval_transform
-from common.checkpoint import write_atomically
+from common.checkpoint import require_finite, write_atomically
 from common.distributed import print0
 from common.errors import UserError
 from common.files import list_images
@@ -109,6 +109,7 @@ def main(args):
     path = Path(args.output) / "predictions" / "predictions.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen, probabilities = predict(model, files, args, device)
+    require_finite(path, {"probability": probabilities})
     said = ["" if number is None else names[number] for number in chosen]
 
     truth = class_folders(files, args.data_path, weights.classes or ())

@@ -15,6 +15,7 @@ import torch
 
 from common import data, distributed, entry, options
 from common.augment import eval_transform
+from common.checkpoint import save_arrays
 from common.data import images_to_analyse, statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
@@ -124,7 +125,7 @@ def main(args):
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: ((x * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for name, x in (
         ("input", batch), ("visible", masked), ("predicted", predicted), ("predicted + visible", pasted))}
-    np.savez_compressed(folder / "reconstruction.npz", **arrays)
+    save_arrays(folder / "reconstruction.npz", arrays)
     undone = "norm_pix undone with the true patch's mean and contrast" if model.norm_pix else "raw pixels"
     draw(arrays, folder / "reconstruction.png", f"{model.config['mask_ratio']:.0%} of the patches removed; {undone}")
     print0(f"written to {folder / 'reconstruction.png'}: " + ", ".join(images.where(int(i)) for i in chosen))

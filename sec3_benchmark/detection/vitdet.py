@@ -103,9 +103,9 @@ class ViTBackbone(nn.Module):
         if not all(0 <= block < len(vit.blocks) for block in global_blocks):
             raise UserError(f"--global-blocks {list(global_blocks)}: the model has blocks 0 to {len(vit.blocks) - 1}")
         self.grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
-        self.position_grid, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
+        self.position_grid = vit.patch_embed.grid_size
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
-        self.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, prefix:].clone())  # (1, L, D), no class token
+        self.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, -math.prod(self.position_grid):].clone())  # (1, L, D)
         self.returned = [range(len(vit.blocks))[i] for i in returned]
         self.checkpointing = checkpointing
         for i, block in enumerate(self.blocks):

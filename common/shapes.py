@@ -1,0 +1,111 @@
+"""What the tensors of a ViT tell of it by their names and shapes, and its tables for another size or other channels."""
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models import adapt_input_conv
+
+from common.errors import FormatError
+from common.vit import SIZES, patch_grid
+
+STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
+TABLE = "relative_position_bias_table"
+# Arguments of build_vit that no command line has, and what the paper's ViT has there
+TOKENS = {"class_token": True, "reg_tokens": 0, "no_embed_class": False, "init_values": None}
+
+
+def vit_config(vit):
+    """The arguments of build_vit for a timm VisionTransformer; `model` is None where no size of ours is its."""
+    return shape_config(vit.state_dict(), img_size=list(vit.patch_embed.img_size), global_pool=vit.global_pool,
+                        num_heads=vit.blocks[0].attn.num_heads, no_embed_class=vit.no_embed_class)
+
+
+def shape_config(state, wanted=None, **known):
+    """The arguments of build_vit, or of MAE where there is a decoder, as far as shapes tell; `known` has precedence. A
+    `wanted` grid of patches is taken for the source's if its positions are as many.
+    """
+    width, in_chans, patch_size, _ = state[STEM].shape
+    depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(part)})
+                            for part in ("blocks.", "decoder_blocks."))
+    size = {"embed_dim": width, "depth": depth}
+    config = {"model": next((name for name in SIZES if SIZES[name] == size), None), "patch_size": patch_size,
+              "in_chans": in_chans}
+    if "decoder_embed.weight" in state:
+        return {**config, "decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": decoder_depth, **known}
+    class_token, registers = "cls_token" in state, state["reg_token"].shape[1] if "reg_token" in state else 0
+    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 0
+    return {**config, "num_classes": len(state.get("head.weight", ())), "class_token": class_token,
+            "reg_tokens": registers, "global_pool": "avg" if "fc_norm.weight" in state else "token",
+            "no_embed_class": only_patches(positions, class_token + registers, wanted),
+            "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None, **known}  # LayerScale
+
+
+def only_patches(positions, tokens, wanted=None):
+    """Whether so many positions are of patches alone (DeiT III), not of class token and registers too: they, and not
+    those without the other tokens, are as many as the `wanted` grid has, else as a square has.
+    """
+    for fits in (lambda count: wanted and count == math.prod(wanted), lambda count: square(count)[0] ** 2 == count):
+        if tokens and (fits(positions - tokens) or fits(positions)):
+            return not fits(positions - tokens)
+    return False
+
+
+def square(count):
+    """The largest square grid of at most so many patches."""
+    return (math.isqrt(max(count, 0)),) * 2
+
+
+def tokens_of(weights, model, img_size, patch_size):
+    """TOKENS as Weights have them, where they differ, for build_vit; {} for a model with relative positions."""
+    if weights is None or STEM not in weights.state or model not in SIZES:
+        return {}
+    config = weights.config or shape_config(weights.state, patch_grid(img_size, patch_size))
+    return {name: config[name] for name, usual in TOKENS.items() if config.get(name, usual) != usual}
+
+
+def source_grid(weights, wanted=None):
+    """How many of the source's positions are not of patches, and rows and columns of those that are: as its settings
+    say, else a square, else as `wanted`. A FormatError if none of these has as many, or both of the last two.
+    """
+    if "dist_token" in weights.state:
+        raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
+                          f"plain DeiT's weights")
+    config = weights.config or shape_config(weights.state, wanted)
+    prefix = 0 if config.get("no_embed_class") else config.get("class_token", True) + config.get("reg_tokens", 0)
+    count = weights.state["pos_embed"].shape[1] - prefix
+    grids = [patch_grid(config["img_size"], config["patch_size"])] if weights.config else [wanted, square(count)]
+    fitting = {grid for grid in grids if grid and math.prod(grid) == count}
+    if not fitting:
+        why = f"its grid is {grids[0]}" if weights.config else "no square, and no image size is in the file"
+        raise FormatError(f"{weights.source} has positions for {count} patches ({why}): give its --img-size, height "
+                          f"and width, or a file with settings")
+    if len(fitting) > 1:
+        raise FormatError(f"{weights.source} has positions for {count} patches, {grids[0]} or {grids[1]}, and does not "
+                          f"say which: let convert_checkpoint.py write its --img-size into a file, and give that one")
+    return prefix, fitting.pop()
+
+
+def fit_positions(name, weights, grid, notes):
+    """A table of positions of the source, (1, tokens, D), those of its patches resized to another grid, bicubic."""
+    table, (prefix, old) = weights.state[name], source_grid(weights, grid)
+    if not (weights.config or prefix) and "cls_token" in weights.state:
+        notes.append("class token taken to have no position")
+    if old == grid:
+        return table
+    notes.append(f"positions resized from {old[0]}x{old[1]} to {grid[0]}x{grid[1]}")
+    patches = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
+    return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def fit_channels(weight, in_chans, notes):
+    """The patch convolution (D, C, p, p) for other inputs: a grey image read as RGB gives the same, either way. From
+    C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
+    """
+    if weight.shape[1] == 1 and in_chans == 3:
+        notes.append("input channel shared out to 3")
+        return weight.repeat(1, 3, 1, 1) / 3
+    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # require_fit refuses what is still unequal
+        return weight
+    notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
+    return adapt_input_conv(in_chans, weight)
