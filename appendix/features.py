@@ -60,11 +60,14 @@ def build_encoder(args, device):
     if not args.init:
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
-    pool = "avg" if "fc_norm.weight" in weights.state else "token"  # a norm behind the mean: an averaging classifier
+    # a norm behind the mean: an averaging classifier; some have no class token, and their norm in front of the mean
+    pool = "avg" if "fc_norm.weight" in weights.state else "token" if "cls_token" in weights.state else ""
     args = options.settle(args, weights)
-    if pool == "avg" and args.pooling is None:
+    if pool != "token" and args.pooling is None:
         print0("as the weights say: --pooling avg")
-    if pool == "avg" and args.pooling == "token" and not args.layer:
+    if args.pooling == "token" and pool == "":
+        raise UserError(f"{args.init} has no class token: leave --pooling token out")
+    if args.pooling == "token" and pool == "avg" and not args.layer:
         raise UserError(f"{args.init} was fine-tuned on the mean of its patch tokens: leave --pooling token out, or "
                         f"take a block's output (--layer)")
     vit = build_model(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
@@ -73,7 +76,7 @@ def build_encoder(args, device):
     print0(load_encoder(vit, weights))
     if args.layer > len(vit.blocks):
         raise UserError(f"--layer {args.layer}: from 1 to {len(vit.blocks)}, the model's blocks, or 0")
-    return eval_mode(vit, device), weights.fingerprint, options.replaced(args, pooling=args.pooling or pool)
+    return eval_mode(vit, device), weights.fingerprint, options.replaced(args, pooling=args.pooling or pool or "avg")
 
 
 def features(vit, images, layer=0, pooling="token"):

@@ -14,3 +14,9 @@ class DataError(UserError):
 
 class FormatError(UserError):
     """Weights that cannot be read, are not understood or do not fit: says which, and what to do."""
+
+
+def listed(names):
+    """`2 (a, b)`: how many, and the first ten by name."""
+    shown = ", ".join([str(name) for name in names][:10]) + (", ..." if len(names) > 10 else "")
+    return f"{len(names)} ({shown})" if names else "0"

@@ -12,10 +12,10 @@ from timm.models.beit import Beit
 from torch import nn
 
 from common.distributed import print0
-from common.errors import FormatError
+from common.errors import FormatError, listed
 from common.mae import DECODERS, MAE
-from common.pretrained import Weights, listed, read_weights
-from common.shapes import STEM, TABLE, fit_channels, fit_positions, shape_config, source_grid
+from common.pretrained import Weights, read_weights
+from common.shapes import STEM, TABLE, fill, fit_channels, fit_positions, require_fit, shape_config, source_grid
 from common.vit import SIZES, build_model, pair, patch_grid
 
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
@@ -107,6 +107,10 @@ def check_kind(weights, vit):
     if theirs[2:] != ours[2:]:
         raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
                           f"pass --patch-size {theirs[2]}")
+    ways = [how_it_computes(one) for one in (weights.model, vit) if isinstance(one, VisionTransformer)]
+    if len(set(ways)) > 1:
+        raise FormatError(f"{weights.source} computes by {ways[0]}, the model by {ways[1]}: the shapes are equal, the "
+                          f"functions are not. Give other weights")
     relative, wanted = (any(name.endswith(TABLE) for name in state) for state in (weights.state, vit.state_dict()))
     if relative and not wanted:
         model = f"{name}_rpe" if "pos_embed" in weights.state else f"{name}_simmim"
@@ -116,6 +120,12 @@ def check_kind(weights, vit):
     if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
         raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
                           f"which cannot be resized: leave --img-size out")
+
+
+def how_it_computes(vit):
+    """What no tensor tells of a timm ViT: the first block's norm and activation, as torch writes them."""
+    block = vit.blocks[0]
+    return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
 
 
 def require_head(weights, target, keep_blocks):
@@ -145,18 +155,6 @@ def leading_blocks(state, k):
 
 
 # The model that weights came from
-
-def require_fit(source, target, state, missing=None, unexpected=None):
-    """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
-    missing = [name for name in target if name not in state] if missing is None else missing
-    unexpected = [name for name in state if name not in target] if unexpected is None else unexpected
-    shapes = [f"{name} {list(state[name].shape)} for {list(target[name].shape)}" for name in state
-              if name in target and state[name].shape != target[name].shape]
-    if missing or unexpected or shapes:
-        raise FormatError(f"{source} does not fit the model: missing {listed(missing)}, unexpected "
-                          f"{listed(unexpected)}, other shapes {listed(shapes)}. Compare size, patch size, channels, "
-                          f"classes and pooling")
-
 
 def load_model(source, **overrides):
     """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
@@ -198,9 +196,7 @@ def build_for(weights, given, notes):
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         if weights.config or state[name].shape != target[name].shape:  # else the size given is the file's own
             state[name] = fit_positions(name, weights, grid, notes)
-    require_fit(weights.source, target, state)
-    model.load_state_dict(state)
-    return model
+    return fill(model, state, weights.source)
 
 
 def resize_timm(vit, weights, img_size, notes):

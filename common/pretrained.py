@@ -23,7 +23,7 @@ from torch import nn
 from common.checkpoint import verify
 from common.data import channel_statistics
 from common.distributed import print0
-from common.errors import FormatError, UserError
+from common.errors import FormatError, UserError, listed
 from common.shapes import STEM, TABLE, vit_config
 from common.vit import MODELS
 
@@ -79,7 +79,7 @@ def problem(weights):
     if classes and "head.weight" in state and len(classes) != len(state["head.weight"]):
         return f"it names {len(classes)} classes and its head has {len(state['head.weight'])}: correct the names"
     try:
-        channel_statistics(*(len(images["mean"]), *map(images.get, ("mean", "std"))) if images else (3,))
+        channel_statistics(*(len(images["mean"]), images["mean"], images["std"]) if images else (3,))
     except (TypeError, KeyError, AttributeError, UserError):
         return f"its images have {images}, where a mean and a std should be, from 0 to 1 for each channel. Correct them"
     return None
@@ -165,12 +165,6 @@ def unwrap(content, source):
     if len(set(bare.values())) < len(bare):
         raise FormatError(f"{source} holds two models, one in a wrapper ({', '.join(WRAPPERS)}): save one of them")
     return {bare[name]: value for name, value in content.items()}
-
-
-def listed(names):
-    """`2 (a, b)`: how many, and the first ten by name."""
-    shown = ", ".join([str(name) for name in names][:10]) + (", ..." if len(names) > 10 else "")
-    return f"{len(names)} ({shown})" if names else "0"
 
 
 def read_file(path):

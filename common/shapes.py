@@ -1,11 +1,11 @@
-"""What the tensors of a ViT tell of it by their names and shapes, and its tables for another size or other channels."""
+"""What names and shapes of tensors tell of a ViT; whether they fit another, or can be made to: positions, channels."""
 import math
 
 import torch
 import torch.nn.functional as F
 from timm.models import adapt_input_conv
 
-from common.errors import FormatError
+from common.errors import FormatError, listed
 from common.vit import SIZES, patch_grid
 
 STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
@@ -109,3 +109,22 @@ def fit_channels(weight, in_chans, notes):
         return weight
     notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
     return adapt_input_conv(in_chans, weight)
+
+
+def require_fit(source, target, state, missing=None, unexpected=None):
+    """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
+    missing = [name for name in target if name not in state] if missing is None else missing
+    unexpected = [name for name in state if name not in target] if unexpected is None else unexpected
+    shapes = [f"{name} {list(state[name].shape)} for {list(target[name].shape)}" for name in state
+              if name in target and state[name].shape != target[name].shape]
+    if missing or unexpected or shapes:
+        raise FormatError(f"{source} does not fit the model: missing {listed(missing)}, unexpected "
+                          f"{listed(unexpected)}, other shapes {listed(shapes)}. Compare size, patch size, channels, "
+                          f"classes and pooling")
+
+
+def fill(model, state, source):
+    """Load a state that has all of a model's tensors and no others; return the model."""
+    require_fit(source, model.state_dict(), state)
+    model.load_state_dict(state)
+    return model

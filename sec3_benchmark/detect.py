@@ -23,7 +23,7 @@ from common.optim import adamw, learning_rate, steps_per_epoch
 from common.pretrained import Weights, own_config, read_file, read_weights
 from common.ranges import Float, Int
 from common.runs import open_run
-from common.shapes import tokens_of
+from common.shapes import fill, tokens_of
 from common.training import Method, compile_and_distribute, train
 from common.vit import SIZES, build_vit
 from sec3_benchmark.detection.average_precision import evaluator
@@ -143,11 +143,10 @@ class Detection(Method):
 def read_detector(source):
     """The Weights of a run of this script, heads and all; `config` holds BUILT_FROM and "detector_classes"."""
     content = read_file(Path(source))
-    config, state = own_config(content) or {}, content.get("model")
+    config, state = own_config(content) or {}, content.get("model") or {}
     if "detector_classes" not in config:
         raise FormatError(f"{source} is no detector: --eval-only takes the weights.pt of a run of detect.py")
-    return Weights(state, config, str(source), "detector", [],
-                   **{name: content.get(name) for name in ("statistics", "classes")})
+    return Weights(state, config, str(source), "detector", [], None, content.get("statistics"), content.get("classes"))
 
 
 def as_built(args, weights):
@@ -184,7 +183,7 @@ def evaluate_only(args, device):
         raise UserError(f"{args.init} knows {num_classes} categories and {val_set.name} has {len(val_set.classes)}")
     check_classes(weights, val_set)
     model = build_detector(args, num_classes)
-    model.load_state_dict(weights.state)
+    fill(model, weights.state, args.init)
     model = model.to(device)
     result = evaluator(model, val_set, args, device)()
     print_ap(result)

@@ -351,6 +351,23 @@ def test_weights_that_were_deleted_cannot_be_copied(tmp_path):
             pass
 
 
+@pytest.mark.parametrize(("file", "harm"), [
+    ("result.json", lambda raw: raw[:len(raw) // 2]), ("result.json", lambda raw: b""),
+    *(("result.json", lambda raw, text=text: text) for text in (b"{}", b"null", b"[]", b"3", b"\xff\xfe")),
+    ("weights.pt", lambda raw: raw[:len(raw) // 2]), ("weights.pt", lambda raw: b""),
+    ("weights.pt", lambda raw: raw.replace(b"weight", b"height", 1))])
+def test_a_damaged_result_is_said_and_made_again(tmp_path, capsys, file, harm):
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.finish({"top1": 1.0}, Tiny(2, 2))
+    path = run.folder / file
+    path.write_bytes(harm(path.read_bytes()))
+    with open_run("script", "name", run_settings(tmp_path), {}) as again:
+        assert again.result is None and f"{path} is damaged" in capsys.readouterr().out
+        again.finish({"top1": 2.0}, Tiny(2, 2))
+    with open_run("script", "name", run_settings(tmp_path), {}) as third:
+        assert third.result["top1"] == 2.0
+
+
 def test_fresh_leaves_no_trace(tmp_path):
     with open_run("script", "name", run_settings(tmp_path), {}) as run:
         run.log({"step": 1})

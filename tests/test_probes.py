@@ -251,6 +251,9 @@ def test_features_are_computed_once(mae_file, tmp_path, monkeypatch):
     features.cached_features(vit, "other weights", toy_images(), args, CPU)
     features.cached_features(vit, fingerprint, toy_images(5), args, CPU)
     assert len(calls) == 6
+    for path in (tmp_path / "features").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert torch.equal(features.cached_features(vit, fingerprint, toy_images(), args, CPU), first) and len(calls) == 7
 
 
 @pytest.mark.parametrize("script", [knn_probe, linear_probe])
