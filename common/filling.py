@@ -177,7 +177,7 @@ def load_model(source, **overrides):
         raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
                           f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
     model = weights.model or build_for(weights, given, notes)
-    if weights.model is not None and "img_size" in given:
+    if weights.model is not None and given.get("img_size") not in (None, config.get("img_size")):
         resize_timm(model, weights, given["img_size"], notes)
     if notes:
         print0(f"{source}: {'; '.join(dict.fromkeys(notes))}")

@@ -25,7 +25,6 @@ from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import FormatError, UserError, listed
 from common.shapes import STEM, TABLE, vit_config
-from common.vit import MODELS
 
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
 SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, without yacs
@@ -76,8 +75,9 @@ def problem(weights):
                 f"earlier checkpoint, or fetch it again")
     if wrong := [name for name, value in config.items() if name in SENSIBLE and not SENSIBLE[name](value)]:
         return f"its settings say {wrong[0]} = {config[wrong[0]]!r}, which no model has: the file was changed"
-    if classes and "head.weight" in state and len(classes) != len(state["head.weight"]):
-        return f"it names {len(classes)} classes and its head has {len(state['head.weight'])}: correct the names"
+    outputs = len(state.get("head.weight", ()))
+    if classes is not None and not (isinstance(classes, (list, tuple)) and outputs in (0, len(classes))):
+        return f"it names {str(classes)[:50]}, which is no name for each of its {outputs} classes: correct that"
     try:
         channel_statistics(*(len(images["mean"]), images["mean"], images["std"]) if images else (3,))
     except (TypeError, KeyError, AttributeError, UserError):
@@ -91,9 +91,10 @@ def whole(value, least=1):
 
 
 SENSIBLE = {  # what a setting must be, before anything is computed with it
-    "model": lambda value: value in (None, *MODELS),  # None: no size of ours
+    "model": lambda value: value is None or isinstance(value, str),  # None: no size of ours
     "img_size": lambda value: isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(map(whole, value)),
-    "global_pool": lambda value: isinstance(value, str), "mask_ratio": lambda value: isinstance(value, float | int),
+    "global_pool": lambda value: isinstance(value, str),
+    "mask_ratio": lambda value: isinstance(value, float | int) and 0 <= value <= 1,
     **dict.fromkeys(("num_classes", "reg_tokens"), partial(whole, least=0)),
     **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"), whole)}
 

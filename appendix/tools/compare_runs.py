@@ -19,7 +19,7 @@ from common.checkpoint import write_atomically
 from common.distributed import print0
 from common.errors import UserError
 from common.ranges import Float
-from common.runs import identity
+from common.runs import finished, identity
 
 ROWS = 30  # of a reference
 # What settings.json holds besides the settings that decide a run: its script, and what fingerprints tell
@@ -66,15 +66,14 @@ def read_run(folder):
 def write_reference(folder, path):
     """Keeps the run's log, thinned, with the evaluations and the last row."""
     about, rows = read_run(folder)
-    result = Path(folder) / "result.json"
-    if not result.exists():
+    result = finished(Path(folder))
+    if result is None:
         raise UserError(f"{folder} is not finished: the same command continues it")
-    environment = json.loads(result.read_text())["environment"]
     steps = list(losses_of(rows))
     steps = {*steps[::math.ceil(len(steps) / ROWS)], steps[-1]}
     kept = [{name: row[name] for name in ("step", "loss", "eval") if name in row} for row in rows
             if "eval" in row or row["step"] in steps]
-    lines = [json.dumps(line) for line in ({**about, "environment": environment}, *kept)]
+    lines = [json.dumps(line) for line in ({**about, "environment": result["environment"]}, *kept)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
     print0(f"{len(lines) - 1} rows written to {path}")

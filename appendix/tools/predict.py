@@ -37,7 +37,8 @@ def build_parser():
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
     parser.add_argument("--data-path", required=True, help="a folder, read with all that is below it, or one image")
     parser.add_argument("--num-heads", type=Int(1), help="only for a foreign file, which cannot say")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="positions are resized to it; default: as "
+                        "the file says, or as many positions make a square")
     parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: as the file says")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")

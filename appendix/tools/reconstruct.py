@@ -44,7 +44,8 @@ def build_parser():
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
     parser.add_argument("--decoder-heads", type=Int(1), help="only for a foreign file, which cannot say")
     parser.add_argument("--num-heads", type=Int(1), help="likewise")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="likewise, where it is not square")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="positions are resized to it; default: as "
+                        "the file says, or as many positions make a square")
     parser.add_argument("--raw-pixels", action="store_true", help="likewise: it predicts raw pixels")
     parser.add_argument("--mask-ratio", type=Float(0, 1),
                         help="share of patches removed; default: the file's, else 0.75")
