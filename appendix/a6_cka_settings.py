@@ -119,7 +119,7 @@ def draw_diagonals(arrays):
 def main(args):
     """Measure every variant, write and draw; return {"model: variant": CKA}, {} where this rank leaves."""
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "a6")
     else:
         if args.order == "authors" or args.models and len(args.models) < 2:
             raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
@@ -130,7 +130,7 @@ def main(args):
         arrays, variants = compare_variants(args, models, images)
         about = {"preset": args.preset, "data": args.data, "cut_off": args.cut_off, "variants": variants}
         study.save(args, "a6", arrays, about, describe(arrays))
-    study.save_picture(args, "a6", draw_diagonals(arrays))
+    report.draw_numbers(args, "a6", draw_diagonals, arrays)
     return arrays
 
 

@@ -8,7 +8,7 @@
 The first model is the reference; layers are compared with layers, whatever their widths. Which references the paper
 took is in no source that we read; it says that the structure stays the same. Writes b1.npz, .json, .md and b1.png.
 """
-from common import entry
+from common import entry, report
 from common.tables import Row
 from sec4_analysis import similarity, study
 
@@ -31,13 +31,13 @@ def rows_of(args):
 def main(args):
     """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "b1")
     else:
         models = study.load_all(args, study.models(args, rows_of(args), "b1"))
         arrays = similarity.compare(args, "b1", models)
         if arrays is None:
             return {}
-    study.save_picture(args, "b1", similarity.draw_heat_maps(arrays))
+    report.draw_numbers(args, "b1", similarity.draw_heat_maps, arrays)
     return arrays
 
 

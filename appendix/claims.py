@@ -10,7 +10,6 @@ those of the tables and figures, and are found if they are there. A claim is an 
 its interval and its verdict come about: appendix/evidence.py. One seed never gives a verdict. Writes claims.json, .md
 and draws claims.png; the figures of Section 4 for each seed lie beside them.
 """
-import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 from appendix import claim_runs, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN
 from common import distributed, entry, options, report, tables
-from common.errors import UserError
 from common.ranges import Int
 from sec3_benchmark import downstream
 
@@ -156,7 +154,7 @@ def table(rows):
 STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#888888", "s"), CONTRARY: (report.COLOURS[1], "X")}
 
 
-def draw_forest_plot(rows, path):
+def draw_forest_plot(rows):
     """Draw a line for each claim: its effect and interval, right of zero if the claim holds. Points of top-1 share an
     axis; each other measure is scaled to its own width, and its numbers stand at the right.
     """
@@ -166,7 +164,7 @@ def draw_forest_plot(rows, path):
                                    gridspec_kw={"height_ratios": [len(group) + 0.5 for group in groups]})
     for axis, group in zip(axes[:, 0], groups):
         draw_panel(axis, group)
-    figure.savefig(path)
+    return figure
 
 
 def draw_panel(axis, rows):
@@ -209,9 +207,6 @@ def conclusion(args, rows, sets):
 
 def main(args):
     """Runs what is needed, judges, writes claims.json and .md, draws claims.png; returns the rows."""
-    path = Path(args.from_numbers or Path(args.output) / "claims" / "claims.json")
-    if path.suffix != ".json":
-        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not args.from_numbers:
         distributed.start_process_group("cpu" if args.dry_run else args.device)
         claims = [claim for claim in CLAIMS if claim.key in args.claims]
@@ -222,15 +217,14 @@ def main(args):
             return []
         seeds, runs = measured
         rows = [judge(claim, seeds) for claim in claims]
-        report.write_text(path.parent, "claims", {
+        report.write_text(Path(args.output) / "claims", "claims", {
             "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
             "small_sets": sets, "rows": rows, "runs": runs},
             f"claims, {report.origin(args.preset, args.data)}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
     if not distributed.is_main():
         return []
-    rows = json.loads(path.read_text())["rows"]
-    draw_forest_plot(rows, path.with_suffix(".png"))
-    print(f"drawn: {path.with_suffix('.png')}")
+    rows = report.read_numbers(args.from_numbers or Path(args.output) / "claims" / "claims.json", "claims", "rows")
+    report.draw_numbers(args, "claims", draw_forest_plot, rows)
     return rows
 
 

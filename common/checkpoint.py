@@ -3,11 +3,13 @@
 A file is written completely or not at all, and a checkpoint is deleted only once newer ones are complete. Checkpoints
 hold tensors, numbers, strings, lists and dicts only, so that every file loads with `weights_only=True`.
 """
+import errno
 import json
 import os
 import time
 import uuid
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +22,51 @@ from common.errors import UserError
 KEEP = 2  # checkpoints per run: the newest, and the previous one in case the newest is damaged
 
 
+@contextmanager
+def explain_failed_write(path):
+    """Re-raise an OSError of this block as one that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some space there, or choose another folder" if full else "Choose another folder"
+        raise OSError(f"could not write {path}: {error.strerror or error}. {remedy}; a training continues from its "
+                      f"last whole checkpoint by the same command") from error
+
+
 def write_atomically(path, write):
     """Call write(file) on a temporary file in the same folder, flush it to disk, and rename it to path.
 
-    An error (a full disk, say) removes the temporary file and leaves an existing file at path untouched.
+    An error removes the temporary file and leaves an existing file at path untouched. Raises OSError with a remedy if
+    the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with explain_failed_write(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def save_torch(path, content):
-    """Write a torch file atomically. Raises OSError with a remedy if it cannot be written."""
-    try:
-        write_atomically(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        raise OSError(f"could not write {path}: {error}. Free some space there or choose another --output; "
-                      f"the same command continues from the last whole checkpoint.") from error
+    """Write a torch file atomically, as `write_atomically` does."""
+    def write(file):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides a write that failed behind one of its own
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    write_atomically(path, write)
 
 
 def save_json(path, content):
@@ -83,8 +100,6 @@ def steps_saved(folder):
 def save_step(folder, step, state):
     """Write step-<step>.pt, then delete all checkpoints but the newest `KEEP`."""
     folder = Path(folder)
-    for leftover in folder.glob(".step-*.tmp"):  # from a process that was killed while saving
-        leftover.unlink(missing_ok=True)
     save_torch(folder / f"step-{step:08d}.pt", state)
     for old in steps_saved(folder)[KEEP:]:
         (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)

@@ -56,15 +56,16 @@ def stop_process_group():
         dist.destroy_process_group()
 
 
-def abort(text):
-    """Print the text to stderr and end this process with exit code 1.
+def abort(text=""):
+    """Print the text, if any, to stderr and end this process with exit code 1.
 
     One of several ranks exits at once, without destroying the group; torchrun then ends the others. Destroying it could
     deadlock: nccl would wait for ranks that are waiting for this one.
     """
     if world_size() == 1:
-        raise SystemExit(text)
-    print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
+        raise SystemExit(text or 1)
+    if text:
+        print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

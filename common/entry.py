@@ -1,4 +1,5 @@
 """Where every script starts: settings, signals, and errors that the user can mend as one line."""
+import io
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 from common import distributed, options
 from common.distributed import print0
 from common.errors import STOPPED, UserError
+from common.machine import explain_troubles
+from common.watch import hang_up, stop_signals
 
 
 def run_script(main, parser, *presets_and_recipes, parse=options.parse):
@@ -18,24 +21,41 @@ def run_script(main, parser, *presets_and_recipes, parse=options.parse):
     with errors_in_one_line(parser.prog):
         args = parse(parser, *presets_and_recipes)
         if "RANK" not in os.environ:  # a rank could not obey without the others
-            exit_on(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            exit_on_stop_signals()
         announce(parser, args)
         result = main(args)
         if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
 
 
-def exit_on(*signals):
-    """Exit with STOPPED at these signals: the same command continues. A training has handlers of its own."""
-    for number in signals:
-        signal.signal(number, lambda *_: sys.exit(STOPPED))
+def exit_on_stop_signals():
+    """Exit with STOPPED at any of them: the same command continues. A training has handlers of its own."""
+    def stop(number, frame):
+        if number == signal.SIGHUP:
+            hang_up()
+        os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
+        sys.exit(STOPPED)
+    for number in stop_signals():
+        signal.signal(number, stop)
 
 
 @contextmanager
 def errors_in_one_line(prog):
     """End what the user can mend in one line instead of a traceback; end loading processes and the process group."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding does not have
     try:
-        yield
+        try:
+            with explain_troubles():
+                yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # as of `| head`, which wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more as it flushes
+        distributed.abort()
+    except KeyboardInterrupt:
+        distributed.abort(f"{prog}: interrupted; the same command goes on")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         text = str(error).strip()
         if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message

@@ -6,8 +6,10 @@ times, where single threads just share the cores.
 """
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+from contextlib import suppress
 
 from common.errors import STOPPED
 
@@ -65,10 +67,13 @@ def start(name, function, arguments, ended):
     there.close()
 
     def pass_on():
-        with os.fdopen(os.dup(here.fileno()), errors="replace") as lines:
+        with suppress(BrokenPipeError), os.fdopen(os.dup(here.fileno()), encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if line.strip():
                     print(f"[{name}] {line.rstrip()}", flush=True)
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
+                print(f"[{name}] was killed, most likely for want of memory: pass a smaller --jobs", flush=True)
         here.close()
         process.join()
         ended.release()
@@ -78,7 +83,7 @@ def start(name, function, arguments, ended):
 
 def call(pipe, function, arguments):
     """In the new process: what it prints goes to the one that started it."""
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(pipe.fileno(), stream.fileno())
-    sys.stdout.reconfigure(line_buffering=True)
+    for number in (1, 2):
+        os.dup2(pipe.fileno(), number)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     function(*arguments)

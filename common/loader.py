@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from common.errors import UserError
 from common.images import DataError, UnreadableImage
+from common.machine import SHARED_MEMORY
 
 HOST = ("index", "bad", "host_")  # how the keys of a batch begin that stay on the CPU. Other uint8 tensors are images
-SHARED_MEMORY = "/dev/shm"  # through which loading processes hand over their batches
 
 
 def seed_everything(use, *key):
@@ -96,7 +96,7 @@ def outlive_signals(worker):
     """A stop signal to the whole job is the main process's business: it finishes its step with these workers, which
     ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay half a minute more.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
@@ -112,23 +112,15 @@ def default_workers(workers, device):
     return min(32, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
 
 
-class Loader(DataLoader):
-    """A DataLoader whose troubles with its loading processes end in one line that names the remedy."""
-
-    def __iter__(self):
-        with explain_workers():
-            yield from super().__iter__()
-
-
 def data_loader(views, batches, workers, device):
     """Read `batches`, lists of keys, in their order; images stay uint8. A transform may bring its own `collate`."""
     workers, ahead = default_workers(workers, device), None
     if workers:
         first, batches = peek(batches)
         workers, ahead = affordable(views, first, workers)
-    return Loader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-                  collate_fn=Collate(getattr(views.transform, "collate", default_collate)),
-                  worker_init_fn=outlive_signals, prefetch_factor=ahead)
+    return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+                      collate_fn=Collate(getattr(views.transform, "collate", default_collate)),
+                      worker_init_fn=outlive_signals, prefetch_factor=ahead)
 
 
 def peek(batches):
@@ -183,32 +175,6 @@ def open_files(needed):
         if limit < needed:
             raise UserError(f"{limit} files may be open at once and the loading processes need {needed}: raise the "
                             f"limit (ulimit -n {needed}), or pass a smaller --workers")
-
-
-TROUBLES = {  # what PyTorch or the system say -> what it means
-    "Bus error": "shared memory ran full",
-    "shared memory": "shared memory ran full",
-    "No space left": "shared memory ran full",
-    "ancdata": "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
-    "Too many open files": "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
-    "killed by signal": "a loading process was killed, most likely for want of memory: pass a smaller --workers, or "
-                        "--keep-decoded 0",
-    "Cannot allocate memory": "a loading process could not be started for want of memory: pass a smaller --workers, or "
-                              "--keep-decoded 0",
-}
-FULL = f": free some of {SHARED_MEMORY}, give the container more (docker run --shm-size=16g), or pass --workers 0"
-
-
-@contextmanager
-def explain_workers():
-    """Turn an error about loading processes into one that says what to do."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        for sign, meaning in TROUBLES.items():
-            if sign in str(error):
-                raise UserError(meaning + FULL * meaning.endswith("full")) from error
-        raise
 
 
 def to_device(batch, device, mean, std):

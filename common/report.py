@@ -1,18 +1,28 @@
 """Tables as JSON and Markdown, with published numbers beside ours, and the common style of the figures."""
 import json
+import os
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from common.checkpoint import save_json, write_atomically
 from common.distributed import is_main, print0
-from common.runs import environment
+from common.errors import UserError
+from common.machine import environment
 
 # The palette of Okabe and Ito, distinguishable for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def subplots(rows=1, columns=1, *, figsize, **settings):
-    """Create a figure and its axes in the common style. pyplot does not register it, so it need not be closed."""
+    """Create a figure and its axes in the common style. pyplot does not register it, so it need not be closed.
+
+    matplotlib is imported where something is drawn, after this: it would fail if the environment named the backend of a
+    notebook, which a shell inherits from it and need not be installed here.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({
@@ -22,7 +32,77 @@ def subplots(rows=1, columns=1, *, figsize, **settings):
     return figure, figure.subplots(rows, columns, **settings)
 
 
+def save_figure(figure, path):
+    """Write a figure as a picture of the kind that the path's suffix names, completely or not at all."""
+    write_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
+
+
+@contextmanager
+def only_a_picture(path, numbers=None):
+    """Draw in this block. Results do not depend on it: if it fails, print one line and go on.
+
+    numbers: a file that was given to be drawn, which then is the reason. Raises UserError.
+    """
+    try:
+        yield
+    except Exception as error:  # matplotlib's may be of any kind
+        why = f"({type(error).__name__}: {' '.join(str(error).split())})"
+        if numbers and not isinstance(error, OSError):
+            raise UserError(f"--from-numbers {numbers}: this figure cannot be drawn from it {why}") from None
+        if numbers:
+            raise
+        print0(f"warning: {path} was not drawn {why}")
+
+
+def draw_numbers(args, item, draw, content):
+    """Draw the figure `draw(content)` as <item>.png beside the numbers that it shows. If that fails, a file given by
+    --from-numbers is called unfit by a UserError; otherwise one line says so, for the numbers are written.
+    """
+    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json").with_suffix(".png")
+    with only_a_picture(path, args.from_numbers):
+        save_figure(draw(content), path)
+        print0(f"drawn: {path}")
+
+
+def read_numbers(path, item, key=None):
+    """Return the content of a file that the script of a figure has written: {name: array} of an .npz, or what stands
+    under `key` in a .json. Raises UserError for any other file.
+    """
+    kind = ".json" if key else ".npz"
+    unfit = f"--from-numbers {path}: give the {kind} that this script wrote"
+    if Path(path).suffix != kind:
+        raise UserError(unfit)
+    try:
+        content = json.loads(Path(path).read_bytes()) if key else read_arrays(path)
+    except FileNotFoundError:
+        raise UserError(f"--from-numbers {path}: no such file") from None
+    except Exception as error:  # damaged bytes can raise any exception
+        raise UserError(f"{unfit}; it cannot be read ({type(error).__name__}: {error})") from None
+    whose = str(content.pop("item", item)) if isinstance(content, dict) else None
+    numbers = whose == item and (content.get(key) if key else content)
+    if not numbers:
+        raise UserError(f"{unfit}; this one holds {whose if whose and whose != item else 'nothing of the kind'}")
+    return numbers
+
+
+def read_arrays(path):
+    """Return the {name: array} of an .npz and, as "item", whose they are, where it or the .json beside it says so."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    about = Path(path).with_suffix(".json")
+    if "item" not in arrays and about.is_file():
+        arrays["item"] = json.loads(about.read_bytes())["item"]
+    return arrays
+
+
 def draw_curve(log_path, path):
+    """Draw what a run's log.jsonl has, if that can be done."""
+    if is_main():
+        with only_a_picture(path):
+            curve(log_path, path)
+
+
+def curve(log_path, path):
     """Plot training loss, learning rate and evaluations (if any) of a log.jsonl over epochs; saves the image."""
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
@@ -37,7 +117,7 @@ def draw_curve(log_path, path):
         measure = next(iter(evals[0]["eval"]))  # the first is the main one
         axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
         axes[2].set(xlabel="epoch", ylabel={"top1": "top-1", "box_ap": "box AP"}.get(measure, measure) + " on val (%)")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def mean_std(values) -> str:

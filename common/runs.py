@@ -7,23 +7,19 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
-import shlex
 import shutil
 import socket
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
-from common import distributed
-from common.checkpoint import save_json, save_torch, verify, write_atomically
+from common import distributed, report
+from common.checkpoint import explain_failed_write, save_json, save_torch, verify, write_atomically
 from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.options import EXECUTION, ROOT
+from common.machine import environment
+from common.options import EXECUTION
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
 # Not in the hash: what is read enters by content (its fingerprint), and `preset` names values that enter themselves
@@ -47,18 +43,6 @@ def settings_hash(settings, fingerprints):
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def environment():
-    """What a result should say about where it was made."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # no path of this machine
-    versions = {name: getattr(sys.modules.get(name), "__version__", None)
-                for name in ("torch", "torchvision", "timm", "numpy")}
-    return {"python": platform.python_version(), **versions, "gpu": gpu,
-            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", str(script), *sys.argv[1:]])}
-
-
 class Run:
     """An open run. On ranks other than 0 writing does nothing."""
 
@@ -70,12 +54,8 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl."""
         if distributed.is_main():
-            try:
-                with open(self.log_path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise OSError(f"could not write {self.log_path}: {error}. Free some space there; the same command "
-                              f"continues from the last checkpoint") from error
+            with explain_failed_write(self.log_path), open(self.log_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def log_size(self):
         """Bytes."""
@@ -86,8 +66,11 @@ class Run:
         resumes from, so that its log reads like an uninterrupted one.
         """
         if distributed.is_main() and self.log_size():
-            kept = self.log_path.read_bytes()[:size]  # less after a power failure, perhaps half a row
-            os.truncate(self.log_path, kept.rfind(b"\n") + 1)
+            rows = self.log_path.read_bytes()
+            whole = rows[:size].rfind(b"\n") + 1
+            if whole < size or not rows.endswith(b"\n"):
+                print0(f"{self.log_path} was cut off, as by a power failure: its last row, not whole, is removed")
+            os.truncate(self.log_path, whole)
 
     def weights(self, model):
         """The content of a file of weights: all that is needed to use them elsewhere."""
@@ -96,14 +79,16 @@ class Run:
                 "statistics": channel_statistics(*(self.settings[name] for name in ("in_chans", "mean", "std")))}
 
     def finish(self, result, model):
-        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before."""
+        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before. The
+        picture comes last, so that it costs nothing where it cannot be drawn.
+        """
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
             save_torch(self.folder / WEIGHTS, self.weights(model))
             save_json(self.folder / "result.json", {**result, "environment": environment()})
-            for path in self.folder.glob("step-*.pt"):
-                path.unlink()
+            remove_leftovers(self.folder, "step-*.pt")
         deliver(result, self.save_to)
+        report.draw_curve(self.log_path, self.folder / "curve.png")
         distributed.barrier()
         return result
 
@@ -163,6 +148,14 @@ def open_run(script, name, args, fingerprints, no_identity=()):
             lock.close()
 
 
+def remove_leftovers(folder, *patterns):
+    """Removes files of these patterns, and what a process that was killed while it wrote a file left of it."""
+    for pattern in (*patterns, ".*.tmp"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):  # a finished run may lie where nothing can be written
+                path.unlink()
+
+
 def finished(folder):
     """The result of a finished run, else None, also where its result or its weights are damaged, which is said. The
     folder may have moved since, and the weights may be gone.
@@ -211,6 +204,7 @@ def _lock(folder):
 def _prepare(folder, fresh, settings):
     """Makes and locks the folder; the lock, to be closed, and the result of a finished run, which needs no lock."""
     if not fresh and (result := finished(folder)):
+        remove_leftovers(folder, "step-*.pt")
         return None, result
     lock = _lock(folder)
     os.register_at_fork(after_in_child=lock.close)  # else loading processes hold it for seconds after a kill -9
@@ -224,5 +218,6 @@ def _prepare(folder, fresh, settings):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     if result := finished(folder):  # by another process, meanwhile
         return lock, result
+    remove_leftovers(folder)
     save_json(folder / "settings.json", settings)
     return lock, None

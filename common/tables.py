@@ -6,7 +6,6 @@
 as far as the script knows them, then `--set`; later words win. `--dry-run` prints the lines and runs nothing.
 """
 import shlex
-import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -210,7 +209,7 @@ def run_ahead(rows, args, script, at_once):
 def train_rows(rows, seed, args, script):
     """What one of these processes does. What fails is met again, and said, by the table itself."""
     with entry.errors_in_one_line(script):
-        entry.exit_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        entry.exit_on_stop_signals()
         done = {}
         for row in rows:
             with suppress(HubError):

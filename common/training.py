@@ -5,7 +5,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import distributed, report
+from common import distributed
 from common.checkpoint import Snapshot, save_torch
 from common.data import statistics
 from common.distributed import print0
@@ -217,8 +217,6 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 evaluate_and_log(snapshot, stop, evaluate, per_epoch)
                 method.model.train()
     guard.raise_if_bad()
-    if distributed.is_main():
-        report.draw_curve(run.log_path, run.folder / "curve.png")
     return {**speed(snapshot.seconds(), total * args.batch_size), "bad_images": len(bad_images.all_ranks()),
             "last": progress["last"], "best": progress["best"]}
 

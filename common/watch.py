@@ -31,6 +31,24 @@ def progress(items, what, total=None, **how):
             line.update(1 if keys is None else len(item["index"]))
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def stop_signals():
+    """Return the signals at which to save and stop; not that of a closed terminal where nohup has it ignored."""
+    return [number for number in STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def hang_up():
+    """After the terminal was closed: drop what is printed to it from now on, as writing there fails."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"\n")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 class StopSignals:
     """Context manager: the first stop signal sets `received`, which the loop reads at the end of each step.
 
@@ -38,17 +56,17 @@ class StopSignals:
     twice, once directly and once from the launcher.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, run, progress, total):
         self.run, self.progress, self.total = run, progress, total
 
     def __enter__(self):
         self.received, self.at, self.immediate = False, 0.0, False
-        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.before = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def _handle(self, number, frame):
+        if number == signal.SIGHUP:
+            hang_up()
         if self.received and time.monotonic() > self.at + 3:
             raise KeyboardInterrupt
         if not self.received:
@@ -233,8 +251,11 @@ class BadImages:
 
 
 def out_of_memory(error):
-    """Return whether an error reports exhausted memory; on a CPU torch has no own class for it, only its message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Return whether an error reports that this process, not one that loads for it, has exhausted the memory; on a CPU
+    torch has no own class for it, only its message.
+    """
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in message and "DataLoader" not in message
 
 
 @contextmanager

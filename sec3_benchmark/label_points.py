@@ -1,8 +1,6 @@
 """Labels for the points of a scatter plot that overlap neither each other nor the points nor the axes' border."""
 import math
 
-from matplotlib.transforms import Bbox
-
 # Candidate positions of a label: distances from its point in points (1/72 inch), and number of directions
 DISTANCES, DIRECTIONS = (5, 9, 14, 20, 27, 35, 45, 60), 16
 
@@ -18,6 +16,7 @@ def label_points(axes, points, size=6.5):
     figure.draw_without_rendering()  # performs the layout, so that positions are final
     pixel, frame = figure.dpi / 72, axes.get_window_extent()
     centres = [axes.transData.transform(point[:2]) for point in points]
+    from matplotlib.transforms import Bbox
     taken = [Bbox.from_bounds(x - 3 * pixel, y - 3 * pixel, 6 * pixel, 6 * pixel) for x, y in centres]
     texts = []
     for x, y, name, colour in points:

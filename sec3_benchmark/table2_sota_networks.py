@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.ticker import LogLocator
 
 from common import distributed, entry, options, report
 from common.distributed import print0
@@ -200,6 +199,7 @@ def draw(table, path):
     rows = [row for row in json.loads(Path(table).read_text())["rows"]
             if "images_per_second" in row["measured"] and row["published"]["top1"] is not None]
     figure, axes = report.subplots(figsize=(7, 5))
+    from matplotlib.ticker import LogLocator
     groups = {"other networks": ("o", lambda row: not row["ours"] and DISTILLED not in row["marks"]),
               f"{DISTILLED} trained with distillation": ("s", lambda row: DISTILLED in row["marks"]),
               "ViT-Tiny, 12 heads": ("D", lambda row: row["ours"])}
@@ -216,7 +216,7 @@ def draw(table, path):
     axes.margins(0.12)
     figure.legend(loc="outside upper center", ncols=len(groups))
     label_points(axes, points)
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def main(args):
@@ -239,7 +239,8 @@ def main(args):
     report.write_text(folder, "table2", {"item": "table2", "preset": args.preset, "rows": rows,
                                          "protocol": protocol(args, device), "notes": NOTES}, text)
     if distributed.is_main():
-        draw(folder / "table2.json", folder / "table2.png")
+        with report.only_a_picture(picture := folder / "table2.png"):
+            draw(folder / "table2.json", picture)
     return rows
 
 

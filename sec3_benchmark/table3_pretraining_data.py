@@ -152,7 +152,7 @@ def draw(table, path):
     axes.set(xticks=range(len(parts)), xticklabels=[NAMES[part] for part in parts], xlabel="pre-training data",
              ylabel="top-1 after fine-tuning on all (%)", xlim=(-0.4, len(parts) - 0.6))
     axes.legend()
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def main(args):
@@ -168,7 +168,8 @@ def main(args):
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."
     table = report.write_table("table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
     if distributed.is_main():
-        draw(table, table.with_suffix(".png"))
+        with report.only_a_picture(picture := table.with_suffix(".png")):
+            draw(table, picture)
     return rows
 
 

@@ -69,7 +69,7 @@ def draw(table, path):
     figure, axes = report.subplots(1, 2, figsize=(7.2, 3.4))
     panel(axes[0], "published", gaps(rows, published), official, colours)
     panel(axes[1], f"measured, {table['preset']}", gaps(rows, measured), ours, colours)
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def panel(axis, heading, gap, sizes, colours):
@@ -110,7 +110,8 @@ def main(args):
     table = report.write_table("table4", args, downstream.columns(names), rows,
                                notes=[about, *given, NOTES[args.preset]])
     if is_main():
-        draw(table, table.with_suffix(".png"))
+        with report.only_a_picture(picture := table.with_suffix(".png")):
+            draw(table, picture)
     return rows
 
 

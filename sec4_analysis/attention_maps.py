@@ -158,7 +158,7 @@ def main(args):
     if args.picture and not args.models:
         raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "attention_maps")
     else:
         models = study.load_all(args, study.models(args, ROWS, "attention_maps"))
         images = one_picture(args, models) if args.picture else study.images(args, models)
@@ -174,7 +174,7 @@ def main(args):
             arrays["query"] = np.array(args.query)
         about = study.about(args, models, images, image=args.image, query=args.query)
         study.save(args, "attention_maps", arrays, about, describe(arrays))
-    study.save_picture(args, "attention_maps", draw_maps(arrays))
+    report.draw_numbers(args, "attention_maps", draw_maps, arrays)
     return arrays
 
 

@@ -8,7 +8,7 @@ The paper's claim (Section 4.1): MAE-Tiny is like DeiT-Tiny in low layers and un
 like it nearly everywhere. Index 0, called the patch embedding, is the first norm1 output, as in the authors' script.
 Writes fig1.npz, .json, .md, and draws fig1.png from the first.
 """
-from common import entry
+from common import entry, report
 from sec4_analysis import similarity, study
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
@@ -21,13 +21,13 @@ def build_parser():
 def main(args):
     """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "fig1")
     else:
         models = study.load_all(args, study.models(args, ROWS, "fig1"))
         arrays = similarity.compare(args, "fig1", models)
         if arrays is None:
             return {}
-    study.save_picture(args, "fig1", similarity.draw_heat_maps(arrays))
+    report.draw_numbers(args, "fig1", similarity.draw_heat_maps, arrays)
     return arrays
 
 

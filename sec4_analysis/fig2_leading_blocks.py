@@ -8,7 +8,7 @@
 The paper's claim (Section 4.1): a few leading blocks give the gain already; further ones add little for MAE and harm
 MoCo-v3. Writes fig2.json, .md and draws fig2.png from the first.
 """
-from common import entry, options
+from common import entry, options, report
 from common.distributed import is_main
 from sec4_analysis import leading_blocks, study
 
@@ -29,14 +29,14 @@ def panels(args):
 def main(args):
     """Run, write and draw; return the points {"method", "k", "top1" for each seed, ...}, [] where this rank leaves."""
     if args.from_numbers:
-        points = leading_blocks.read(args.from_numbers)
+        points = report.read_numbers(args.from_numbers, "fig2", "points")
     else:
         study.prepare(args, "fig2")
         points = leading_blocks.run_points(args, panels(args), "fig2")
         if args.dry_run or not is_main():
             return []
         leading_blocks.save(args, "fig2", points)
-    study.save_picture(args, "fig2", leading_blocks.draw_accuracies(points))
+    report.draw_numbers(args, "fig2", leading_blocks.draw_accuracies, points)
     return points
 
 

@@ -12,9 +12,6 @@ below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fi
 """
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 
 from common import entry, report
 from sec4_analysis import fourier, study
@@ -67,6 +64,7 @@ def draw_amplitudes(arrays):
                                    sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
     for (name, array), (style, colour) in zip(arrays.items(), study.line_styles()):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
+    from matplotlib import cm, colormaps, colors
     last = next(iter(arrays.values()))[1, 0, -1]
     axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"at {last:.2f} π")
     axes[0].legend(fontsize=8)
@@ -75,7 +73,7 @@ def draw_amplitudes(arrays):
             panel.plot(frequencies, values, color=colormaps["viridis"](0.9 * point / (array.shape[1] - 1)),
                        linewidth=1)
         panel.set(title=name, xlabel="frequency (π)")
-    scale = ScalarMappable(Normalize(0, 1 / 0.9), "viridis")
+    scale = cm.ScalarMappable(colors.Normalize(0, 1 / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
     bar.set_ticklabels(["first", "last"])
     return figure
@@ -87,7 +85,7 @@ def main(args):
     {} where this rank leaves.
     """
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "fig3")
     else:
         models = study.load_all(args, study.models(args, ROWS, "fig3"))
         images = study.images(args, models)
@@ -98,7 +96,7 @@ def main(args):
         about = study.about(args, models, images, first=args.first, sub_blocks=args.sub_blocks)
         study.save(args, "fig3", arrays, about, f"delta log amplitude at the last frequency of the diagonal; point 0 "
                    f"is after patch embedding, {args.first.replace('-', ' ')}\n\n{table(arrays)}")
-    study.save_picture(args, "fig3", draw_amplitudes(arrays))
+    report.draw_numbers(args, "fig3", draw_amplitudes, arrays)
     return arrays
 
 

@@ -12,7 +12,7 @@ there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes
 """
 import shlex
 
-from common import entry, options
+from common import entry, options, report
 from common.distributed import is_main
 from common.errors import UserError
 from sec3_benchmark import downstream
@@ -43,14 +43,14 @@ def main(args):
     [] where this rank leaves.
     """
     if args.from_numbers:
-        points = leading_blocks.read(args.from_numbers)
+        points = report.read_numbers(args.from_numbers, "fig4", "points")
     else:
         study.prepare(args, "fig4")  # first: ranks wait for the one that downloads the sets
         points = leading_blocks.run_points(args, panels(args), "fig4")
         if args.dry_run or not is_main():
             return []
         leading_blocks.save(args, "fig4", points)
-    study.save_picture(args, "fig4", leading_blocks.draw_accuracies(points))
+    report.draw_numbers(args, "fig4", leading_blocks.draw_accuracies, points)
     return points
 
 

@@ -97,7 +97,7 @@ def draw_box_plots(arrays):
 def main(args):
     """Measure, write and draw; return {model: (distance and entropy, layers, heads + 1)}, {} where this rank leaves."""
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "fig5")
     else:
         models = study.load_all(args, study.models(args, ROWS, "fig5"))
         images = study.images(args, models)
@@ -107,7 +107,7 @@ def main(args):
                   for name, model, batches in study.each_model(args, models, images)}
         about = study.about(args, models, images, distance_unit=args.distance_unit, keep_prefix=args.keep_prefix)
         study.save(args, "fig5", arrays, about, describe(arrays, args.distance_unit))
-    study.save_picture(args, "fig5", draw_box_plots(arrays))
+    report.draw_numbers(args, "fig5", draw_box_plots, arrays)
     return arrays
 
 

@@ -4,7 +4,6 @@ The first k blocks are kept, with patch embedding, class token and positions; ev
 the whole is trained. k = 0 keeps nothing, so it is training from scratch and the same for every method. No source that
 we read has the authors' code or numbers for these figures, so none stand beside ours.
 """
-import json
 import shlex
 from pathlib import Path
 
@@ -142,10 +141,3 @@ def save(args, item, points):
     text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
     report.write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data,
                                                        "seeds": args.seeds, "points": points}, text)
-
-
-def read(path):
-    """Return the points that `save` has written to a .json file."""
-    if Path(path).suffix != ".json":
-        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
-    return json.loads(Path(path).read_text())["points"]

@@ -5,7 +5,7 @@ are trained here if they are not there yet. Every model sees the same validation
 rank analyses; under torchrun the others only help to train.
 
 A figure's `main` calls these in turn: `models`, `load_all`, `images`; its measure on `each_model`; `about` and `save`;
-then it draws. With --from-numbers, `read` stands for all but the drawing.
+then it draws. With --from-numbers, `report.read_numbers` stands for all but the drawing.
 """
 from itertools import cycle
 from pathlib import Path
@@ -86,7 +86,7 @@ def given_models(args, words=()):
     models = options.named(args.models, "--models")
     if next(iter(models.values())) in words:
         raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
-    if taken := {"file", "allow_pickle"} & models.keys():  # savez's own arguments
+    if taken := {"file", "allow_pickle", "item"} & models.keys():  # in the .npz
         raise UserError(f"--models {taken.pop()}=...: choose another name")
     for name, checkpoint in models.items():
         somewhere_else = checkpoint in words or checkpoint.startswith("timm:")
@@ -218,24 +218,9 @@ def about(args, models, images, **settings):
 def save(args, item, arrays, about, text):
     """Write {name: array} as <item>.npz, what is known about them as .json, and the text, Markdown, as .md."""
     folder = Path(args.output) / item
-    save_arrays(folder / f"{item}.npz", arrays)
+    save_arrays(folder / f"{item}.npz", {**arrays, "item": np.array(item)})
     where = report.origin(args.preset, args.data) if args.preset else args.data
     report.write_text(folder, item, {"item": item, **about}, f"{item}, {where}: {text}")
-
-
-def read(path):
-    """Return the {name: array} that `save` has written to an .npz file."""
-    if Path(path).suffix != ".npz":
-        raise UserError(f"--from-numbers {path}: give the .npz that this script wrote")
-    with np.load(path) as file:
-        return dict(file)
-
-
-def save_picture(args, item, figure):
-    """Write a matplotlib figure as <item>.png beside the numbers that it shows."""
-    path = Path(args.from_numbers or Path(args.output) / item / f"{item}.npz").with_suffix(".png")
-    figure.savefig(path)
-    print0(f"drawn: {path}")
 
 
 def line_styles():

@@ -10,7 +10,7 @@ The paper's claim (Section 5): the teacher's layers are alike to the supervised 
 the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
-from common import entry, tables
+from common import entry, report, tables
 from common.tables import Row
 from sec4_analysis import similarity, study
 from sec5_distill import pretrain_dmae
@@ -40,14 +40,14 @@ def teacher_heads(args):
 def main(args):
     """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
     if args.from_numbers:
-        arrays = study.read(args.from_numbers)
+        arrays = report.read_numbers(args.from_numbers, "fig6")
     else:
         checkpoints = study.models(args, (), "fig6") if args.models else own_models(args)
         models = study.load_all(args, checkpoints, teacher_heads(args))
         arrays = similarity.compare(args, "fig6", models)
         if arrays is None:
             return {}
-    study.save_picture(args, "fig6", similarity.draw_heat_maps(arrays))
+    report.draw_numbers(args, "fig6", similarity.draw_heat_maps, arrays)
     return arrays
 
 

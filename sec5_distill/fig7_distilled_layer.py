@@ -69,7 +69,7 @@ COLUMNS = {
 }
 
 
-def draw(rows, path):
+def draw(rows):
     """Bars of top-1 and of the time of a step, a dot for each seed. The axis of top-1 is cut: differences are small."""
     names = [row["name"] for row in rows]
     figure, axes = report.subplots(1, 2, figsize=(2.4 + 0.75 * len(rows), 2.8))
@@ -87,14 +87,11 @@ def draw(rows, path):
     margin = 0.3 * (max(values) - min(values)) + 0.2
     axes[0].set(ylabel="top-1 (%), axis cut", ylim=(max(0, min(values) - margin), max(values) + margin))
     axes[1].set(ylabel="s per step of pre-training", ylim=(0, 1.15 * axes[1].get_ylim()[1]))
-    figure.savefig(path)
+    return figure
 
 
 def main(args):
     """Runs, writes fig7.json and .md, draws fig7.png from the json; returns the rows."""
-    path = Path(args.from_numbers or Path(args.output) / "fig7" / "fig7.json")
-    if path.suffix != ".json":
-        raise UserError(f"--from-numbers {path}: give the .json that this script wrote")
     if not args.from_numbers:
         rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
         every = [row_of(layer, args.preset) for layer in LAYERS]  # so that --set knows the scripts of each
@@ -106,9 +103,8 @@ def main(args):
                            notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
     if not is_main():
         return []
-    rows = json.loads(path.read_text())["rows"]
-    draw(rows, path.with_suffix(".png"))
-    print(f"drawn: {path.with_suffix('.png')}")
+    rows = report.read_numbers(args.from_numbers or Path(args.output) / "fig7" / "fig7.json", "fig7", "rows")
+    report.draw_numbers(args, "fig7", draw, rows)
     return rows
 
 

@@ -15,6 +15,7 @@ from common.augment import pretrain_transform
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
 from common.loader import Views, data_loader, step_batches
+from common.machine import explain_troubles
 from common.memory import DecodedImages, free_memory, keep_decoded
 
 CPU = torch.device("cpu")
@@ -135,14 +136,26 @@ def test_the_limit_of_open_files_is_raised_or_said(monkeypatch):
 @pytest.mark.parametrize(("said", "meant"), [
     ("DataLoader worker (pid 7) is killed by signal: Bus error. ", "shared memory ran full.*--workers 0"),
     ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device", "shared memory ran full"),
+    ("unable to write to file </torch_7_12>: No space left on device (28)", "shared memory ran full"),
     ("received 0 items of ancdata", "ulimit -n"),
-    ("DataLoader worker (pid 7) is killed by signal: Killed. ", "want of memory.*--keep-decoded 0"),
+    ("DataLoader worker (pid 7) is killed by signal: Killed. ", "was killed.*want of memory.*--keep-decoded 0"),
+    ("DataLoader worker (pid(s) 7) exited unexpectedly", "was killed.*want of memory"),
+    ("Caught RuntimeError in DataLoader worker process 0.\nx\nRuntimeError: can't allocate memory: you tried",
+     "loading process failed for want of memory"),
+    ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "crashed: --workers 0"),
 ])
 def test_troubles_of_loading_processes_are_explained(said, meant):
-    with pytest.raises(UserError, match=meant), loader.explain_workers():
+    with pytest.raises(UserError, match=meant), explain_troubles():
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="something else"), loader.explain_workers():
-        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), OSError(28, "No space left on device", "/data/x"),
+                                   RuntimeError("out of resource: shared memory, Required: 100, Hardware limit: 64")])
+def test_other_troubles_are_not_taken_for_them(error):
+    """A full disk, say, or a GPU's own shared memory."""
+    with pytest.raises(type(error)) as raised, explain_troubles():
+        raise error
+    assert raised.value is error
 
 
 PRIVATE = """

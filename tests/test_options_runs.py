@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed, entry, loader, options, runs, scripts
+from common import distributed, entry, loader, options, report, runs, scripts
 from common.errors import UserError
 from common.runs import open_run, settings_hash
 from sec3_benchmark import detect, finetune, pretrain_mae, pretrain_mocov3
@@ -326,6 +326,52 @@ def test_a_finished_run_is_reused_wherever_it_was_moved(tmp_path, capsys):
     assert copy.read_bytes() == Path(again.result["checkpoint"]).read_bytes()
     assert json.loads((again.folder / "result.json").read_text())["environment"]["torch"] == torch.__version__
     assert "finished: reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path, finished):
+    """Of files half written, and of a finished run the checkpoints; an unfinished one keeps those."""
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        run.log({"step": 1})
+        if finished:
+            run.finish({"top1": 1.0}, Tiny(2, 2))
+    before = {path.name for path in run.folder.iterdir()}
+    steps = {"step-00000001.pt", "step-00000002.pt"}
+    for name in (".best.pt.12ab.tmp", ".weights.pt.12ab.tmp", ".step-00000003.pt.12ab.tmp", *steps):
+        (run.folder / name).write_bytes(b"half")
+    with open_run("script", "name", run_settings(tmp_path), {}):
+        assert {path.name for path in run.folder.iterdir()} == before | (set() if finished else steps)
+
+
+@pytest.mark.parametrize(("checkpoint", "content", "kept", "said"), [
+    ("a\nb\n", "a\nb\nc\n", "a\nb\n", False),  # the checkpoint's rows, and one after it
+    ("a\nb\n", "a\nb\nc", "a\nb\n", True),
+    ("a\nbcd\n", "a\nbc", "a\n", True),  # of the checkpoint's own rows one was lost
+    ("", "{half", "", True),
+    ("a\n", "a\n", "a\n", False),
+])
+def test_a_log_that_was_cut_off_is_repaired_and_said(tmp_path, capsys, checkpoint, content, kept, said):
+    run = runs.Run(tmp_path, {})
+    run.log_path.write_text(content)
+    run.cut_log(len(checkpoint))
+    assert run.log_path.read_text() == kept
+    assert (str(run.log_path) in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("trouble", ["no rows", "matplotlib", "full disk"])
+def test_a_picture_that_fails_costs_no_weights(tmp_path, capsys, monkeypatch, trouble):
+    def failing(*_, **__):
+        raise OSError(28, "No space left on device") if trouble == "full disk" else ValueError("Key backend: no such")
+    with open_run("script", "name", run_settings(tmp_path), {}) as run:
+        if trouble == "no rows":
+            run.log_path.write_text("no row at all\n")
+        else:
+            run.log({"step": 1, "epoch": 1, "lr": 1.0, "loss": 1.0})
+            monkeypatch.setattr(report, "subplots" if trouble == "matplotlib" else "write_atomically", failing)
+        run.finish({"top1": 1.0}, Tiny(2, 2))
+    assert runs.finished(run.folder)["top1"] == 1.0 and torch.load(run.folder / "weights.pt", weights_only=True)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "curve.png" in line]
+    assert line.startswith("warning: ")
 
 
 def test_many_may_reuse_a_finished_run_at_once(tmp_path):

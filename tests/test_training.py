@@ -252,13 +252,6 @@ def test_no_flipped_bit_is_loaded_or_stops_the_search(tmp_path):
                 assert f"{tmp_path} is damaged" in str(error) and "delete it" in str(error)
 
 
-def test_what_a_killed_save_left_is_cleared_away(tmp_path):
-    leftover = tmp_path / ".step-00000002.pt.123.tmp"
-    leftover.write_bytes(b"half a checkpoint")
-    fit_until(3, tmp_path, settings())
-    assert not leftover.exists()
-
-
 @contextmanager
 def full_disk(free=500):
     """No file can grow beyond `free` bytes: writing fails as it does on a full disk, for C++ code as well."""
@@ -277,6 +270,17 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         checkpoint.save_torch(path, {"model": torch.arange(1000)})
     assert_same(torch.load(path, weights_only=True), saved)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+                                   PermissionError(13, "Permission denied")])
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error):
+    """PyTorch says that a loading process was killed whatever the main one is doing, so while it saves too."""
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error).__mro__[-3]) as raised:
+        checkpoint.save_torch(tmp_path / "best.pt", {})
+    assert "space" not in str(raised.value) and str(error.args[-1]) in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):

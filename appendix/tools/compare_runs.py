@@ -111,7 +111,7 @@ def draw(curves, path):
         axis.set_title(name, fontsize=7)
         axis.set(xlabel="step", ylabel="training loss")
     axes.flat[0].legend()
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def matching(args):

@@ -24,7 +24,7 @@ from common.loader import seed_everything
 from common.mae import take
 from common.pretrained import read_weights
 from common.ranges import Float, Int
-from common.report import subplots
+from common.report import save_figure, subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
 
@@ -100,7 +100,7 @@ def draw(arrays, path, title):
             axes[row, column].imshow(visible(images[row]), cmap="gray", vmin=0, vmax=1)
             axes[row, column].axis("off")
     figure.suptitle(title, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 @torch.inference_mode()

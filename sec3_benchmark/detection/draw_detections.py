@@ -24,8 +24,9 @@ def detect_and_draw(model, images, args, device, folder):
     numbers, picture = Path(folder) / "predictions.json", Path(folder) / "predictions.png"
     numbers.parent.mkdir(parents=True, exist_ok=True)
     save_json(numbers, detect_all(model, few, args, device))
-    draw_detections(few, numbers, picture)
-    print0(f"drawn: {picture}")
+    with report.only_a_picture(picture):
+        draw_detections(few, numbers, picture)
+        print0(f"drawn: {picture}")
 
 
 def draw_detections(images, found, path):
@@ -44,7 +45,7 @@ def draw_detections(images, found, path):
                                      (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
             overlay(axis, to_pillow(image), entries, images.categories)
             axis.set_title(title, fontsize=7)
-    figure.savefig(path)
+    report.save_figure(figure, path)
 
 
 def overlay(axis, image, entries, categories):
