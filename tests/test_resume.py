@@ -6,8 +6,10 @@ The models are the demo preset's, on 48 images of noise; a checkpoint follows ea
 import fcntl
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 from common import options
@@ -23,9 +26,10 @@ from common.checkpoint import load_newest
 from common.errors import UserError
 from sec3_benchmark import pretrain_mae
 from tests.helpers import assert_same, log_rows
-from tests.processes import ROOT, WAIT, assert_nearly_the_same, said, start, start_ranks
+from tests.processes import ENVIRONMENT, ROOT, WAIT, assert_nearly_the_same, said, start, start_ranks
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")  # as in the job script of appendix/runs.md
 TOTAL = 24
 
 RUNS = {  # script, and what is added to `command`
@@ -159,7 +163,7 @@ def assert_stopped_and_saved(code, output):
 def test_each_signal_saves_and_leaves_with_75(data, untouched, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         stops = {number: pool.submit(signalled, data, tmp_path / number.name, number, os.kill)
-                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
     for number, stop in stops.items():
         assert_stopped_and_saved(stop.result(), tmp_path / number.name)
     output = tmp_path / "SIGUSR1"
@@ -180,6 +184,69 @@ def test_a_signal_before_the_training_leaves_with_75_too(data, tmp_path):
 def test_a_signal_to_the_whole_group_does_the_same(data, tmp_path, number):
     """As a scheduler sends it, or a terminal: the loading processes get it too."""
     assert_stopped_and_saved(signalled(data, tmp_path, number, os.killpg), tmp_path)
+
+
+FAKE = {  # what stands in for a cluster's commands: srun hands signals on, as the real one does
+    "srun": """trap 'kill -USR1 $task' USR1
+"$@" & task=$!
+while kill -0 $task 2>/dev/null; do wait $task; done
+""",
+    "torchrun": """trap 'echo saved >> said; exit 1' USR1
+echo "$@" > words
+while true; do sleep 0.05; done
+""",
+    "scontrol": "[ $1 = show ] && echo node1 || echo $1 >> said\n"}
+
+
+def test_the_job_script_signals_its_own_torchrun_and_queues_itself_again(tmp_path):
+    """A process of another job, with the same words, is left alone."""
+    [script] = re.findall(r"^#!/bin/bash\n.*?(?=^```)", (ROOT / "appendix" / "runs.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "job.sh").write_text(script)
+    for name, body in FAKE.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}")
+        (tmp_path / name).chmod(0o755)
+    other = subprocess.Popen([sys.executable, "-c", "input()", "-u", "sec3_benchmark/pretrain_mae.py"],
+                             stdin=subprocess.PIPE)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "IMAGENET": "i", "SCRATCH": "s", "SLURM_JOB_ID": "1"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env={**os.environ, **environment})
+    end = time.monotonic() + 30
+    while not (tmp_path / "words").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(30)
+    assert (tmp_path / "said").read_text().split() == ["saved", "requeue"] and other.poll() is None
+    other.kill()
+    known = torch.distributed.run.get_args_parser().parse_args((tmp_path / "words").read_text().split())
+    assert known.signals_to_handle.split(",") == ["SIGTERM", "SIGINT", "SIGUSR1"] and known.nnodes == "2"
+
+
+TALKS = r"""
+import argparse, sys, time
+from common import entry, options, report
+def main(args):
+    report.save_figure(report.subplots(figsize=(1, 1))[0], "picture.png")
+    print("78.0 \u00b1 0.1 of \u732b", flush=True)
+    while True:
+        time.sleep(0.01)
+        print("more" if sys.argv[1] == "talk" else "", end="", flush=True)
+entry.run_script(main, options.make_parser("toy"), {}, parse=lambda parser, presets: argparse.Namespace())
+"""
+
+
+def test_odd_terminals_cost_no_traceback(tmp_path):
+    """Output in ASCII, a notebook's backend for pictures; then `| head` closes the pipe, or Ctrl-C comes, or both."""
+    odd = {**ENVIRONMENT, "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
+           "MPLBACKEND": "module://no_such_backend"}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=odd)
+    talks, waits = (subprocess.Popen([sys.executable, "-c", TALKS, word], **pipe) for word in ("talk", "wait"))
+    for process in (talks, waits):
+        assert process.stdout.readline().startswith(b"78.0 \\xb1 0.1 of \\u732b"), process.stderr.read()
+    talks.stdout.close()
+    assert talks.wait(30) == 1 and talks.stderr.read() == b""
+    waits.send_signal(signal.SIGINT)
+    assert waits.wait(30) == 75 and len(waits.stderr.read().splitlines()) == 1
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Two ranks
@@ -255,7 +322,7 @@ def test_two_ranks_stop_together_and_equal_one_process(data, untouched, tmp_path
     launched = command(data, tmp_path, *run, launcher=TORCHRUN)
     launcher, first = start(launched, tmp_path), newest(tmp_path)
     wait_for_step(first + 1, launcher, tmp_path)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(30) != 0 and first < newest(tmp_path) < TOTAL
     assert said(tmp_path).count("stopped by a signal") == 2 and f"after step {newest(tmp_path)} of" in said(tmp_path)
 
