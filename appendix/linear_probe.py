@@ -83,7 +83,8 @@ def fit_probe(probe, view_of, labels, args):
     optimizer = make_optimizer(probe.parameters(), args.recipe)
     N, steps = len(labels), len(labels) // args.batch_size
     if not steps:
-        raise UserError(f"{N} training images, fewer than one batch of {args.batch_size}: lower --batch-size")
+        raise UserError(f"{N} training images, fewer than one batch of {args.batch_size}: lower "
+                        f"--batch-size, and raise --base-lr, which is multiplied by the batch")
     for step in progress(range(args.epochs * steps), "training the probe", unit="step"):
         epoch, first = step // steps, step % steps * args.batch_size
         if first == 0:

@@ -8,6 +8,7 @@
 #   IMAGES="--num-images 500"                           A.6 and B.1, where val/ has fewer than 1,024 images
 #   SWEEP="--dataset-path ROOT --dataset NAME"          A.4; outside the demo it is left out without
 #   LAUNCH="torchrun --nproc-per-node=8"                several GPUs
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && sed -n '2,/^\[/s/^#//p' "$0" && exit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}

@@ -90,7 +90,8 @@ def all_images(root, in_chans):
 def load_images(args):
     """The images to pre-train on: labels are not needed, nor a validation set."""
     if args.data == "imagenet" and args.data_path and not (Path(args.data_path) / "train").is_dir():
-        raise DataError(f"{args.data_path}/train is not a folder; --data folder pre-trains on any tree of images")
+        raise DataError(f"{args.data_path}/train is not a folder; --data folder --preset small pre-trains "
+                        f"on any tree of images")
     if args.data in ("folder", "imagenet") and args.data_path:
         return image_tree(args.data_path, args.in_chans)
     return load_sets(args, splits=("train",))[0]

@@ -63,9 +63,9 @@ def abort(text=""):
     deadlock: nccl would wait for ranks that are waiting for this one.
     """
     if world_size() == 1:
-        raise SystemExit(text or 1)
+        raise SystemExit(printable(text) or 1)
     if text:
-        print(f"rank {rank()}: {text}", file=sys.stderr, flush=True)
+        print(f"rank {rank()}: {printable(text)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -84,10 +84,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def printable(text) -> str:
+    """Write what a terminal would obey, or cannot show, as escapes: a file name may hold any character."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if is_main():
-        print(*args, **kwargs, flush=True)
+        print(*map(printable, args), **kwargs, flush=True)
 
 
 @cache

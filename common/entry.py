@@ -73,14 +73,17 @@ def errors_in_one_line(prog):
 
 
 def announce(parser, args):
-    """Print the preset and what differs from the defaults, which are the paper's values."""
-    usual = options.defaults(parser)
+    """Print the preset and what differs from the defaults: of a stage these are the paper's values, while a table has
+    only few settings of its own.
+    """
+    usual, is_table = options.defaults(parser), "given" in args
     changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
     if changed.pop("preset", None):
-        network = {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
-                   if name in changed or name in usual and getattr(args, name) is None}
+        network = {} if is_table else {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
+                                       if name in changed or name in usual and getattr(args, name) is None}
         words = options.words({**network, **changed})
-        print0(" ".join([f"# preset {args.preset}:", *words, "(else the paper's values)"]))
+        rest = "each stage prints its own settings" if is_table else "else the paper's values"
+        print0(" ".join([f"# preset {args.preset}:", *words, f"({rest})"]))
 
 
 def check_clone():

@@ -21,16 +21,19 @@ def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_l
 def steps_per_epoch(images, batch_size) -> int:
     """Return the number of full batches in an epoch. Raises UserError if there is none."""
     if len(images) < batch_size:
-        small = ", or pass --preset small, which is made for such a set" if batch_size > 512 else ""
-        raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: lower "
-                        f"--batch-size, say to {len(images) // 8 * 2 or 1}{small}")
+        small = "pass --preset small, which is made for such a set, or " if batch_size > 512 else ""
+        batch = len(images) // 8 * 2 or 1
+        raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: {small}lower "
+                        f"--batch-size, say to {batch}, and raise a --base-lr, which is multiplied by the batch: as it "
+                        f"is the peak rate would fall to {batch / batch_size:.2g} of what it was")
     return len(images) // batch_size
 
 
 def describe_epoch(images, batch_size) -> str:
     """Describe an epoch in words: images, steps, and how many images an incomplete batch leaves out."""
     left = len(images) % batch_size
-    hint = f" ({left} images sit out each epoch: lower --batch-size)" if left > 0.1 * len(images) else ""
+    hint = f" ({left} images sit out each epoch: lower --batch-size, raise --base-lr)" \
+        if left > 0.1 * len(images) else ""
     return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint}"
 
 

@@ -54,7 +54,7 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl."""
         if distributed.is_main():
-            with explain_failed_write(self.log_path), open(self.log_path, "a") as file:
+            with explain_failed_write(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def log_size(self):
@@ -180,7 +180,7 @@ def _lock(folder):
     told = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")
+        lock = open(folder / "lock", "a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):

@@ -5,6 +5,7 @@
 `{previous}` is the weights that the line before left. Behind a row's words come those of the table's own command line,
 as far as the script knows them, then `--set`; later words win. `--dry-run` prints the lines and runs nothing.
 """
+import argparse
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -73,6 +74,9 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     """Return a table's settings. `given` holds those on the command line, which every script of a row takes that knows
     them; `own` are the table's alone, although a script has a setting of that name.
     """
+    for action in parser._actions:
+        if action.dest == "save_to":
+            action.help = argparse.SUPPRESS
     given = options.given(parser, argv)
     if given.get("save_to"):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
@@ -117,10 +121,10 @@ def run_row(row, seed, args, done, started_from=()):
         script, words = words_of(line, args, seed, previous)
         key = (script, *words)
         if key not in done:
-            done[key] = print_line(script, words, key in started_from, args) if args.dry_run else \
-                scripts.run(script, words)
+            done[key] = {**print_line(script, words, key in started_from, args), "row": row.name} if args.dry_run \
+                else scripts.run(script, words)
         elif args.dry_run:
-            print0(f"# {Path(script).name}: as above")
+            print0(f"# {Path(script).name}: as above, in row {done[key]['row']}")
         results.append(done[key])
         previous = done[key]["checkpoint"]
     return results
@@ -233,6 +237,10 @@ def check_rows(rows, to_run, args):
         for line in row.lines:
             script, words = words_of(line, args, args.seeds[0])
             settings = vars(scripts.settings_of(script, words))
+            if PREVIOUS in line and settings["init"] != PREVIOUS:
+                raise UserError(f"{row.name} starts from the weights that its line before leaves: --set "
+                                f"{Path(script).stem}.init has no place there; --rows leaves the row out, and "
+                                f"{script} starts from any weights")
             reads.add(getattr(scripts.module_of(script), "READS", None))
             for source in filter(None, (settings.get("init"), settings.get("teacher"))):
                 anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: it is trained too

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, distributed
-from common.distributed import print0
+from common.distributed import print0, printable
 from common.errors import STOPPED, DataError
 
 BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
@@ -241,9 +241,10 @@ class BadImages:
             return
         self.known |= new
         path = self.run.folder / f"bad_images-rank{distributed.rank()}.txt"
-        path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n")
+        path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n",
+                        encoding="utf-8", errors="surrogateescape")  # names as they are, also where they are no UTF-8
         names = ", ".join(str(self.images.where(index)) for index in sorted(new))
-        print(f"unreadable and replaced: {names}", flush=True)  # every rank prints: each reads other images
+        print(printable(f"unreadable and replaced: {names}"), flush=True)  # every rank prints: each reads other images
         share = len(self.known) / len(self.images)  # this rank alone: after some epochs it has read all
         if share > BAD_LIMIT:
             raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: "

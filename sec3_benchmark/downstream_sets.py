@@ -89,12 +89,12 @@ def inat18(root, train, download):
     categories.json.
     """
     folder = Path(root) / "inat2018"
-    annotations = json.loads((folder / "train2018.json").read_text())
+    annotations = json.loads((folder / "train2018.json").read_bytes())
     ids = dict.fromkeys(entry["category_id"] for entry in annotations["annotations"])
     labels = {category: label for label, category in enumerate(ids)}
-    names = {entry["id"]: entry["name"] for entry in json.loads((folder / "categories.json").read_text())}
+    names = {entry["id"]: entry["name"] for entry in json.loads((folder / "categories.json").read_bytes())}
     if not train:
-        annotations = json.loads((folder / "val2018.json").read_text())
+        annotations = json.loads((folder / "val2018.json").read_bytes())
     files = {entry["id"]: str(folder / entry["file_name"]) for entry in annotations["images"]}
     pairs = [(files[entry["image_id"]], labels[entry["category_id"]]) for entry in annotations["annotations"]]
     return *zip(*pairs), [names[category] for category in ids]

@@ -53,7 +53,7 @@ def top1(best, labels):
 def read_real(path):
     """Read real.json: a list of lists of correct classes, at index image number - 1. Raises DataError."""
     try:
-        lists = json.loads(Path(path).read_text())
+        lists = json.loads(Path(path).read_bytes())
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is no json ({error}): give real.json of the ReaL labels") from None
     if not isinstance(lists, list) or not all(isinstance(classes, list) for classes in lists):

@@ -9,6 +9,7 @@
 #                                                       if there are any
 #   TABLE2="--preset paper --imagenet DIR --checkpoints ROW=FILE"              Table 2, which does not train; TABLE3="--in21k DIR"
 #   LAUNCH="torchrun --nproc-per-node=8"                several GPUs
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && sed -n '2,/^\[/s/^#//p' "$0" && exit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}

@@ -141,7 +141,7 @@ def draw(labels, counts, seed):
 def read_list(path):
     """Paths, each with the class's folder in it, of a list in either official form."""
     names = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         match = LINE.fullmatch(line.strip())
         if line.strip() and not match:
             raise DataError(f"{path}, line {number}: {line.strip()[:80]!r} is neither n01440764_10043.JPEG nor "

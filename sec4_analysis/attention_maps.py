@@ -12,9 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.patches import Rectangle
 
 from common import entry, report
 from common.distributed import is_main
@@ -139,7 +136,9 @@ def draw_maps(arrays):
             panel.set_title(f"{name}\n{asked(arrays)}" if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "magma"), ax=axes, ticks=[0, 1], aspect=40, pad=0.01)
+    from matplotlib import cm, colors
+    scale = cm.ScalarMappable(colors.Normalize(0, 1), "magma")
+    bar = figure.colorbar(scale, ax=axes, ticks=[0, 1], aspect=40, pad=0.01)
     bar.set_ticklabels(["0", "max"])
     return figure
 
@@ -147,6 +146,7 @@ def draw_maps(arrays):
 def mark_patch(panel, query, size):
     """Draw a square around the query patch (row, column) of patches of this size, in the panel's pixels."""
     row, column = query * size - 0.5  # the first pixel's centre is at 0
+    from matplotlib.patches import Rectangle
     panel.add_patch(Rectangle((column, row), size[1], size[0], fill=False, edgecolor="cyan", linewidth=1.2))
 
 

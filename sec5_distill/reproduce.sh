@@ -7,6 +7,7 @@
 #   IMAGES="--num-images 500"                           Figure 6, where val/ has fewer than 1,024 images
 #   TRANSFER="--dataset-path ROOT --datasets NAME ..."  Table 5; outside the demo it is left out without
 #   LAUNCH="torchrun --nproc-per-node=8"                several GPUs
+[[ " $* " == *" --help "* || " $* " == *" -h "* ]] && sed -n '2,/^\[/s/^#//p' "$0" && exit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${LAUNCH:-python}

@@ -94,7 +94,7 @@ def test_any_tree_of_images_serves_to_pretrain(tmp_path):
 def test_imagenet_is_pretrained_on_its_train_folder_alone(tmp_path):
     """Else the validation images of a root with other names would be trained on."""
     make_tree(tmp_path, "imagenet_train/a/1.png", "imagenet_val/a/2.png")
-    with pytest.raises(DataError, match=f"{tmp_path}/train is not a folder; --data folder"):
+    with pytest.raises(DataError, match=f"{tmp_path}/train is not a folder; --data folder --preset small"):
         load_images(arguments(data="imagenet", data_path=str(tmp_path)))
 
 

@@ -1,9 +1,12 @@
 """appendix/tools/data_statistics.py against NumPy on all pixels at once."""
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from appendix.tools import data_statistics
+from common.data import channel_statistics
 from common.errors import UserError
 from tests.helpers import settings_of
 
@@ -37,7 +40,7 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     Image.new("RGB", (8, 8), (51, 102, 255)).save(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "2.png").write_bytes(b"not an image")
     result = run(tmp_path / "a", tmp_path)
-    assert result["mean"] == pytest.approx([0.2, 0.4, 1.0]) and result["std"] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert result["mean"] == pytest.approx([0.2, 0.4, 1.0])
     assert result["unreadable"] == [str(tmp_path / "a" / "2.png")]
     unreadable = tmp_path / "out" / "data_statistics" / "unreadable.txt"
     [line] = unreadable.read_text().splitlines()
@@ -48,6 +51,20 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
         with pytest.raises(UserError):
             run(tmp_path / place, tmp_path)
         assert not unreadable.exists()
+
+
+@pytest.mark.parametrize("levels", [[7, 7], [0, 0], [255, 255], [7, 9]])
+def test_what_is_printed_is_accepted_when_pasted_back(tmp_path, capsys, levels):
+    """Also of channels that are the same everywhere, by whose deviation nothing can be divided."""
+    (tmp_path / "a").mkdir()
+    for i, level in enumerate(levels):
+        Image.new("RGB", (8, 8), (level, 30 * i, 255)).save(tmp_path / "a" / f"{i}.png")
+    run(tmp_path / "a", tmp_path)
+    out = capsys.readouterr().out
+    words = re.search(r"--mean .*--std [\d. ]+", out)[0].split()
+    mean, std = [float(word) for word in words[1:4]], [float(word) for word in words[5:]]
+    assert channel_statistics(3, mean, std) == {"mean": mean, "std": std} and min(std) > 0
+    assert out.count("everywhere") == 2 - (levels[0] != levels[1]) and std[2] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -207,6 +207,30 @@ def test_unsafe_reading_is_noticed(source):
     assert unsafe(source) and not unsafe("torch.load(p, weights_only=True), np.load(q), json.load(r)")
 
 
+def unfit_for_odd_machines(source):
+    """A module-level import of matplotlib, which fails under a backend that is not installed; text written in whatever
+    encoding the machine has.
+    """
+    tree = ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node):
+            yield ast.unparse(node)
+    for node in ast.walk(tree):
+        called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+        mode = ast.unparse(node.args[1]).strip("'") if called == "open" and len(node.args) > 1 else ""
+        writes = mode and "b" not in mode and mode[0] in "aw" or called == "write_text" and node.args[:1] == node.args
+        if writes and "encoding" not in [keyword.arg for keyword in node.keywords]:
+            yield ast.unparse(node)
+
+
+def test_any_backend_and_any_encoding_will_do():
+    assert findings(lambda path: unfit_for_odd_machines(path.read_text())) == {}
+    for source in ("import matplotlib.cm", "from matplotlib import cm", "p.write_text('x')", "open(p, 'a+')"):
+        assert list(unfit_for_odd_machines(source))
+    for source in ("def f():\n    import matplotlib", "p.write_text('x', encoding='u8')", "open(p, 'wb')", "open(p)"):
+        assert not list(unfit_for_odd_machines(source))
+
+
 def test_nothing_touches_the_search_path(tmp_path):
     """Scripts find `common` because the clone is installed, or because PYTHONPATH says so."""
     assert findings(search_path_edits, ALL) == {}
@@ -227,6 +251,9 @@ def test_the_pipelines_run_every_table_and_figure(section, tmp_path):
         lines = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
         return {name.split("/")[1]: words.split() for name, words in lines.items()}, done.stderr
 
+    done = subprocess.run(["bash", str(ROOT / section / "reproduce.sh"), "--help"], text=True, capture_output=True,
+                          timeout=5, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    assert f"bash {section}/reproduce.sh" in done.stdout and "LAUNCH=" in done.stdout and "set -e" not in done.stdout
     items = {path.name for path in (ROOT / section).glob("*.py") if re.match(r"(table|fig|a|b)\d", path.name)}
     scripts, left_out = ran()
     assert items - {"a5_detection_settings.py"} <= set(scripts) and not left_out

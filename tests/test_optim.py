@@ -168,5 +168,6 @@ def test_adamw_equals_the_textbook():
 def test_an_epoch_says_how_many_images_sit_out():
     def said(images, batch_size):
         return optim.describe_epoch(range(images), batch_size)
-    assert said(186, 128) == "186 images, 1 steps per epoch (58 images sit out each epoch: lower --batch-size)"
+    assert said(186, 128) == ("186 images, 1 steps per epoch (58 images sit out each epoch: lower --batch-size, raise "
+                              "--base-lr)")
     assert said(1000, 64) == "1000 images, 15 steps per epoch"  # 4 %

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed, entry, loader, options, report, runs, scripts
+from common import distributed, entry, loader, options, report, runs, scripts, tables
 from common.errors import UserError
 from common.runs import open_run, settings_hash
 from sec3_benchmark import detect, finetune, pretrain_mae, pretrain_mocov3
@@ -111,6 +111,23 @@ def test_the_preset_and_what_differs_from_the_paper_is_printed(capsys):
     assert "beta2" not in printed
     entry.announce(parser, options.parse(parser, pretrain_mae.PRESETS, argv=["--data-path", "D"]))
     assert capsys.readouterr().out == "# preset paper: --data-path D (else the paper's values)\n"
+
+
+@pytest.mark.parametrize("script", ["sec3_benchmark/table1_pretraining_methods.py", "appendix/claims.py",
+                                    "sec4_analysis/fig1_layer_similarity.py"])
+def test_a_table_announces_and_offers_only_what_is_its_own(script, capsys):
+    """No image size, which belongs to its stages, and no --save-to, as it makes many weights."""
+    module = scripts.module_of(script)
+    parser = module.build_parser()
+    parse = getattr(module, "study", tables).parse
+    entry.announce(parser, parse(parser, ["--seed" + "s" * ("fig" not in script), "3"]))
+    assert "--img-size" not in (said := capsys.readouterr().out) and "3" in said and "paper's values" not in said
+    with pytest.raises(SystemExit):
+        parse(module.build_parser(), ["--help"])
+    assert "--save-to" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(module.build_parser(), ["--save-to", "x.pt"])
+    assert "--save-to names one file and a table makes many" in capsys.readouterr().err
 
 
 def test_a_warm_up_that_is_all_of_the_training_is_refused():
@@ -540,7 +557,8 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "wrong data path": ("pretrain_mae --data folder --data-path no/where", "no/where is not a folder"),
     "no data path": ("pretrain_mae --data folder", "--data folder needs --data-path; without data, use --data fractal"),
     "batch too large": ("pretrain_mae --data folder --data-path DATA --model vit_demo", "12 images, fewer than one "
-                        "batch of 4096: lower --batch-size, say to 2, or pass --preset small"),
+                        "batch of 4096: pass --preset small, which is made for such a set, or lower --batch-size, say "
+                        "to 2, and raise a --base-lr"),
     "misspelt": ("pretrain_mae --epcohs 1", "unrecognized arguments: --epcohs 1 (perhaps --epochs? --help lists"),
     "a folder as file": ("pretrain_mae --save-to DATA", "is a folder: name a file in it"),
     "patches do not tile": ("finetune --data folder --data-path DATA --img-size 30 --model vit_demo",
@@ -549,6 +567,17 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
     "nothing to evaluate": ("finetune --data folder --data-path DATA --eval-only",
                             "--eval-only needs --init, the weights to evaluate"),
 }
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jgone", "a\rb", "bell\a", "\x9b31m", "\u202egnp.exe", "caf\udce9"])
+def test_no_name_of_a_file_commands_the_terminal(name, capsys):
+    """It is shown as escapes, on both streams; letters of any language stay."""
+    distributed.print0(f"image {name}, 猫 é")
+    with pytest.raises(SystemExit) as left, entry.errors_in_one_line("script"):
+        raise UserError(f"{name} is unreadable")
+    shown = capsys.readouterr().out
+    assert "\\" in shown and all(c.isprintable() or c == "\n" for c in shown + str(left.value))
+    assert distributed.printable("猫 é\tß\n") == "猫 é\tß\n"
 
 
 def execute(script, *words, clone=ROOT, cwd):

@@ -96,6 +96,22 @@ def test_links_strays_and_odd_names(place, tmp_path, capsys):
     assert b"caf\xe9.png" in open(found["file"], "rb").read()
 
 
+@pytest.mark.parametrize(("name", "expected"), [
+    ("=1+1", "'=1+1"), ("+cat", "'+cat"), ("-cat", "'-cat"), ("@SUM(A1)", "'@SUM(A1)"), ("cat", "cat"), ("a=b", "a=b"),
+    ("", "")])
+def test_no_name_is_a_formula_in_a_spreadsheet(name, expected):
+    assert predict.cell(name) == expected
+
+
+def test_a_class_called_like_a_formula_is_quoted_in_the_table_alone(place, tmp_path):
+    content = torch.load(place.colour["checkpoint"], weights_only=True)
+    save_torch(tmp_path / "odd.pt", {**content, "classes": ["=cat", "\x1b[31mdog"]})
+    found = run(place, tmp_path, tmp_path / "odd.pt", place.folder / "data" / "val")
+    assert set(found["classes"]) <= {"=cat", "\x1b[31mdog"}
+    with open(found["file"], newline="") as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= {"'=cat", "\x1b[31mdog"}
+
+
 def test_without_names_and_without_a_classifier(place, tmp_path, capsys):
     content = torch.load(place.colour["checkpoint"], weights_only=True)
     del content["classes"]  # as in files of before

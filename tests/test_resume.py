@@ -200,7 +200,7 @@ while true; do sleep 0.05; done
 
 def test_the_job_script_signals_its_own_torchrun_and_queues_itself_again(tmp_path):
     """A process of another job, with the same words, is left alone."""
-    [script] = re.findall(r"^#!/bin/bash\n.*?(?=^```)", (ROOT / "appendix" / "runs.md").read_text(), re.DOTALL | re.MULTILINE)
+    [script] = re.findall(r"(?ms)^#!/bin/bash\n.*?(?=^```)", (ROOT / "appendix" / "runs.md").read_text())
     (tmp_path / "job.sh").write_text(script)
     for name, body in FAKE.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}")

@@ -128,6 +128,8 @@ def test_a_dry_run_misses_a_path_that_no_command_would_have(ran):
     (["--rows", "plain", "one", "--set", "before.warmup-epochs=5"], UserError, "--warmup-epochs 5 leaves nothing"),
     (["--data-path", "/nowhere", "--data", "folder", "--rows", "one"], UserError, "/nowhere/train is not a folder"),
     (["--rows", "one", "plain", "--set", "after.init=typo.pt"], UserError, "from nothing: no weights at typo.pt"),
+    (["--rows", "one", "--set", "after.init=any.pt"], UserError, "one starts from .*after.init has no place"),
+    (["--rows", "all", "--dry-run", "--set", "after.init=any.pt"], UserError, "after.init has no place"),
     (["--rows", "plain", "two", "--set", "before.teacher=typo.pt"], UserError, "no weights at typo.pt"),
     (["--save-to", "x.pt"], SystemExit, "2"), (["--set", "rate"], SystemExit, "2"),
     (["--seeds", "0", "1", "0"], UserError, "--seeds 0 1 0: two are equal")])
@@ -174,7 +176,7 @@ def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
     assert paths == ("toys/before.py", "toys/after.py")
     assert "# before.py: as above" not in printed
     run("--rows", "one", "two", "--dry-run")
-    assert "# row 2 of 2: two, seed 0\n# before.py: as above\n" in capsys.readouterr().out
+    assert "# row 2 of 2: two, seed 0\n# before.py: as above, in row one\n" in capsys.readouterr().out
     before, after = (scripts.settings_of(script, words) for script, words in zip(paths, settings))
     assert (before.epochs, before.seed, after.rate, after.seed) == (5, 2, 0.3, 2)
     assert before.save_to == after.init  # each command finds the weights of the one before

@@ -95,6 +95,9 @@ def main(args):
     images = image_tree(args.data_path, args.in_chans)
     indices = draw(images, args)
     mean, std, unreadable = statistics(images, indices, args.workers)
+    for channel in np.flatnonzero(std < 5e-5):  # 0.0000 as printed, by which nothing can be divided
+        print0(f"channel {channel} is {mean[channel]:.4f} everywhere: --std 1 makes it 0")
+        std[channel] = 1.0
     used = len(indices) - len(unreadable)
     of_val, read_of_val = unreadable_of_val(args)
     unreadable += of_val
@@ -102,7 +105,8 @@ def main(args):
               "unreadable": [path for path, _ in unreadable]}
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "statistics.json", {**result, "data_path": args.data_path})
-    (folder / "unreadable.txt").write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
+    (folder / "unreadable.txt").write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable),
+                                           encoding="utf-8", errors="surrogateescape")
     print0(f"{result['images']} images: --mean {' '.join(f'{m:.4f}' for m in mean)} "
            f"--std {' '.join(f'{s:.4f}' for s in std)}")
     if read_of_val:

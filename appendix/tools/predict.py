@@ -6,7 +6,8 @@
 Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
 of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.
 Writes predictions.csv: file, class, probability, and the folder's class if there is one; with --on-bad-image skip an
-unreadable image has an empty class and probability.
+unreadable image has an empty class and probability. A name in it that begins with = + - or @, which a spreadsheet would
+take for a formula, has a single quote before it.
 """
 import csv
 import io
@@ -78,6 +79,11 @@ def shown(name):
     return str(name).encode(errors="replace").decode()
 
 
+def cell(text):
+    """A cell of the table: a spreadsheet would compute what begins as a formula, so a single quote is put before it."""
+    return f"'{text}" if str(text).startswith(("=", "+", "-", "@", "\t", "\r")) else str(text)
+
+
 def print_accuracy(truth, said):
     """Of all images whose class is known and of each class, worst first; returns the first, 0..1."""
     right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
@@ -116,7 +122,8 @@ def main(args):
     truth = class_folders(files, args.data_path, weights.classes or ())
     known = any(truth)
     shares = ["" if value is None else f"{value:.4f}" for value in probabilities]
-    rows = zip(files, said, shares, *([truth] if known else []))
+    names_of = [[cell(text) for text in column] for column in (files, said, truth)]
+    rows = zip(*names_of[:2], shares, *(names_of[2:] if known else []))
     text = io.StringIO()
     csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))

@@ -152,7 +152,7 @@ def item_html(path, content):
         parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
                      'is no evidence for the paper.</p>')
     if text.exists():
-        parts.append(markdown_html(text.read_text().replace(NOTES["demo"], "")))  # said above
+        parts.append(markdown_html(text.read_text(encoding="utf-8").replace(NOTES["demo"], "")))  # said above
     parts += [figure_html(picture, content) for picture in pictures]
     said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
     return "\n".join([*parts, f'<p class="about">{said}</p>'])

@@ -218,7 +218,7 @@ def main(args):
         else:
             unreadable.append((str(root / name), result))
     listed = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
-    (small / UNREADABLE).write_text(listed, errors="backslashreplace")  # for names that are no UTF-8
+    (small / UNREADABLE).write_text(listed, encoding="utf-8", errors="backslashreplace")  # for names that are no UTF-8
     if not totals["images"]:
         raise DataError(f"none of {len(names)} images could be read; the first, {': '.join(unreadable[0])}")
     rate = totals["made"] / (time.monotonic() - start)
