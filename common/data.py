@@ -175,9 +175,10 @@ def statistics(args):
     return tuple(torch.tensor(values) * 255 for values in usual.values())
 
 
-def with_statistics(args, weights):
+def with_statistics(args, weights, keep_given=False):
     """Return new settings with the mean and std of the images that the Weights learnt from, where they say them. A
-    DataError if the user, or a teacher before, asked for others. With weights None nothing changes.
+    DataError if the user, or a teacher before, asked for others; with `keep_given` these stay instead. With weights
+    None nothing changes.
     """
     theirs = weights.statistics if weights else None
     if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # grey as colour, or the other way round
@@ -187,6 +188,8 @@ def with_statistics(args, weights):
     taken = {}
     for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():
         if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
+            if getattr(args, name) and keep_given:
+                continue
             if getattr(args, name):
                 raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
                                 f"leave --{name} out to take theirs, or choose a teacher and weights that agree")

@@ -54,6 +54,15 @@ def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x.reshape(B * L, C).index_select(0, rows.flatten()).view(B, -1, C)
 
 
+def patchify(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Split images into the patches of a grid (rows, columns): (B, C, H, W) -> (B, L, p*p*C).
+
+    Patches are in row-major order; the values of a patch are ordered by row, column, channel.
+    """
+    (B, C, H, W), (h, w) = images.shape, grid
+    return images.reshape(B, C, h, H // h, w, W // w).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, -1)
+
+
 def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
     """Standardise each patch over its N values: (..., N) -> (..., N), float32.
 
@@ -70,11 +79,12 @@ class MAE(nn.Module):
     """Masked autoencoder; its forward returns the reconstruction loss.
 
     Parameter names are those of the official MAE. The encoder is the ViT of `common/vit.py` without pooling and head.
-    `config` holds the settings that rebuild the model.
+    `config` holds the settings that rebuild the model. decoder_block: the block whose output the decoder reads, from 1;
+    None: the last.
     """
 
     def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, decoder_dim=None,
-                 decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True):
+                 decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True, decoder_block=None):
         super().__init__()
         dim, depth = model_size(model).values()
         default = DECODERS[model]
@@ -83,8 +93,11 @@ class MAE(nn.Module):
         self.config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
                            num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads, mask_ratio=mask_ratio, norm_pix=norm_pix)
+        if decoder_block:
+            self.config["decoder_block"] = decoder_block
         self.grid = patch_grid(img_size, patch_size)
         self.patch_size, self.in_chans, self.norm_pix = patch_size, in_chans, norm_pix
+        self.decoder_block = decoder_block
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196 at 0.75
         if not 0 < self.num_visible < self.num_patches:
@@ -131,37 +144,37 @@ class MAE(nn.Module):
         """Compute the reconstruction loss of a batch, a scalar.
 
         images: (B, C, H, W), normalised. noise: (B, L), uniform; the patches with the K smallest values stay visible.
-        states: an optional list; the inputs of every encoder block and of the final norm are appended to it, depth + 1
-        tensors (B, 1 + K, D). Distillation (Section 5) reads them.
+        states: an optional list; the inputs of every encoder block that runs and of the final norm are appended to it,
+        depth + 1 tensors (B, 1 + K, D). Distillation (Section 5) reads them.
         """
         patches = self.patchify(images)
         ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the rest are masked
         ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
-        latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states)
+        latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states, self.decoder_block)
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
 
     def patchify(self, images):
-        """Split images into patches: (B, C, H, W) -> (B, L, p*p*C).
-
-        Patches are in row-major order; the values of a patch are ordered by row, column, channel.
-        """
-        B, C, (h, w), p = len(images), self.in_chans, self.grid, self.patch_size
-        if images.shape[1:] != (C, h * p, w * p):
-            raise UserError(f"this model reads images of shape {(C, h * p, w * p)}, not {tuple(images.shape[1:])}")
-        return images.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
+        """Split images into this model's patches, as patchify. Raises UserError for images of another shape."""
+        shape = (self.in_chans, *(n * self.patch_size for n in self.grid))
+        if images.shape[1:] != shape:
+            raise UserError(f"this model reads images of shape {shape}, not {tuple(images.shape[1:])}")
+        return patchify(images, self.grid)
 
     def embed(self, patches, ids):
         """Embed patches and add their positions: patches (B, K, p*p*C), patch indices (B, K) -> (B, K, D)."""
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), ordered as in patchify
         return F.linear(patches, weight, self.patch_embed.proj.bias) + self.pos_embed[0, 1:][ids]
 
-    def forward_encoder(self, visible, ids_visible, states=None):
-        """Encode visible patches: (B, K, p*p*C), patch indices (B, K) -> (B, 1 + K, D), class token first."""
+    def forward_encoder(self, visible, ids_visible, states=None, last=None):
+        """Encode visible patches: (B, K, p*p*C), patch indices (B, K) -> (B, 1 + K, D), class token first.
+
+        last: the block, from 1, whose output is normalised and returned; None: of all.
+        """
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         x = torch.cat([cls_token, tokens], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:last]:
             if states is not None:
                 states.append(x)
             x = block(x)
@@ -214,11 +227,12 @@ def add_arguments(parser):
     group.add_argument("--seed", type=Int(0), default=0)
 
 
-def build_mae(args) -> MAE:
-    """Build the MAE that the parsed arguments describe."""
-    return MAE(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
-               num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
-               decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels)
+def build_mae(args, architecture=MAE, **settings) -> MAE:
+    """Build the MAE, or a subclass with settings of its own, that the parsed arguments describe."""
+    return architecture(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
+                        num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
+                        decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels,
+                        **settings)
 
 
 class MAEViews:

@@ -53,7 +53,7 @@ class Weights:
     config: dict | None  # arguments of build_vit or MAE, where the source has them (num_heads among them)
     source: str
     layout: str  # what was recognised
-    left_out: list  # names of tensors beside the model (D-MAE's teacher)
+    left_out: list  # names of tensors beside the model (D-MAE's teacher, D2-MAE's half block)
     model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
     statistics: dict | None = None  # mean and std, per channel in 0..1, of the images, where the source says them
     classes: list | None = None  # their names, where the source is a classifier and says them
@@ -128,6 +128,7 @@ def read_weights(source):
     content = read_file(Path(source))
     config, tensors = own_config(content), unwrap(content, source)
     for layout, prefix, beside in LAYOUTS:
+        beside = (*beside, *half_blocks(tensors))
         left_out = [name for name in tensors if name.startswith(beside) or name.endswith(NO_WEIGHTS)]
         state = {name.removeprefix(prefix): value for name, value in tensors.items()
                  if name.startswith(prefix) and name not in left_out}
@@ -137,6 +138,14 @@ def read_weights(source):
                            **{name: content.get(name) for name in ("statistics", "classes") if config})
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
+
+
+def half_blocks(names):
+    """`model.blocks.12.` in a D2-MAE: the prefix of a block of norm1 and qkv alone, whose attention was distilled."""
+    parts = {}
+    for found in filter(None, map(re.compile(r"(model\.blocks\.\d+\.)(.+)\.(weight|bias)").fullmatch, map(str, names))):
+        parts.setdefault(found[1], set()).add(found[2])
+    return [block for block, inside in parts.items() if inside == {"norm1", "attn.qkv"}]
 
 
 def share_table(state):
@@ -208,7 +217,8 @@ def read_timm(source):
                   f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
         problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
         raise (HubError(problem, source) if hub else FormatError(problem)) from error
-    state, model.config = model.state_dict(), vit_config(model) if isinstance(model, VisionTransformer) else None
+    plain = isinstance(model, VisionTransformer) and hasattr(model.blocks[0], "attn")  # else blocks of another kind
+    state, model.config = model.state_dict(), vit_config(model) if plain else None
     statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     names = model.pretrained_cfg.get("label_names") or ()
     if isinstance(names, dict):  # numbers to names, in JSON as text: "2" before "10"

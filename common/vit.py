@@ -57,10 +57,10 @@ def model_size(model: str) -> dict[str, int]:
     return SIZES[model]
 
 
-def check_heads(dim, num_heads):
+def check_heads(dim, num_heads, flag="--num-heads"):
     """Raise UserError if the heads cannot divide the width equally."""
     if dim % num_heads:
-        raise UserError(f"a width of {dim} cannot be shared by {num_heads} heads: choose a divisor as --num-heads")
+        raise UserError(f"a width of {dim} cannot be shared by {num_heads} heads: choose a divisor as {flag}")
 
 
 def build_model(model="vit_tiny", **settings) -> nn.Module:

@@ -45,6 +45,7 @@ PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
     "dino": (95.6, 89.3, 73.6, 84.5, 84.7, 58.7, 41.4, 36.7, 77.2),
     "simmim": (77.2, 68.9, 55.9, 70.4, 77.7, 60.8, 39.3, 34.8, 77.9),
     "dmae": (95.2, 89.1, 79.2, 87.5, 85.0, 63.6, 42.3, 37.4, 78.4),  # 37.3 in a later version of the code page
+    "d2mae": (*[None] * len(SETS), 42.5, 37.5, 78.7),  # the follow-up's code page, which has no other of these sets
 }.items()}
 
 MOCO_FINETUNING = "--layer-decay 0.75"  # what the authors change in finetune.py for MoCo-v3's weights (Tables 1, 3, 5)

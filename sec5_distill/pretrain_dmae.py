@@ -4,16 +4,16 @@
     python sec5_distill/pretrain_dmae.py --preset small --data-path DIR               # likewise on any folder, 64 px
     python sec5_distill/pretrain_dmae.py --preset small --data-path DIR --teacher outputs/pretrain_mae/RUN/weights.pt
     torchrun --nproc-per-node=8 sec5_distill/pretrain_dmae.py --data-path IMAGENET    # the paper: teacher MAE-Base
+    torchrun ... sec5_distill/pretrain_dmae.py --data-path IMAGENET --decoupled       # D2-MAE, the authors' follow-up
 
-The teacher may be any MAE or ViT on the same patches, of other width, depth and heads: our weights, facebook's MAE,
-mae-lite's, `timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pretrain_mae.py first, or finds it done.
+The teacher may be any MAE or plain ViT (teachers.py): our weights, facebook's MAE, mae-lite's, a timm folder,
+`timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pretrain_mae.py first, or finds it done.
 weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. The authors' code page
 gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
 """
 from common import distributed, entry, options, scripts
-from common.data import load_images, with_statistics
+from common.data import channel_statistics, load_images, with_statistics
 from common.errors import UserError
-from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import MAEViews, add_arguments, build_mae
 from common.optim import adamw, parameter_groups, warmup_cosine
@@ -21,14 +21,16 @@ from common.pretrained import read_weights
 from common.ranges import Float, Int
 from common.runs import open_run
 from common.training import Method, train
-from common.vit import model_size
-from sec5_distill.distillation import (
-    DMAE,
+from common.vit import model_size, patch_grid
+from sec5_distill.decoupled import DecoupledMAE
+from sec5_distill.distillation import DMAE, check_pairs, visible_ids
+from sec5_distill.teachers import (
     Teacher,
-    check_pairs,
-    check_same_patches,
+    at_relative_depth,
+    check_channels,
     check_teacher_blocks,
-    visible_patches,
+    conversion,
+    load_teacher,
 )
 
 READS = "images"
@@ -40,8 +42,8 @@ PRESETS = {
     "small": dict(data="folder", epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20, teacher="own",
                   teacher_model="vit_small"),
 }
-DISTILLATION = ("teacher", "teacher_model", "teacher_epochs", "teacher_heads", "distill_blocks", "teacher_blocks",
-                "attention_weight", "hidden_layers", "teacher_hidden_layers", "hidden_weight")
+DISTILLATION = ("decoupled", "teacher", "teacher_model", "teacher_epochs", "teacher_heads", "distill_blocks",
+                "teacher_blocks", "attention_weight", "hidden_layers", "teacher_hidden_layers", "hidden_weight")
 
 
 def mae_beside(preset):
@@ -56,19 +58,21 @@ def build_parser():
     options.add_model(parser)
     group = parser.add_argument_group("distillation (Section 5)")
     group.add_argument("--teacher", metavar="CHECKPOINT", default="timm:vit_base_patch16_224.mae",
-                       help="an MAE or ViT; own: pre-train --teacher-model first, on the same data")
+                       help="an MAE or plain ViT; own: pre-train --teacher-model first, on the same data")
     group.add_argument("--teacher-model", default="vit_base", help="of --teacher own")
     group.add_argument("--teacher-epochs", type=Int(1), help="of --teacher own; default: as many as the student's")
     group.add_argument("--teacher-heads", type=Int(1), help="where the teacher's file does not say (12 is assumed)")
+    group.add_argument("--decoupled", type=Int(1), nargs="?", const=8, metavar="B",
+                       help="D2-MAE: the decoder reads block B (default 8), half a block behind the last is distilled")
     group.add_argument("--distill-blocks", type=Int(1), nargs="*", default=[12], metavar="B",
                        help="the student's blocks, from 1, whose attention is distilled")
     group.add_argument("--teacher-blocks", type=Int(1), nargs="*", metavar="B",
-                       help="the teacher's blocks that go with them; default: the same numbers")
+                       help="the teacher's blocks that go with them; default: as far up, 12 of 24 with 6 of 12")
     group.add_argument("--attention-weight", type=Float(0), default=1.0, help="of the sum over the chosen blocks")
     group.add_argument("--hidden-layers", type=Int(0), nargs="*", metavar="L",
                        help="hidden states to distil, 0 to depth; the paper: none")
-    group.add_argument("--teacher-hidden-layers", type=Int(0), nargs="*", metavar="L", help="default: the same numbers")
-    group.add_argument("--hidden-weight", type=Float(0), default=1.0, help="likewise")
+    group.add_argument("--teacher-hidden-layers", type=Int(0), nargs="*", metavar="L", help="default: likewise")
+    group.add_argument("--hidden-weight", type=Float(0), default=1.0, help="of the sum over the hidden states")
     add_arguments(parser)
     options.add_execution(parser)
     return parser
@@ -89,7 +93,7 @@ class DMAEMethod(Method):
 
     def loss(self, batch, step):
         images, noise = batch["image"], batch["noise"]
-        return self.forward(images, noise, *self.teacher(*visible_patches(self.model.model, images, noise)))
+        return self.forward(images, noise, *self.teacher(images, visible_ids(self.model.model, noise)))
 
 
 def places(args):
@@ -99,12 +103,25 @@ def places(args):
             layers, layers if args.teacher_hidden_layers is None else args.teacher_hidden_layers)
 
 
-def check_distillation(args):
-    """Finds what cannot be distilled now rather than after the long pre-training of an own teacher."""
-    blocks, their_blocks, layers, their_layers = places(args)
-    check_pairs(model_size(args.model)["depth"], blocks, their_blocks, layers, their_layers)
-    if args.teacher == "own":
-        check_teacher_blocks(model_size(args.teacher_model)["depth"], their_blocks, their_layers)
+def with_places(args, teacher_depth):
+    """Return settings that say which blocks and layers of a teacher of this depth go with the student's. Raises
+    UserError if there is none, or they form no pairs.
+    """
+    depth = model_size(args.model)["depth"]
+    if args.decoupled is not None:
+        depth += 1  # the half block, which stands for the last: the teacher's last goes with it
+        if args.distill_blocks not in ([12], [depth]) or args.hidden_layers:
+            raise UserError(f"--decoupled distils the attention of block {depth}, half a block behind the last, alone: "
+                            f"leave --distill-blocks and --hidden-layers out")
+        args = options.replaced(args, distill_blocks=[depth])
+    settings = {"teacher_blocks": args.teacher_blocks, "teacher_hidden_layers": args.teacher_hidden_layers}
+    for name, numbers in (("teacher_blocks", args.distill_blocks), ("teacher_hidden_layers", args.hidden_layers or [])):
+        if settings[name] is None:
+            settings[name] = at_relative_depth(numbers, depth, teacher_depth, "--" + name.replace("_", "-"))
+    args = options.replaced(args, **settings)
+    check_pairs(depth, *places(args))
+    check_teacher_blocks(teacher_depth, args.teacher_blocks, args.teacher_hidden_layers)
+    return args
 
 
 def pretrain_teacher(args):
@@ -118,12 +135,21 @@ def pretrain_teacher(args):
 
 
 def teacher_identity(args, weights):
-    """The teacher's tensors and, where it is not 12, its number of heads, which the tensors do not show."""
+    """The teacher's tensors and what they do not show: its heads, where these are not 12, and the mean and std of its
+    images, where they are not the student's.
+    """
     known = (weights.config or {}).get("num_heads")
     heads = args.teacher_heads or known or 12
     if known and heads != known:
         raise UserError(f"{args.teacher} has {known} heads, not --teacher-heads {heads}: leave that out")
-    return weights.fingerprint if heads == 12 else f"{weights.fingerprint}, {heads} heads"
+    theirs = weights.statistics if conversion(student_statistics(args), weights.statistics) else None
+    return ", ".join([weights.fingerprint, *([f"{heads} heads"] if heads != 12 else []),
+                      *([f"mean {theirs['mean']}, std {theirs['std']}"] if theirs else [])])
+
+
+def student_statistics(args):
+    """{"mean", "std"} of the student's images."""
+    return channel_statistics(args.in_chans, args.mean, args.std)
 
 
 def without_defaults(args, weights):
@@ -134,19 +160,18 @@ def without_defaults(args, weights):
         args, teacher_model=None, teacher_epochs=None,  # once trained, only the teacher's content counts
         teacher_heads=None if heads_known else args.teacher_heads, hidden_layers=layers,
         teacher_blocks=None if args.teacher_blocks == args.distill_blocks else args.teacher_blocks,
-        teacher_hidden_layers=None if args.teacher_hidden_layers == layers else args.teacher_hidden_layers)
+        teacher_hidden_layers=None if (args.teacher_hidden_layers or None) == layers else args.teacher_hidden_layers)
 
 
-def build(args, weights):
+def build(args, encoder):
     """The student with its maps, and the teacher. The student is drawn first and M from a generator of its own, so that
     the student starts as an MAE of the same seed does.
     """
     seed_everything("weights", args.seed)
-    student = build_mae(args)
-    encoder = load_model(weights, num_heads=args.teacher_heads)
-    check_same_patches(student, encoder)
+    student = build_mae(args) if args.decoupled is None else build_mae(args, DecoupledMAE, decoder_block=args.decoupled)
+    check_channels(student, encoder)
     blocks, their_blocks, layers, their_layers = places(args)
-    teacher = Teacher(encoder, their_blocks, their_layers)
+    teacher = Teacher(encoder, their_blocks, their_layers, student.grid, student_statistics(args))
     seed_everything("adapters", args.seed)
     return DMAE(student, teacher, blocks, layers, args.attention_weight, args.hidden_weight), teacher
 
@@ -155,20 +180,21 @@ def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args = options.settle(args)
-    check_distillation(args)
-    if args.teacher == "own":
+    if args.teacher == "own":  # what cannot be distilled is found before its long pre-training
+        with_places(args, model_size(args.teacher_model)["depth"])
         args = options.replaced(args, teacher=pretrain_teacher(args))
     images = load_images(args)
     weights = read_weights(args.teacher)
-    args = with_statistics(args, weights)  # the teacher sees the student's images
+    args = with_statistics(args, weights, keep_given=True)  # else the teacher converts the images
     identity = teacher_identity(args, weights)
-    args = without_defaults(args, weights)
+    encoder = load_teacher(weights, args.teacher_heads, patch_grid(args.img_size, args.patch_size))
+    args = without_defaults(with_places(args, len(encoder.blocks)), weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity},
                   no_identity=("teacher",)) as run:
         if run.result:
             return {**run.result, "teacher": args.teacher}
-        model, teacher = build(args, weights)
+        model, teacher = build(args, encoder)
         # M decays like any other matrix
         optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,

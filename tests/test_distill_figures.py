@@ -99,12 +99,14 @@ def test_table_5_shows_what_was_run_and_what_was_not(asked, tmp_path):
     assert [settings["dataset"] for settings in transfers] == ["fractals-small", "fractals-large"] * 2
     table = json.loads((tmp_path / "table5" / "table5.json").read_text())
     rows = {row["key"]: row for row in table["rows"]}
-    assert list(rows) == ["supervised", "mocov3", "mae", "dino", "simmim", "dmae"]
+    assert list(rows) == ["supervised", "mocov3", "mae", "dino", "simmim", "dmae", "d2mae"]
     assert rows["dmae"]["published"]["aircraft"] == 79.2 and rows["dmae"]["published"]["imagenet"] == 78.4
     assert set(rows["dmae"]["measured"]) == {"fractals-small", "fractals-large", "own"}
     lines = {line.split("|")[1].strip(): line for line in (tmp_path / "table5" / "table5.md").read_text().splitlines()
              if line.startswith("| ")}
     assert "42.3 / not run" in lines["D-MAE"] and "37.4 / not run" in lines["D-MAE"]
+    assert "42.5 / not run" in lines["D2-MAE"] and "37.5 / not run" in lines["D2-MAE"]
+    assert "78.7 / not run" in lines["D2-MAE"] and rows["d2mae"]["published"]["aircraft"] is None
     assert "77.2 / not run" in lines["DINO"] and "77.9 / not run" in lines["SimMIM"]
     assert "76.8 / not run" in lines["MoCo-v3"]
     assert "| fractals (as Table 1)" in lines["initialisation"]  # not the paper's ImageNet
@@ -135,7 +137,7 @@ def test_table_5_starts_from_given_weights(asked, tmp_path):
     assert f"D-MAE: weights given: {tmp_path.name}/dmae.pt." in (tmp_path / "table5" / "table5.md").read_text()
 
 
-@pytest.mark.parametrize("row", ["mocov3", "mae", "dino", "simmim", "dmae"])
+@pytest.mark.parametrize("row", ["mocov3", "mae", "dino", "simmim", "dmae", "d2mae"])
 def test_its_last_column_asks_for_table_1s_runs(row, capsys):
     ours = commands(table5_distillation, capsys, "--rows", row, "--imagenet")[-1]
     theirs = commands(table1_pretraining_methods, capsys, "--rows", row)[-1]
@@ -144,7 +146,7 @@ def test_its_last_column_asks_for_table_1s_runs(row, capsys):
 
 def test_a_dry_run_of_table_5_prints_each_command_once(capsys):
     lines = [" ".join(words) for words in commands(table5_distillation, capsys, "--rows", "all", "--imagenet")]
-    assert len(lines) == len(set(lines)) == 5 + 2 * 6 + 6  # pre-trainings, transfers, fine-tunings
+    assert len(lines) == len(set(lines)) == 6 + 2 * 7 + 7  # pre-trainings, transfers, fine-tunings
 
 
 @pytest.mark.parametrize("row", ["supervised", "mae"])
@@ -155,8 +157,10 @@ def test_table_5_asks_for_table_4s_runs(row, capsys):
 
 
 def test_table_1_has_distilled_rows(asked, tmp_path):
-    rows = run(table1_pretraining_methods, tmp_path, "--rows", "dmae", "dmae-ori")
-    assert [name for name, _ in asked] == ["pretrain_dmae", "finetune", "finetune"]
-    assert [settings["recipe"] for _, settings in asked[1:]] == ["ori", "impr"]
+    rows = run(table1_pretraining_methods, tmp_path, "--rows", "dmae", "dmae-ori", "d2mae")
+    assert [name for name, _ in asked] == ["pretrain_dmae", "finetune", "finetune", "pretrain_dmae", "finetune"]
+    assert [settings["recipe"] for name, settings in asked if name == "finetune"] == ["ori", "impr", "impr"]
+    assert [settings["decoupled"] for name, settings in asked if name == "pretrain_dmae"] == [None, 8]
     measured = {row["name"]: (row["published"], row["measured"]) for row in rows if row["measured"]}
-    assert measured == {"D-MAE, ori. recipe": (76.5, [2.0]), "D-MAE, impr. recipe": (78.4, [3.0])}
+    assert measured == {"D-MAE, ori. recipe": (76.5, [2.0]), "D-MAE, impr. recipe": (78.4, [3.0]),
+                        "D2-MAE, impr. recipe": (78.7, [5.0])}

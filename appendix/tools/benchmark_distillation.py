@@ -22,7 +22,8 @@ from common.optim import adamw, parameter_groups
 from common.ranges import Int
 from common.runs import identity
 from common.vit import set_fused_attention
-from sec5_distill.distillation import DMAE, Teacher, visible_patches
+from sec5_distill.distillation import DMAE, visible_ids
+from sec5_distill.teachers import Teacher
 
 VERSIONS = ("D-MAE", "MAE", "straightforward", "all")
 
@@ -53,7 +54,7 @@ def build(version, args, device, dtype):
     blocks = range(1, 13) if version == "all" else (12,)
     teacher = Teacher(MAE("vit_base", **view), blocks).prepare(device, dtype)
     model = set_fused_attention(DMAE(student, teacher, blocks).to(device), device, dtype)
-    return model, lambda images, noise: model(images, noise, *teacher(*visible_patches(student, images, noise)))[0]
+    return model, lambda images, noise: model(images, noise, *teacher(images, visible_ids(student, noise)))[0]
 
 
 def make_step(version, precision, args, device):

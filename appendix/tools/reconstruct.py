@@ -60,7 +60,7 @@ def predict_all(model, images, noise):
     """Prediction of every patch (B, L, p*p*C) in image order, and the mask (B, L): 1 where a patch was removed."""
     ids_shuffle = noise.argsort(dim=1)
     ids_visible = ids_shuffle[:, : model.num_visible]
-    latent = model.forward_encoder(take(model.patchify(images), ids_visible), ids_visible)
+    latent = model.forward_encoder(take(model.patchify(images), ids_visible), ids_visible, last=model.decoder_block)
     mask = torch.ones_like(noise).scatter(1, ids_visible, 0.0)
     return take(model.forward_decoder(latent, ids_shuffle), ids_shuffle.argsort(dim=1)), mask
 

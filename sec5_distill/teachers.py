@@ -1,0 +1,216 @@
+"""The teacher of a distillation: any plain ViT, made to see what the student sees.
+
+Images are brought from the student's mean and std to the teacher's, and resized where its patches have another size, so
+that its grid of patches is the student's; its positions are resized to that grid, bicubic, as timm does. Tokens that
+the student has not (registers) take part in the teacher's blocks; their rows and columns of its logits are left out, as
+the analysis leaves out the class token (sec4_analysis/attention.py). Nothing has to be normalised again: the loss
+compares logits, and a softmax over the keys that are left is the whole softmax with each row rescaled to sum to 1. A
+teacher without a class token teaches the patches alone.
+
+The teacher runs only up to the last block that is read, without gradient, in the autocast dtype.
+"""
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.vision_transformer import Attention, Block
+from torch import nn
+
+from common.distributed import print0
+from common.errors import UserError
+from common.filling import DECODER, load_model, require_fit, source_grid
+from common.mae import MAE, patchify, take
+from common.pretrained import STEM, TABLE, FormatError, shape_config
+from common.vit import check_heads, final_norm, set_fused_attention
+from sec5_distill.distillation import block_logits, check_range
+
+BEHIND = ("head", "attn_pool.")  # what of a classifier follows the final norm
+
+
+def load_teacher(weights, num_heads=None, grid=(0, 0)):
+    """Load the encoder of Weights; its `statistics` are the mean and std of the images that it learnt from, or None.
+
+    num_heads: where the file cannot say; else 12 is assumed. grid: the student's (rows, columns), taken where the file
+    says no image size and its patches form no square. Raises UserError, with the reason, for what can be no teacher.
+    """
+    said = weights.model is not None or weights.config
+    encoder = load_model(weights, num_heads=num_heads) if said else foreign_vit(weights, num_heads, grid)
+    check_teacher(encoder, weights.source)
+    encoder.statistics = weights.statistics
+    return encoder
+
+
+def check_teacher(encoder, source="it"):
+    """Raise UserError, with the reason, unless the model is an MAE or a plain ViT."""
+    kind = type(encoder).__name__
+    if isinstance(encoder, MAE):
+        return
+    if isinstance(encoder, Beit):
+        reason = f"a {kind} adds relative positions to q k^T, which a student without them cannot match"
+    elif type(encoder) is not VisionTransformer:
+        reason = f"a {kind} is no plain ViT"
+    elif odd := {type(part) for block in encoder.blocks for part in (block, getattr(block, "attn", block))
+                 } - {Block, Attention}:
+        reason = f"its blocks ({', '.join(sorted(part.__name__ for part in odd))}) are not a plain ViT's"
+    elif type(encoder.patch_embed) is not PatchEmbed or not isinstance(encoder.patch_embed.norm, nn.Identity):
+        reason = f"a {type(encoder.patch_embed).__name__}, not a convolution alone, embeds its patches"
+    else:
+        return
+    raise UserError(f"{source} is no teacher: {reason}. Give an MAE or a plain ViT")
+
+
+def foreign_vit(weights, num_heads, grid):
+    """Build the encoder of a file that holds no settings, of any width and depth, from its tensors."""
+    state = {name: value for name, value in weights.state.items() if not name.startswith((*DECODER, *BEHIND))}
+    config = shape_config(state)
+    if "pos_embed" not in state or f"blocks.0.attn.{TABLE}" in state:
+        raise FormatError(f"{weights.source} is no teacher: it has no absolute positions alone. Give a plain ViT")
+    if num_heads is None:
+        print0(f"{weights.source}: num_heads is not in the file; assuming 12 (--teacher-heads)")
+    width, prefix = len(state[STEM]), config["class_token"] + config["reg_tokens"]
+    check_heads(width, num_heads or 12, "--teacher-heads")
+    try:
+        rows, columns, only_patches = *source_grid(weights, prefix, grid), False
+    except FormatError:  # timm's no_embed_class
+        rows, columns, only_patches = *source_grid(weights, 0, grid), True
+    patch, depth = config["patch_size"], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    vit = VisionTransformer(
+        img_size=(rows * patch, columns * patch), patch_size=patch, in_chans=config["in_chans"], num_classes=0,
+        embed_dim=width, depth=depth, num_heads=num_heads or 12, class_token=config["class_token"],
+        reg_tokens=config["reg_tokens"], no_embed_class=only_patches, global_pool="avg",
+        fc_norm="fc_norm.weight" in state, pre_norm="norm_pre.weight" in state,
+        qkv_bias="blocks.0.attn.qkv.bias" in state, qk_norm="blocks.0.attn.q_norm.weight" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        mlp_ratio=len(state.get("blocks.0.mlp.fc1.weight", ())) / width, weight_init="skip")
+    require_fit(weights.source, vit.state_dict(), state)
+    vit.load_state_dict(state)
+    return vit
+
+
+def check_teacher_blocks(depth, blocks, layers):
+    """Raise UserError if a teacher of this depth lacks one of these blocks or hidden layers."""
+    check_range("--teacher-blocks", blocks, 1, depth, "teacher")
+    check_range("--teacher-hidden-layers", layers, 0, depth, "teacher")
+
+
+def at_relative_depth(numbers, depth, teacher_depth, flag):
+    """Return the teacher's blocks or hidden layers as far up as the student's `numbers`: 6 of 12 is 12 of 24.
+
+    Raises UserError where that is no whole number; `flag` is the argument that then says which.
+    """
+    if unmatched := [number for number in numbers if number * teacher_depth % depth]:
+        raise UserError(f"no block or layer of the teacher's {teacher_depth} is as far up as the student's "
+                        f"{' '.join(map(str, unmatched))} of {depth}: say which by {flag}")
+    return [number * teacher_depth // depth for number in numbers]
+
+
+def grid_of(encoder) -> tuple[int, int]:
+    """Return the (rows, columns) of patches of an MAE or timm ViT."""
+    return tuple(encoder.grid if isinstance(encoder, MAE) else encoder.patch_embed.grid_size)
+
+
+def check_channels(student, encoder):
+    """Raise UserError unless the teacher reads as many channels as the student."""
+    ours, theirs = (model.patch_embed.proj.in_channels for model in (student, encoder))
+    if ours != theirs:
+        raise UserError(f"the teacher reads {theirs} channels and the student {ours}: choose --in-chans {theirs}, or "
+                        f"another --teacher")
+
+
+def conversion(ours, theirs):
+    """Return (scale, shift), each (C, 1, 1), from images of one mean and std to the other; None if they agree."""
+    if not ours or not theirs or all(abs(a - b) <= 1e-3 for name in ours for a, b in zip(ours[name], theirs[name])):
+        return None
+    mean, std, their_mean, their_std = (torch.tensor(statistics[name]).view(-1, 1, 1)
+                                        for statistics in (ours, theirs) for name in ("mean", "std"))
+    return std / their_std, (mean - their_mean) / their_std
+
+
+class Teacher(nn.Module):
+    """A frozen encoder, MAE or plain timm ViT, whose attention logits (`blocks`) and hidden states (`layers`) are read.
+
+    grid: the student's (rows, columns) of patches; statistics: {"mean", "std"} of the student's images. Without them
+    the encoder's own. It is not a submodule of the student's model, so it enters no checkpoint and no optimizer, and
+    stays in eval mode.
+    """
+
+    def __init__(self, encoder, blocks=(), layers=(), grid=None, statistics=None):
+        super().__init__()
+        check_teacher(encoder)
+        check_teacher_blocks(len(encoder.blocks), blocks, layers)
+        self.logit_blocks, self.hidden_layers = tuple(blocks), tuple(layers)
+        # a block whose logits are read last need not run: its input is enough
+        self.num_full_blocks = max((*(number - 1 for number in blocks), *layers), default=0)
+        self.proj, self.norm_pre = encoder.patch_embed.proj, getattr(encoder, "norm_pre", nn.Identity())
+        self.blocks, self.norm = encoder.blocks[:self.num_full_blocks + 1], final_norm(encoder)
+        self.num_heads, self.dim = encoder.blocks[0].attn.num_heads, encoder.blocks[0].norm1.normalized_shape[-1]
+        self._take_tokens(encoder, tuple(grid or grid_of(encoder)))
+        self.scale, self.shift = conversion(statistics, getattr(encoder, "statistics", None)) or (None, None)
+        self.eval().requires_grad_(False)
+
+    def _take_tokens(self, encoder, grid):
+        """Keep the class token and registers (1, P, D), their positions added, and the positions (L, D) on the grid."""
+        tokens = [token for name in ("cls_token", "reg_token") if (token := getattr(encoder, name, None)) is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else self.proj.weight.new_empty(1, 0, self.dim)
+        with_position = 0 if getattr(encoder, "no_embed_class", False) else prefix.shape[1]
+        positions = encoder.pos_embed
+        if positions is None:
+            positions, with_position = prefix.new_zeros(1, grid[0] * grid[1], self.dim), 0
+        elif grid != grid_of(encoder):
+            positions = resample_abs_pos_embed(positions, list(grid), list(grid_of(encoder)), with_position)
+        if with_position:
+            prefix = prefix + positions[:, :with_position]
+        self.grid, self.num_class = grid, int(getattr(encoder, "cls_token", None) is not None)
+        self.prefix, self.pos_embed = nn.Parameter(prefix), nn.Parameter(positions[0, with_position:])
+
+    def prepare(self, device, dtype):
+        """Move the teacher to the device and cast its matrices to the autocast dtype (None: float32). Returns it.
+
+        This saves autocast's cast in every step. Norms stay in float32.
+        """
+        self.to(device)
+        if self.scale is not None:
+            self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        set_fused_attention(self, device, dtype)
+        for module in self.modules():
+            if dtype is not None and isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images, ids_visible):
+        """Compute what is read of the visible patches: images (B, C, H, W) of the student, patch indices (B, K).
+
+        Returns a list of logits (B, hT, N, N) in the order of `blocks`, and a list of hidden states (B, N, DT) in the
+        order of `layers`. N = 1 + K, the class token first, or K where the teacher has none.
+        """
+        x = self.embed(take(patchify(self.view(images), self.grid), ids_visible), ids_visible)
+        logits, hidden = {}, {}
+        for i in range(self.num_full_blocks + 1):
+            if i + 1 in self.logit_blocks:
+                logits[i + 1] = block_logits(self.blocks[i], self.without_registers(x))
+            if i in self.hidden_layers:
+                norm = self.blocks[i].norm1 if i < len(self.blocks) else self.norm
+                hidden[i] = norm(self.without_registers(x))
+            if i < self.num_full_blocks:
+                x = self.blocks[i](x)
+        return [logits[number] for number in self.logit_blocks], [hidden[number] for number in self.hidden_layers]
+
+    def view(self, images):
+        """Show the student's images as the teacher reads them: its size, mean and std."""
+        size = [n * patch for n, patch in zip(self.grid, self.proj.kernel_size)]
+        if size != list(images.shape[2:]):
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        return images if self.scale is None else images * self.scale + self.shift
+
+    def embed(self, patches, ids):
+        """Embed patches as MAE.embed does, other tokens first: (B, K, p*p*C), patch indices (B, K) -> (B, P + K, D)."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = F.linear(patches, weight, self.proj.bias) + self.pos_embed[ids]
+        return self.norm_pre(torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1))
+
+    def without_registers(self, x):
+        """Leave out the tokens that the student has not: (B, P + K, D) -> (B, N, D)."""
+        P = self.prefix.shape[1]
+        return x if P == self.num_class else torch.cat([x[:, :self.num_class], x[:, P:]], dim=1)
