@@ -32,6 +32,7 @@ class Report:
     fresh: list  # the model's names that keep their initial values
     left_out: list  # the source's names that the model does not take
     notes: list  # what was resized, adapted or assumed
+
     def __str__(self):
         weights, parts = self.weights, []
         for what, names in (("fresh", self.fresh), ("left out", self.left_out)):
@@ -72,6 +73,7 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
         state["pos_embed"] = fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
     if STEM in state:
         state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
+
     # 3. Whatever is left unexplained is an error
     unshared = NOT_SHARED if isinstance(vit, Beit) and "blocks.0.attn.qkv.bias" in weights.state else ()
     missing = [name for name in required if name not in state and not name.endswith(unshared)]

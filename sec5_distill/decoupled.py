@@ -15,7 +15,6 @@ another depth or block the figure's numbers change, which no paper has tried.
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from common.errors import UserError
 from common.mae import MAE
 from sec5_distill.distillation import block_logits
 
@@ -44,8 +43,6 @@ class DecoupledMAE(MAE):
 
     def __init__(self, *args, decoder_block=8, **settings):
         super().__init__(*args, decoder_block=decoder_block, **settings)
-        if not 1 <= decoder_block <= len(self.blocks):
-            raise UserError(f"--decoupled {decoder_block}: the decoder reads a block, 1 to {len(self.blocks)}")
         block = self._block(self.cls_token.shape[-1], self.config["num_heads"])
         nn.init.xavier_uniform_(block.attn.qkv.weight)
         nn.init.zeros_(block.attn.qkv.bias)

@@ -23,7 +23,7 @@ from common.runs import open_run
 from common.training import Method, train
 from common.vit import model_size, patch_grid
 from sec5_distill.decoupled import DecoupledMAE
-from sec5_distill.distillation import DMAE, check_pairs, visible_ids
+from sec5_distill.distillation import DMAE, check_pairs, check_range, visible_ids
 from sec5_distill.teachers import (
     Teacher,
     at_relative_depth,
@@ -109,6 +109,7 @@ def with_places(args, teacher_depth):
     """
     depth = model_size(args.model)["depth"]
     if args.decoupled is not None:
+        check_range("--decoupled", [args.decoupled], 1, depth, "student")
         depth += 1  # the half block, which stands for the last: the teacher's last goes with it
         if args.distill_blocks not in ([12], [depth]) or args.hidden_layers:
             raise UserError(f"--decoupled distils the attention of block {depth}, half a block behind the last, alone: "
