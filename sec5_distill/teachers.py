@@ -146,7 +146,10 @@ class Teacher(nn.Module):
         self.blocks, self.norm = encoder.blocks[:self.num_full_blocks + 1], final_norm(encoder)
         self.num_heads, self.dim = encoder.blocks[0].attn.num_heads, encoder.blocks[0].norm1.normalized_shape[-1]
         self._take_tokens(encoder, tuple(grid or grid_of(encoder)))
-        self.scale, self.shift = conversion(statistics, getattr(encoder, "statistics", None)) or (None, None)
+        theirs = getattr(encoder, "statistics", None)
+        self.scale, self.shift = conversion(statistics, theirs) or (None, None)
+        if self.scale is not None:
+            print0(f"the teacher sees images of mean {theirs['mean']} and std {theirs['std']}")
         self.eval().requires_grad_(False)
 
     def _take_tokens(self, encoder, grid):
@@ -157,8 +160,9 @@ class Teacher(nn.Module):
         positions = encoder.pos_embed
         if positions is None:
             positions, with_position = prefix.new_zeros(1, grid[0] * grid[1], self.dim), 0
-        elif grid != grid_of(encoder):
-            positions = resample_abs_pos_embed(positions, list(grid), list(grid_of(encoder)), with_position)
+        elif grid != (old := grid_of(encoder)):
+            print0(f"the teacher's positions are resized from {old[0]}x{old[1]} to {grid[0]}x{grid[1]}")
+            positions = resample_abs_pos_embed(positions, list(grid), list(old), with_position)
         if with_position:
             prefix = prefix + positions[:, :with_position]
         self.grid, self.num_class = grid, int(getattr(encoder, "cls_token", None) is not None)
