@@ -147,7 +147,8 @@ class Teacher(nn.Module):
         self.num_heads, self.dim = encoder.blocks[0].attn.num_heads, encoder.blocks[0].norm1.normalized_shape[-1]
         self._take_tokens(encoder, tuple(grid or grid_of(encoder)))
         theirs = getattr(encoder, "statistics", None)
-        self.scale, self.shift = conversion(statistics, theirs) or (None, None)
+        for name, values in zip(("scale", "shift"), conversion(statistics, theirs) or (None, None)):
+            self.register_buffer(name, values)
         if self.scale is not None:
             print0(f"the teacher sees images of mean {theirs['mean']} and std {theirs['std']}")
         self.eval().requires_grad_(False)
@@ -174,8 +175,6 @@ class Teacher(nn.Module):
         This saves autocast's cast in every step. Norms stay in float32.
         """
         self.to(device)
-        if self.scale is not None:
-            self.scale, self.shift = self.scale.to(device), self.shift.to(device)
         set_fused_attention(self, device, dtype)
         for module in self.modules():
             if dtype is not None and isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -21,7 +21,9 @@ from sec3_benchmark import evaluate, finetune, pretrain_mae, pretrain_mocov3, tr
 from sec3_benchmark.moco import MoCo
 from sec4_analysis import attention_maps, cka, fig3_fourier, fig5_attention, similarity
 from sec5_distill import pretrain_dmae
-from sec5_distill.distillation import DMAE, Teacher
+from sec5_distill.decoupled import DecoupledMAE
+from sec5_distill.distillation import DMAE
+from sec5_distill.teachers import Teacher
 
 CUDA, B, CLASSES = torch.device("cuda"), 4, 3
 SIZE = dict(img_size=24, patch_size=6)  # 16 patches
@@ -84,6 +86,14 @@ def dmae():
     return pretrain_dmae.DMAEMethod(DMAE(MAE("vit_demo", **SIZE), teacher, [2], [1]), teacher)
 
 
+def d2mae():
+    """With a teacher of other patches, registers and images."""
+    vit = build_vit("vit_demo", img_size=40, patch_size=8, reg_tokens=2)
+    vit.statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    teacher = Teacher(vit, [2], grid=(4, 4), statistics={"mean": [0.4] * 3, "std": [0.2] * 3})
+    return pretrain_dmae.DMAEMethod(DMAE(DecoupledMAE("vit_demo", decoder_block=1, **SIZE), teacher, [3]), teacher)
+
+
 def distilled():
     vit = build_vit("vit_demo", num_classes=CLASSES, architecture=finetune_distilled.DistilledViT, **SIZE)
     return finetune_distilled.Distilled(vit, MIXED, CLASSES, teacher=classifier())
@@ -93,6 +103,7 @@ METHODS = {
     "MAE": (lambda: pretrain_mae.MAEMethod(MAE("vit_demo", **SIZE)), lambda: batch("image", noise=torch.rand(B, 16))),
     "MoCo-v3": (moco, lambda: batch("view1", "view2")),
     "D-MAE": (dmae, lambda: batch("image", noise=torch.rand(B, 16))),
+    "D2-MAE": (d2mae, lambda: batch("image", noise=torch.rand(B, 16))),
     "DINO": (dino, lambda: {"large": torch.zeros(B, 2, 3, 24, 24, dtype=torch.uint8),
                             "small": torch.zeros(B, 3, 3, 12, 12, dtype=torch.uint8)}),
     "SimMIM": (lambda: pretrain_simmim.SimMIMMethod(SimMIM("vit_demo_simmim", **SIZE)),
