@@ -18,10 +18,10 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 from common.distributed import print0
-from common.errors import UserError
-from common.filling import DECODER, load_model, require_fit, source_grid
+from common.errors import FormatError, UserError
+from common.filling import DECODER, load_model
 from common.mae import MAE, patchify, take
-from common.pretrained import STEM, TABLE, FormatError, shape_config
+from common.shapes import STEM, TABLE, fill, shape_config, source_grid
 from common.vit import check_heads, final_norm, set_fused_attention
 from sec5_distill.distillation import block_logits, check_range
 
@@ -63,29 +63,23 @@ def check_teacher(encoder, source="it"):
 def foreign_vit(weights, num_heads, grid):
     """Build the encoder of a file that holds no settings, of any width and depth, from its tensors."""
     state = {name: value for name, value in weights.state.items() if not name.startswith((*DECODER, *BEHIND))}
-    config = shape_config(state)
+    config = shape_config(state, grid)
     if "pos_embed" not in state or f"blocks.0.attn.{TABLE}" in state:
         raise FormatError(f"{weights.source} is no teacher: it has no absolute positions alone. Give a plain ViT")
     if num_heads is None:
         print0(f"{weights.source}: num_heads is not in the file; assuming 12 (--teacher-heads)")
-    width, prefix = len(state[STEM]), config["class_token"] + config["reg_tokens"]
+    width, (_, (rows, columns)) = len(state[STEM]), source_grid(weights, grid)
     check_heads(width, num_heads or 12, "--teacher-heads")
-    try:
-        rows, columns, only_patches = *source_grid(weights, prefix, grid), False
-    except FormatError:  # timm's no_embed_class
-        rows, columns, only_patches = *source_grid(weights, 0, grid), True
     patch, depth = config["patch_size"], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     vit = VisionTransformer(
         img_size=(rows * patch, columns * patch), patch_size=patch, in_chans=config["in_chans"], num_classes=0,
         embed_dim=width, depth=depth, num_heads=num_heads or 12, class_token=config["class_token"],
-        reg_tokens=config["reg_tokens"], no_embed_class=only_patches, global_pool="avg",
+        reg_tokens=config["reg_tokens"], no_embed_class=config["no_embed_class"], global_pool="avg",
         fc_norm="fc_norm.weight" in state, pre_norm="norm_pre.weight" in state,
         qkv_bias="blocks.0.attn.qkv.bias" in state, qk_norm="blocks.0.attn.q_norm.weight" in state,
         init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
         mlp_ratio=len(state.get("blocks.0.mlp.fc1.weight", ())) / width, weight_init="skip")
-    require_fit(weights.source, vit.state_dict(), state)
-    vit.load_state_dict(state)
-    return vit
+    return fill(vit, state, weights.source)
 
 
 def check_teacher_blocks(depth, blocks, layers):
