@@ -12,7 +12,7 @@ from common import distributed, options
 from common.distributed import print0
 from common.errors import STOPPED, UserError
 from common.machine import explain_troubles
-from common.watch import hang_up, stop_signals
+from common.signals import hang_up, stop_signals
 
 
 def run_script(main, parser, *presets_and_recipes, parse=options.parse):

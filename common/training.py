@@ -13,8 +13,9 @@ from common.errors import STOPPED, UserError
 from common.loader import Views, data_loader, on_device, seed_everything, step_batches
 from common.memory import keep_decoded
 from common.optim import set_learning_rate, steps_per_epoch
+from common.signals import StopSignals
 from common.vit import set_fused_attention
-from common.watch import BadImages, Guard, Meter, StopSignals, explain_out_of_memory, mention_busy_cores
+from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention_busy_cores
 
 
 class Method:

@@ -1,7 +1,6 @@
-"""Monitoring: progress bars, and of a training run log, stop signals, non-finite values, unreadable images, memory."""
+"""Monitoring: progress bars, and of a training run log, non-finite values, unreadable images, memory."""
 import math
 import os
-import signal
 import time
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.distributed import print0, printable
-from common.errors import STOPPED, DataError
+from common.errors import DataError
 
 BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
 MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3  # updates skipped in a row, scale of the loss: beyond, fp16 learns nothing
@@ -29,67 +28,6 @@ def progress(items, what, total=None, **how):
         for item in items:
             yield item
             line.update(1 if keys is None else len(item["index"]))
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def stop_signals():
-    """Return the signals at which to save and stop; not that of a closed terminal where nohup has it ignored."""
-    return [number for number in STOP_SIGNALS
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
-
-
-def hang_up():
-    """After the terminal was closed: drop what is printed to it from now on, as writing there fails."""
-    for stream in (1, 2):
-        try:
-            os.write(stream, b"\n")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-
-
-class StopSignals:
-    """Context manager: the first stop signal sets `received`, which the loop reads at the end of each step.
-
-    A second signal interrupts at once, unless it comes within 3 seconds: torchrun's ranks may receive the same signal
-    twice, once directly and once from the launcher.
-    """
-
-    def __init__(self, run, progress, total):
-        self.run, self.progress, self.total = run, progress, total
-
-    def __enter__(self):
-        self.received, self.at, self.immediate = False, 0.0, False
-        self.before = {number: signal.signal(number, self._handle) for number in stop_signals()}
-        return self
-
-    def _handle(self, number, frame):
-        if number == signal.SIGHUP:
-            hang_up()
-        if self.received and time.monotonic() > self.at + 3:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self.at = True, time.monotonic()
-            if self.immediate:
-                raise SystemExit(STOPPED)
-
-    @contextmanager
-    def exit_immediately(self):
-        """Exit on the first signal within this block: for an evaluation, which takes minutes and is simply repeated."""
-        self.immediate = True
-        if self.received:
-            raise SystemExit(STOPPED)
-        yield
-        self.immediate = False  # not in a finally: an error ends the training and this object
-
-    def __exit__(self, kind, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if kind is SystemExit:
-            how = "without --fresh" if self.run.settings.get("fresh") else "to continue"
-            print0(f"stopped by a signal after step {self.progress['step']} of {self.total}; saved in "
-                   f"{self.run.folder}. Repeat the command {how}.")
 
 
 def mention_busy_cores(device):

@@ -1,0 +1,68 @@
+"""Stop signals: at which a training saves and ends, and the same command continues it."""
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+from common.distributed import print0
+from common.errors import STOPPED
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def stop_signals():
+    """Return the signals at which to save and stop; not that of a closed terminal where nohup has it ignored."""
+    return [number for number in STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def hang_up():
+    """After the terminal was closed: drop what is printed to it from now on, as writing there fails."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"\n")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+class StopSignals:
+    """Context manager: the first stop signal sets `received`, which the loop reads at the end of each step.
+
+    A second signal interrupts at once, unless it comes within 3 seconds: torchrun's ranks may receive the same signal
+    twice, once directly and once from the launcher.
+    """
+
+    def __init__(self, run, progress, total):
+        self.run, self.progress, self.total = run, progress, total
+
+    def __enter__(self):
+        self.received, self.at, self.immediate = False, 0.0, False
+        self.before = {number: signal.signal(number, self._handle) for number in stop_signals()}
+        return self
+
+    def _handle(self, number, frame):
+        if number == signal.SIGHUP:
+            hang_up()
+        if self.received and time.monotonic() > self.at + 3:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.at = True, time.monotonic()
+            if self.immediate:
+                raise SystemExit(STOPPED)
+
+    @contextmanager
+    def exit_immediately(self):
+        """Exit on the first signal within this block: for an evaluation, which takes minutes and is simply repeated."""
+        self.immediate = True
+        if self.received:
+            raise SystemExit(STOPPED)
+        yield
+        self.immediate = False  # not in a finally: an error ends the training and this object
+
+    def __exit__(self, kind, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if kind is SystemExit:
+            how = "without --fresh" if self.run.settings.get("fresh") else "to continue"
+            print0(f"stopped by a signal after step {self.progress['step']} of {self.total}; saved in "
+                   f"{self.run.folder}. Repeat the command {how}.")
