@@ -9,7 +9,7 @@ are only the ends (74.5 -> 75.8 from scratch, 76.1 -> 78.0 from MAE) and the lon
 appendix says of the steps between is in no source that we read.
 """
 from common import entry, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
 MAE = "sec3_benchmark/pretrain_mae.py"

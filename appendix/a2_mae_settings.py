@@ -8,7 +8,7 @@ The paper chose one block of width 96 and 75 % (the official MAE: 8 blocks of wi
 settings are in no source that we read.
 """
 from common import entry, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
 DEMO = ("base", "depth-2", "ratio-0.9")

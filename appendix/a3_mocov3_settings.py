@@ -9,7 +9,7 @@ layer decay 0.75 and averages the patch tokens; arXiv v1's code read the class t
 is in a source that we read.
 """
 from common import entry, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
 

@@ -13,7 +13,7 @@ import shlex
 
 from common import distributed, entry, options, tables
 from common.ranges import Float, Int
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import PUBLISHED, title
 from sec3_benchmark.downstream_sets import FRACTALS, check_path, load_downstream

@@ -10,7 +10,7 @@ re-implementation (MIMDet) for ViT-B, not of the paper's own table, which no sou
 relative positions, which are shared and without weight decay (here decomposed, decayed), and 25 and 50 epochs.
 """
 from common import entry, options, report, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import duration
 
 DETECT = "sec3_benchmark/detect.py"

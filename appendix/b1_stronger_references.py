@@ -9,7 +9,7 @@ The first model is the reference; layers are compared with layers, whatever thei
 took is in no source that we read; it says that the structure stays the same. Writes b1.npz, .json, .md and b1.png.
 """
 from common import entry, report
-from common.tables import Row
+from common.rows import Row
 from sec4_analysis import similarity, study
 
 # Wider than the preset's student

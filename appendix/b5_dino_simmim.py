@@ -13,7 +13,7 @@ differ in what an epoch costs: "crops" is what the encoder sees of an image in a
 are those of Table 1. Writes b5.json and b5.md.
 """
 from common import entry, report, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
 

@@ -9,7 +9,7 @@ import numpy as np
 from appendix import answers
 from appendix.evidence import Measured
 from common import distributed, options, tables
-from common.tables import PREVIOUS
+from common.rows import PREVIOUS
 from sec3_benchmark import downstream
 from sec3_benchmark import table1_pretraining_methods as table1
 from sec3_benchmark import table3_pretraining_data as table3

@@ -1,14 +1,10 @@
-"""A table is rows, a row is the command lines that one would type, run in order; a finished run is found, not repeated.
+"""A table: its command line and its rows (common/rows.py), run in order. A finished run is found, not repeated.
 
-    Row("mae", "MAE", 78.0, ["sec3_benchmark/pretrain_mae.py", "sec3_benchmark/finetune.py --init {previous}"])
-
-`{previous}` is the weights that the line before left. Behind a row's words come those of the table's own command line,
-as far as the script knows them, then `--set`; later words win. `--dry-run` prints the lines and runs nothing.
+`--dry-run` prints the rows' command lines and runs nothing.
 """
 import argparse
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import HubError
 from common.ranges import Int
+from common.rows import PREVIOUS, overruled, remedy, words_of
 
 PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as every script's
 NOTES = {
@@ -27,21 +24,6 @@ NOTES = {
                     "Same chain on other images: compare the rows with each other, not with the published column."),
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
-PREVIOUS = "{previous}"
-
-
-@dataclass
-class Row:
-    key: str  # what --rows takes
-    name: str  # what the table prints
-    published: float | dict | None  # None: in no source read; a dict in a table of several columns
-    lines: list = ()  # scripts with their arguments, in order; none: nothing to run
-    note: str = ""  # where the published number comes from, what else was published
-    presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
-    extra: dict = field(default_factory=dict)  # further columns
-    column: str = ""  # of a table where rows of one key fill several
-
-
 # Command line
 
 def make_parser(description, rows, demo):
@@ -89,28 +71,7 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     return options.replaced(args, given=given, jobs=jobs_wanted)
 
 
-def settings_set(script, args):
-    """Return {name: words} of what --set says of a script; of two values the last counts."""
-    found = {}
-    for text in args.set:
-        (stage, _, key), value = text.partition("=")[0].partition("."), text.partition("=")[2]
-        if stage == Path(script).stem:
-            is_list = value[0] == "["
-            found[key.replace("-", "_")] = value.strip("[]").replace(",", " ").split() if is_list else [value]
-    return {name: [] if words == ["true"] else words for name, words in found.items()}
-
-
 # From a row's lines to runs
-
-def words_of(line, args, seed, previous=PREVIOUS):
-    """Return the script of a row's line and all the words behind it: the row's, the table's, --set's."""
-    script, *words = [previous if word == PREVIOUS else word for word in shlex.split(line)]
-    by_set = settings_set(script, args)
-    known = scripts.own_settings(script) - by_set.keys()
-    table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known}
-    last = [word for name, values in by_set.items() for word in (f"--{name.replace('_', '-')}", *values)]
-    return script, [*words, *options.words(table), *last]
-
 
 def run_row(row, seed, args, done, started_from=()):
     """Return the results of one row with one seed, in order. `done` keeps lines that rows share from running twice;
@@ -250,26 +211,6 @@ def check_rows(rows, to_run, args):
             print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
     if reads & {"images", "labels"} and args.data != "fractals" and not (args.dry_run and args.data_path):
         (load_sets if "labels" in reads else load_images)(options.settle(args))
-
-
-def overruled(row, args):
-    """Return the settings of a row of its own that the command line changes, in words."""
-    changed = []
-    for line in row.lines:
-        script, words = words_of(line, args, args.seeds[0])
-        final = vars(scripts.settings_of(script, words))
-        own = options.given(scripts.parser_of(script), shlex.split(line)[1:])
-        changed += options.words({name: final[name] or "off" for name, value in own.items() if final[name] != value})
-    return " ".join(changed)
-
-
-def remedy(row, source, args, seed):
-    """Return where to give a folder of weights that the hub did not: for a teacher to the table, else to its script."""
-    for line in row.lines:
-        script, words = words_of(line, args, seed)
-        if getattr(scripts.settings_of(script, words), "teacher", None) == source:
-            return f"here as --set {Path(script).stem}.teacher=FOLDER"
-    return f"in place of its name: `python {script} {shlex.join(words)}`"
 
 
 def require_weights(without):

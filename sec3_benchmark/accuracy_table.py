@@ -3,6 +3,7 @@ import statistics
 from dataclasses import replace
 
 from common import report, tables
+from common.rows import overruled
 
 
 def accuracy_table(item, rows, demo, args):
@@ -18,7 +19,7 @@ def accuracy_table(item, rows, demo, args):
 
 def named(row, args):
     """The row, with what the command line changes of its own settings in its name."""
-    words = tables.overruled(row, args)
+    words = overruled(row, args)
     return replace(row, name=f"{row.name} [{words}]") if words else row
 
 

@@ -13,7 +13,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.images import DataError
 from common.pretrained import HubError, read_weights
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
 
 # What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a

@@ -9,7 +9,7 @@ The paper's claim: proper pre-training lifts the plain ViT-Tiny from 75.8 to 78.
 epoch; the best epoch stands in each run's result.json. Rows that were not run are listed below the table.
 """
 from common import entry, tables
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 from sec3_benchmark.downstream import MOCO_FINETUNING
 

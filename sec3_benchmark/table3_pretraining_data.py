@@ -19,7 +19,7 @@ from common import distributed, entry, options, report, scripts, tables
 from common.data import load_sets
 from common.errors import UserError
 from common.optim import steps_per_epoch
-from common.tables import Row
+from common.rows import Row, words_of
 from sec3_benchmark import subsets
 from sec3_benchmark.accuracy_table import duration, named, summary
 from sec3_benchmark.downstream import MOCO_FINETUNING
@@ -84,7 +84,7 @@ def described(row, args, full):
     """Return the row with what the table says of its data; without lines where a part cannot be drawn or has
     no whole batch.
     """
-    script, words = tables.words_of(row.lines[0], args, 0)
+    script, words = words_of(row.lines[0], args, 0)
     asked = options.settle(scripts.settings_of(script, words))
     drawn = asked.subset in DATA.values()
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import distributed, entry, options, report, tables
 from common.distributed import is_main
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark import downstream
 from sec3_benchmark.downstream import COCO_AP, PUBLISHED
 from sec3_benchmark.downstream_sets import SETS

@@ -14,7 +14,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import read_weights
 from common.ranges import Int
-from common.tables import PREVIOUS, Row
+from common.rows import PREVIOUS, Row
 from common.vit import SIZES
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
 from sec4_analysis.study import MAE, MOCO, given_models, line_styles

@@ -23,7 +23,7 @@ from common.loader import seed_everything
 from common.mae import MAE as MaskedAutoencoder
 from common.pretrained import fingerprint
 from common.ranges import Int
-from common.tables import Row
+from common.rows import Row
 from common.vit import eval_mode, init_relative_vit, init_vit
 from sec4_analysis.activations import check_plain
 from sec4_analysis.images import batches, draw_images, preprocessing

@@ -10,8 +10,8 @@ The paper's claim (Section 5): the teacher's layers are alike to the supervised 
 the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
 Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
 """
-from common import entry, report, tables
-from common.tables import Row
+from common import entry, report
+from common.rows import Row, settings_set
 from sec4_analysis import similarity, study
 from sec5_distill import pretrain_dmae
 
@@ -33,7 +33,7 @@ def own_models(args):
 
 def teacher_heads(args):
     """Return {"teacher": number of heads} where D-MAE was told of it, since the teacher's file cannot say."""
-    told = tables.settings_set("sec5_distill/pretrain_dmae.py", args).get("teacher_heads")
+    told = settings_set("sec5_distill/pretrain_dmae.py", args).get("teacher_heads")
     return {"teacher": int(told[0])} if told and not args.models else {}
 
 

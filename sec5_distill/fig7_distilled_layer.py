@@ -17,7 +17,7 @@ from common import entry, options, report, tables
 from common.distributed import is_main
 from common.errors import UserError
 from common.ranges import Int
-from common.tables import Row
+from common.rows import Row
 from sec5_distill import pretrain_dmae
 
 DEPTH = 12  # of every ViT of the paper

@@ -11,7 +11,7 @@ import pytest
 
 from common import jobs
 from common.options import ROOT
-from common.tables import Row
+from common.rows import Row
 from sec3_benchmark import table1_pretraining_methods as table1
 from tests.task import task
 

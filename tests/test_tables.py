@@ -9,7 +9,7 @@ import pytest
 from common import options, report, scripts, tables
 from common.errors import UserError
 from common.pretrained import HubError
-from common.tables import Row
+from common.rows import Row, remedy
 from sec3_benchmark.accuracy_table import accuracy_table
 
 
@@ -164,7 +164,7 @@ def test_weights_out_of_reach_cost_one_row_and_the_table_says_how_to_get_them(ra
 def test_a_teacher_out_of_reach_is_given_to_the_table(tmp_path):
     args = tables.parse(tables.make_parser("a table", ROWS, ()), ["--data-path", str(tmp_path)])
     row = Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py", "sec3_benchmark/finetune.py"])
-    assert tables.remedy(row, "timm:vit_base_patch16_224.mae", args, 0) == "here as --set pretrain_dmae.teacher=FOLDER"
+    assert remedy(row, "timm:vit_base_patch16_224.mae", args, 0) == "here as --set pretrain_dmae.teacher=FOLDER"
 
 
 def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
