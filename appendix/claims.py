@@ -120,8 +120,8 @@ def build_parser():
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], metavar="C",
                         default=[claim.key for claim in CLAIMS], help="some of them: C1, C1b, C2, ... C9b")
     parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="every run is made once per seed")
-    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
+    report.add_pictures(parser, ".json")
     options.add_execution(parser)
     return parser
 

@@ -27,14 +27,29 @@ def subplots(rows=1, columns=1, *, figsize, **settings):
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({
         "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "savefig.bbox": "tight", "legend.frameon": False})
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "savefig.bbox": "tight", "legend.frameon": False,
+        "pdf.fonttype": 42})  # TrueType, which journals ask for and editors can change
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **settings)
 
 
 def save_figure(figure, path):
     """Write a figure as a picture of the kind that the path's suffix names, completely or not at all."""
-    write_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
+    kind, about = Path(path).suffix[1:], None
+    if kind == "pdf":
+        about = {"CreationDate": None}  # the same figure is the same file
+        for axis in figure.axes:
+            for image in axis.images:
+                image.set_interpolation("none")  # its own pixels, not resampled
+    write_atomically(path, lambda file: figure.savefig(file, format=kind, metadata=about))
+
+
+def add_pictures(parser, numbers):
+    """Add what a script with a figure takes; `numbers` is the suffix of the file that it draws from."""
+    group = parser.add_argument_group("picture")
+    group.add_argument("--from-numbers", metavar="FILE", help=f"draw the picture anew from this {numbers} and leave")
+    group.add_argument("--figure-format", nargs="+", choices=("png", "pdf"), default=["png"],
+                       help="pdf: also a vector picture, fonts embedded; the .png is written in any case")
 
 
 @contextmanager
@@ -55,13 +70,16 @@ def only_a_picture(path, numbers=None):
 
 
 def draw_numbers(args, item, draw, content):
-    """Draw the figure `draw(content)` as <item>.png beside the numbers that it shows. If that fails, a file given by
-    --from-numbers is called unfit by a UserError; otherwise one line says so, for the numbers are written.
+    """Draw the figure `draw(content)` as <item>.png, and what else --figure-format names, beside the numbers that it
+    shows. If that fails, a file given by --from-numbers is called unfit by a UserError; otherwise one line says so, for
+    the numbers are written.
     """
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json").with_suffix(".png")
     with only_a_picture(path, args.from_numbers):
-        save_figure(draw(content), path)
-        print0(f"drawn: {path}")
+        figure = draw(content)
+        for kind in dict.fromkeys(("png", *args.figure_format)):
+            save_figure(figure, path.with_suffix(f".{kind}"))
+            print0(f"drawn: {path.with_suffix(f'.{kind}')}")
 
 
 def read_numbers(path, item, key=None):
@@ -154,8 +172,8 @@ def write_text(folder, item, content, text):
     print0(f"\n{text}\n\nwritten to {folder / item}.json and .md")
 
 
-def write_table(item, args, columns, rows, notes=()) -> Path:
-    """Print a table and write it as <output>/<item>/<item>.json and .md. Returns the path of the JSON file.
+def write_table(item, args, columns, rows, notes=()):
+    """Print a table and write it as <output>/<item>/<item>.json and .md.
 
     rows: dicts {"name", "published", "measured", "seeds", "run", ...}. columns: heading -> function of a row.
     Rows without a measurement are listed below the table.
@@ -166,7 +184,5 @@ def write_table(item, args, columns, rows, notes=()) -> Path:
     notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes,
                                f"For all rows: --set {' '.join(args.set)}" if getattr(args, "set", ()) else ""]))
     text = "\n\n".join([f"{item}, {origin(args.preset, args.data)}", text, *notes])
-    folder = Path(args.output) / item
-    write_text(folder, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
-                              "notes": notes}, text)
-    return folder / f"{item}.json"
+    write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
+                                                "notes": notes}, text)

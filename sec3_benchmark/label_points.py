@@ -5,7 +5,7 @@ import math
 DISTANCES, DIRECTIONS = (5, 9, 14, 20, 27, 35, 45, 60), 16
 
 
-def label_points(axes, points, size=6.5):
+def label_points(axes, points, size=8):
     """Label `points`, each (x, y, name, colour) in data coordinates, and return the matplotlib texts.
 
     Each label is put at the nearest free position; a thin line connects distant ones to their points. If no position is

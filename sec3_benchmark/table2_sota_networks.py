@@ -8,10 +8,9 @@
 The paper borrows throughput from timm; here every network is measured, under the one protocol that the table states.
 Others' accuracies are published ones. Nothing is downloaded: throughput does not depend on the weights. The paper's
 claim: MAE-Tiny-FT, 78.5 with 5.7 M parameters and no change of architecture, is on par with networks designed to be
-light. Writes table2.json, table2.md and, drawn from the json, table2.png.
+light. Writes table2.json, table2.md and table2.png.
 """
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
@@ -64,6 +63,7 @@ def build_parser():
     group.add_argument("--real-labels", metavar="FILE", help="real.json; needs --imagenet")
     group.add_argument("--imagenet-v2", metavar="DIR", help="imagenetv2-matched-frequency, folders 0 to 999")
     group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
+    report.add_pictures(parser, ".json")
     group = parser.add_argument_group("execution")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
@@ -194,11 +194,10 @@ COLUMNS = {
 }
 
 
-def draw(table, path):
-    """Published top-1 against measured throughput, from table2.json."""
-    rows = [row for row in json.loads(Path(table).read_text())["rows"]
-            if "images_per_second" in row["measured"] and row["published"]["top1"] is not None]
-    figure, axes = report.subplots(figsize=(7, 5))
+def draw(rows):
+    """Draw published top-1 against measured throughput."""
+    rows = [row for row in rows if "images_per_second" in row["measured"] and row["published"]["top1"] is not None]
+    figure, axes = report.subplots(figsize=(8, 6))
     from matplotlib.ticker import LogLocator
     groups = {"other networks": ("o", lambda row: not row["ours"] and DISTILLED not in row["marks"]),
               f"{DISTILLED} trained with distillation": ("s", lambda row: DISTILLED in row["marks"]),
@@ -210,17 +209,15 @@ def draw(table, path):
         axes.scatter([point[0] for point in mine], [point[1] for point in mine], marker=marker, s=22, label=label)
         points += mine
     axes.set(xscale="log", xlabel="images a second, measured here", ylabel="top-1 on ImageNet-1k (%), published")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,.0f}", minor_formatter="")
     axes.margins(0.12)
     figure.legend(loc="outside upper center", ncols=len(groups))
     label_points(axes, points)
-    report.save_figure(figure, path)
+    return figure
 
 
-def main(args):
-    """Measures and evaluates; writes table2.json, table2.md and table2.png; returns the rows."""
+def measure_rows(args):
+    """Measure and evaluate; write table2.json and table2.md; return the rows."""
     device = distributed.start_process_group(args.device)
     given = checkpoints(args)
     wanted = args.rows or (DEMO if args.preset == "demo" else ["all"])
@@ -232,15 +229,19 @@ def main(args):
              "measured": {**measured[n.key], **accuracy.get(n.key, {})}}
             for n in NETWORKS]
     about = "\n".join(f"- {n.name}: {n.note}" for n in NETWORKS if n.note)
-    folder = Path(args.output) / "table2"
     text = "\n\n".join([f"table2, preset {args.preset}", protocol(args, device),
                         report.markdown(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows]),
                         *NOTES, f"About the published numbers of ours:\n{about}"])
-    report.write_text(folder, "table2", {"item": "table2", "preset": args.preset, "rows": rows,
-                                         "protocol": protocol(args, device), "notes": NOTES}, text)
+    content = {"preset": args.preset, "rows": rows, "protocol": protocol(args, device), "notes": NOTES}
+    report.write_text(Path(args.output) / "table2", "table2", {"item": "table2", **content}, text)
+    return rows
+
+
+def main(args):
+    """Measure, write and draw; return the rows."""
+    rows = report.read_numbers(args.from_numbers, "table2", "rows") if args.from_numbers else measure_rows(args)
     if distributed.is_main():
-        with report.only_a_picture(picture := folder / "table2.png"):
-            draw(folder / "table2.json", picture)
+        report.draw_numbers(args, "table2", draw, rows)
     return rows
 
 

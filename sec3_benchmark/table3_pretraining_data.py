@@ -10,7 +10,6 @@ choice of classes, MoCo-v3 does, and neither gains from IN21K. No source gives t
 trained on the parts: here as many iterations as on all of the data, so a hundred times the epochs on 1 %
 (--equal epochs: as many epochs). Without an official list a part is drawn (sec3_benchmark/subsets.py).
 """
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +46,7 @@ def build_parser():
     group.add_argument("--in21k", metavar="DIR", help="ImageNet-21k or any large folder of images, for its rows")
     group.add_argument("--equal", choices=("iterations", "epochs"), default="iterations",
                        help="what a part of the data shares with the pre-training on all of it")
+    report.add_pictures(parser, ".json")
     return parser
 
 
@@ -137,9 +137,9 @@ COLUMNS = {
 }
 
 
-def draw(table, path):
-    """Top-1 by pre-training data, a line per method and a point per seed, from table3.json."""
-    rows = [row for row in json.loads(Path(table).read_text())["rows"] if row["measured"]]
+def draw(rows):
+    """Draw top-1 by pre-training data, a line per method and a point per seed."""
+    rows = [row for row in rows if row["measured"]]
     parts = [part for part in DATA if any(row["part"] == part for row in rows)]
     figure, axes = report.subplots(figsize=(4, 3))
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -150,13 +150,13 @@ def draw(table, path):
         for place, values in mine.items():
             axes.scatter([place] * len(values), values, s=14, marker="os"[number], color=report.COLOURS[number])
     axes.set(xticks=range(len(parts)), xticklabels=[NAMES[part] for part in parts], xlabel="pre-training data",
-             ylabel="top-1 after fine-tuning on all (%)", xlim=(-0.4, len(parts) - 0.6))
+             ylabel="top-1 after fine-tuning on all labels (%)", xlim=(-0.4, len(parts) - 0.6))
     axes.legend()
-    report.save_figure(figure, path)
+    return figure
 
 
-def main(args):
-    """Runs the chosen rows; writes table3.json, table3.md and table3.png; returns the rows."""
+def measure(args):
+    """Run the chosen rows; write table3.json and table3.md; return the rows, none after a dry run."""
     distributed.start_process_group("cpu" if args.dry_run else args.device)
     planned_rows = planned(args)
     results, _ = tables.run_rows(planned_rows, args, DEMO, script="table3")
@@ -166,10 +166,15 @@ def main(args):
     for row in rows:
         row["status"] = row.get("problem", row["status"])
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."
-    table = report.write_table("table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
-    if distributed.is_main():
-        with report.only_a_picture(picture := table.with_suffix(".png")):
-            draw(table, picture)
+    report.write_table("table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
+    return rows
+
+
+def main(args):
+    """Measure, write and draw; return the rows."""
+    rows = report.read_numbers(args.from_numbers, "table3", "rows") if args.from_numbers else measure(args)
+    if rows and distributed.is_main():
+        report.draw_numbers(args, "table3", draw, rows)
     return rows
 
 

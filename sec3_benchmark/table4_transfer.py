@@ -6,15 +6,13 @@
     python sec3_benchmark/table4_transfer.py --dataset-path ROOT --models mae=FILE supervised=FILE   # given weights
 
 The paper's claim: on small sets the self-supervised ViT-Tiny trail the supervised one, MAE most of all, and the gap
-shrinks with the size of the set. Its plot, gap against size, is drawn from the table's numbers. ROOT is explained in
+shrinks with the size of the set. Its plot, the gap on each set, is drawn from the table's numbers. ROOT is explained in
 sec3_benchmark/downstream_sets.py, each set's settings are in downstream.py; `--set transfer.lr=0.03` changes all.
 The COCO columns are long runs of their own, made where `--datasets` names coco (in the demo: generated scenes).
 """
-import json
 import math
 import statistics
 from itertools import cycle
-from pathlib import Path
 
 from common import distributed, entry, options, report, tables
 from common.distributed import is_main
@@ -38,6 +36,7 @@ def build_parser():
     downstream.add_datasets(parser)
     tables.add_rows(parser, ROWS, DEMO)
     downstream.add_models(parser)
+    report.add_pictures(parser, ".json")
     options.add_execution(parser)
     return parser
 
@@ -59,41 +58,38 @@ def gaps(rows, accuracy):
     return {name: gap for name, gap in found.items() if gap}
 
 
-def draw(table, path):
-    """Gap to the supervised row against training images, from table4.json; the random row is far below the others."""
-    table = json.loads(Path(table).read_text())
-    rows = table["rows"]
+def draw(rows):
+    """Draw the gap to the supervised row for each data set; the random row is far below the others."""
     colours = dict(zip([row["name"] for row in rows], cycle(report.COLOURS)))
     official = {name: about["images"][0] for name, about in SETS.items()}
     ours = {name: size for row in rows for name, size in row["train_images"].items()}
     figure, axes = report.subplots(1, 2, figsize=(7.2, 3.4))
     panel(axes[0], "published", gaps(rows, published), official, colours)
-    panel(axes[1], f"measured, {table['preset']}", gaps(rows, measured), ours, colours)
-    report.save_figure(figure, path)
+    panel(axes[1], "measured here", gaps(rows, measured), ours, colours)
+    return figure
 
 
 def panel(axis, heading, gap, sizes, colours):
-    """One half of the figure; the bars are standard deviations over seeds."""
-    axis.set(title=heading, xlabel="training images", ylabel="top-1 - supervised (points)")
+    """Draw one half of it, the smallest set first; the bars are standard deviations over seeds."""
+    axis.set(title=heading, xlabel="data set and its training images", ylabel="top-1 minus supervised (points)")
     axis.axhline(0, color="black", linewidth=0.8)
     if not gap:
         axis.text(0.5, 0.6, "needs the supervised row\nand another", ha="center", transform=axis.transAxes)
         return
+    shown = sorted({name for values in gap.values() for name in values}, key=sizes.get)
     for row, values in gap.items():
-        names = sorted(values, key=sizes.get)
+        names = [name for name in shown if name in values]
         spread = [statistics.stdev(values[name]) if len(values[name]) > 1 else math.nan for name in names]
-        axis.errorbar([sizes[name] for name in names], [statistics.mean(values[name]) for name in names], spread,
+        axis.errorbar([shown.index(name) for name in names], [statistics.mean(values[name]) for name in names], spread,
                       marker="o", markersize=4, capsize=2, label=row, color=colours[row])
-    shown = {name: sizes[name] for values in gap.values() for name in values}
-    axis.set_xscale("log")
-    axis.set_xticks(list(shown.values()), [f"{downstream.title(name)} {size:,}" for name, size in shown.items()],
-                    rotation=90, fontsize=7)
-    axis.minorticks_off()
+    axis.set_xticks(range(len(shown)), [f"{downstream.title(name)}\n{sizes[name]:,}" for name in shown], rotation=90,
+                    fontsize=8)
+    axis.set_xlim(-0.5, len(shown) - 0.5)
     axis.legend()
 
 
-def main(args):
-    """Runs the chosen rows on the chosen sets; writes table4.json, .md and, from the json, .png; returns the rows."""
+def measure(args):
+    """Run the chosen rows on the chosen sets; write table4.json and .md; return the rows, none after a dry run."""
     distributed.start_process_group("cpu" if args.dry_run else args.device)
     names = downstream.chosen_sets(args)
     rows, args = downstream.with_models(ROWS, args)
@@ -107,11 +103,15 @@ def main(args):
     about = "Each cell: published / measured, top-1 (COCO: AP) in % at the last epoch. Training images: " + ", ".join(
         f"{downstream.title(name)} {size:,}" for name, size in sizes.items()) + "."
     given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
-    table = report.write_table("table4", args, downstream.columns(names), rows,
-                               notes=[about, *given, NOTES[args.preset]])
-    if is_main():
-        with report.only_a_picture(picture := table.with_suffix(".png")):
-            draw(table, picture)
+    report.write_table("table4", args, downstream.columns(names), rows, notes=[about, *given, NOTES[args.preset]])
+    return rows
+
+
+def main(args):
+    """Measure, write and draw; return the rows."""
+    rows = report.read_numbers(args.from_numbers, "table4", "rows") if args.from_numbers else measure(args)
+    if rows and is_main():
+        report.draw_numbers(args, "table4", draw, rows)
     return rows
 
 

@@ -33,8 +33,8 @@ def add_arguments(parser):
     group.add_argument("--blocks", type=Int(0), nargs="+", default=[0, 3, 6, 9, 12], metavar="K",
                        help="how many to keep")
     group.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each point is run once per seed")
-    group.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
+    report.add_pictures(parser, ".json")
 
 
 def parse(parser, argv=None):

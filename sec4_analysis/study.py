@@ -65,7 +65,7 @@ def make_parser(description, norm=True):
     group.add_argument("--image-seed", type=Int(0), help="draws the images; default: --seed")
     group.add_argument("--seed", type=Int(0), default=0, help="of the preset's own runs and of random models")
     tables.add_rows(parser)
-    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .npz and leave")
+    report.add_pictures(parser, ".npz")
     options.add_execution(parser)
     return parser
 

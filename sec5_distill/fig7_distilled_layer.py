@@ -30,8 +30,8 @@ def build_parser():
     parser.add_argument("--layers", nargs="+", default=["none", "4", "8", "12", "all"], metavar="LAYER",
                         help=f"1 to {DEPTH}, none (plain MAE) or all")
     parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each layer is run once per seed")
-    parser.add_argument("--from-numbers", metavar="FILE", help="draw the picture anew from this .json and leave")
     tables.add_rows(parser)
+    report.add_pictures(parser, ".json")
     options.add_execution(parser)
     return parser
 

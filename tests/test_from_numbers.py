@@ -1,13 +1,18 @@
-"""--from-numbers of every figure and of the claims: its own file is drawn, any other is refused in one line."""
+"""--from-numbers of every script with a picture: its own file is drawn, as a PDF too if that is asked for; any other is
+refused in one line.
+"""
 import json
+import re
+import zlib
 
 import numpy as np
 import pytest
 
 from appendix import a6_cka_settings, b1_stronger_references, claims
 from appendix.evidence import OPEN
-from common import tables
+from common import options, scripts, tables
 from common.errors import UserError
+from sec3_benchmark import table2_sota_networks, table3_pretraining_data, table4_transfer
 from sec4_analysis import (
     attention_maps,
     fig1_layer_similarity,
@@ -35,20 +40,72 @@ def own_numbers(item, folder):
         point = {"panel": "", "method": "MAE", "k": 0, "top1": [1.0]}
         claim = {"claim": "C1", "statement": "s", "unit": "points", "beyond": 0, "within": None, "verdict": OPEN,
                  "effect": {"mean": 1.0, "low": 0.0, "high": 2.0, "values": [1.0]}}
+        network = {"name": "n", "marks": "", "ours": True, "published": {"top1": 1.0},
+                   "measured": {"images_per_second": 2.0}}
+        part = {"method": "MAE", "part": "full", "measured": [1.0, 2.0]}
+        starts = [{"key": key, "name": key, "published": {"pets": 1.0}, "measured": {"a": [1.0, 2.0], "b": [2.0, 4.0]},
+                   "train_images": {"a": 9, "b": 9}} for key in ("supervised", "mae")]
+        rows = {"claims": [claim], "table2": [network], "table3": [part], "table4": starts}.get(item, [row])
         path = path.with_suffix(".json")
-        path.write_text(json.dumps({"item": item, "points": [point], "rows": [claim if item == "claims" else row]}))
+        path.write_text(json.dumps({"item": item, "points": [point], "rows": rows}))
     return path
 
 
 DRAWING = {"fig1": fig1_layer_similarity, "fig2": fig2_leading_blocks, "fig3": fig3_fourier,
            "fig4": fig4_leading_blocks_small_data, "fig5": fig5_attention, "attention_maps": attention_maps,
            "fig6": fig6_distilled_similarity, "fig7": fig7_distilled_layer, "a6": a6_cka_settings,
-           "b1": b1_stronger_references, "claims": claims}
+           "b1": b1_stronger_references, "claims": claims, "table2": table2_sota_networks,
+           "table3": table3_pretraining_data, "table4": table4_transfer}
 
 
-def draw_again(module, path):
-    parse = getattr(module, "parse_maps", tables.parse)
-    return module.main(parse(module.build_parser(), ["--from-numbers", str(path)]))
+def draw_again(module, path, *words):
+    parser, words = module.build_parser(), ["--from-numbers", str(path), *words]
+    if module is table2_sota_networks:
+        return module.main(options.parse(parser, module.PRESETS, argv=words))
+    return module.main(getattr(module, "parse_maps", tables.parse)(parser, words))
+
+
+def pdf_text(path):
+    """A PDF with its compressed streams inflated."""
+    content = path.read_bytes()
+    streams = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+    return content + b"".join(zlib.decompressobj().decompress(stream) for stream in streams)
+
+
+@pytest.mark.parametrize("item", DRAWING)
+def test_a_pdf_has_its_fonts_in_it_and_changes_nothing_else(item, tmp_path):
+    path = own_numbers(item, tmp_path)
+    draw_again(DRAWING[item], path)
+    png, pdf = path.with_suffix(".png"), path.with_suffix(".pdf")
+    before = png.read_bytes()
+    assert not pdf.exists()
+    png.unlink()
+    draw_again(DRAWING[item], path, "--figure-format", "pdf")
+    assert pdf.read_bytes().startswith(b"%PDF") and png.read_bytes() == before
+    text = pdf_text(pdf)
+    assert b"/FontFile2" in text and b"/CIDFontType2" in text and b"/Type3" not in text
+
+
+@pytest.mark.parametrize(("item", "sizes"), [("fig1", {(13, 13)}), ("attention_maps", {(8, 8), (2, 2)})])
+def test_images_in_a_pdf_are_not_resampled_and_drawn_again_it_is_the_same_file(item, sizes, tmp_path):
+    path = own_numbers(item, tmp_path)
+    draw_again(DRAWING[item], path, "--figure-format", "pdf")
+    drawn = path.with_suffix(".pdf").read_bytes()
+    draw_again(DRAWING[item], path, "--figure-format", "png", "pdf")
+    assert path.with_suffix(".pdf").read_bytes() == drawn
+    images = re.findall(rb"<<[^<>]*/Subtype /Image[^<>]*", drawn)
+    found = {tuple(int(re.search(rb"/%s (\d+)" % side, entry)[1]) for side in (b"Width", b"Height"))
+             for entry in images}
+    assert sizes <= found
+
+
+def test_the_format_of_a_figure_stays_out_of_its_stages():
+    parser = fig2_leading_blocks.build_parser()
+    args = tables.parse(parser, ["--figure-format", "pdf", "--workers", "0"])
+    for script in ("sec3_benchmark/pretrain_mae.py", "sec3_benchmark/finetune.py", "sec3_benchmark/transfer.py"):
+        words = tables.words_of(script, args, 0)[1]
+        assert "--workers" in words and "--figure-format" not in words
+        assert "figure_format" not in scripts.own_settings(script)
 
 
 @pytest.mark.parametrize("item", DRAWING)

@@ -33,7 +33,7 @@ ITEMS = {  # what each is called, claims first, then in the paper's order; what 
     "table1": ("Table 1: pre-training methods", ""),
     "table2": ("Table 2: light networks", "Accuracy, published, against images a second, measured."),
     "table3": ("Table 3: pre-training data", "Accuracy after fine-tuning on all labels, by the part pre-trained on."),
-    "table4": ("Table 4: transfer", "How far each start is behind the supervised one, against the size of the set."),
+    "table4": ("Table 4: transfer", "How far each start is behind the supervised one on each set, the smallest first."),
     "fig1": ("Figure 1: similarity of layers", MAPS),
     "fig2": ("Figure 2: leading blocks", "Accuracy over the number of pre-trained blocks that are kept."),
     "fig3": ("Figure 3: Fourier amplitudes", "High frequencies after each block; then all frequencies of each model."),
