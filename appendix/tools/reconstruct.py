@@ -90,6 +90,14 @@ def reconstruct(model, images, noise):
         patches * (1 - mask), patches * (1 - mask) + predicted * mask, predicted))
 
 
+def caption(mask_ratio, norm_pix):
+    """Return what one must know to read the picture."""
+    return "\n".join([
+        f"{mask_ratio:.0%} of the patches were removed (grey); the model predicts them from the visible ones.",
+        "It does not learn to predict visible patches: what it shows in their place has no meaning.",
+        *["Mean and contrast of a patch are not predicted, but taken from the input image."] * bool(norm_pix)])
+
+
 def draw(arrays, path, title):
     """One row an image, one column a version: arrays {title: (B, H, W, C) in 0..1}."""
     rows = len(next(iter(arrays.values())))
@@ -127,8 +135,7 @@ def main(args):
     arrays = {name: ((x * std + mean) / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() for name, x in (
         ("input", batch), ("visible", masked), ("predicted", predicted), ("predicted + visible", pasted))}
     save_arrays(folder / "reconstruction.npz", arrays)
-    undone = "norm_pix undone with the true patch's mean and contrast" if model.norm_pix else "raw pixels"
-    draw(arrays, folder / "reconstruction.png", f"{model.config['mask_ratio']:.0%} of the patches removed; {undone}")
+    draw(arrays, folder / "reconstruction.png", caption(model.config["mask_ratio"], model.norm_pix))
     print0(f"written to {folder / 'reconstruction.png'}: " + ", ".join(images.where(int(i)) for i in chosen))
     return {"folder": str(folder)}
 
