@@ -111,7 +111,7 @@ def draw_diagonals(arrays):
             colour, width = (report.COLOURS[number - 1], 1.2) if number else ("0.75", 4)
             panel.plot(np.diagonal(array), linestyle=styles[number % 4], color=colour, linewidth=width, label=name)
         panel.set(title=model, xlabel="layer", ylim=(0, 1), xticks=range(0, 13, 3))
-    axes[0, 0].set_ylabel("CKA with the first model")
+    axes[0, 0].set_ylabel(f"CKA with {next(iter(arrays)).rsplit(': ', 1)[0]}")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -151,7 +151,7 @@ def table(rows):
                             for row in rows])
 
 
-STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#888888", "s"), CONTRARY: (report.COLOURS[1], "X")}
+STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#666666", "s"), CONTRARY: (report.COLOURS[1], "X")}
 
 
 def draw_forest_plot(rows):
@@ -160,7 +160,7 @@ def draw_forest_plot(rows):
     """
     groups = [[row for row in rows if (row["unit"] == POINTS) is points] for points in (True, False)]
     groups = [group for group in groups if group]
-    figure, axes = report.subplots(len(groups), 1, figsize=(10, 0.8 + 0.42 * len(rows)), squeeze=False,
+    figure, axes = report.subplots(len(groups), 1, figsize=(10, len(groups) + 0.42 * len(rows)), squeeze=False,
                                    gridspec_kw={"height_ratios": [len(group) + 0.5 for group in groups]})
     for axis, group in zip(axes[:, 0], groups):
         draw_panel(axis, group)
@@ -187,11 +187,14 @@ def draw_panel(axis, rows):
                     fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     if points:
-        axis.set_xlabel("effect in points of top-1: right of 0, as the paper says; dotted: the bound where it is not 0")
+        axis.set_title("Accuracy")
+        axis.set_xlabel("effect (points of top-1); right of 0: as the paper says\n"
+                        "dotted: the bound, where a claim has another than 0")
     else:
+        axis.set_title("Layers and attention")
         axis.set_xlim(-1.1, 1.1)
         axis.set_xticks([0])
-        axis.set_xlabel("effect, each to its own scale: right of 0, as the paper says")
+        axis.set_xlabel("effect, each claim on a scale of its own; right of 0: as the paper says")
 
 
 def conclusion(args, rows, sets):

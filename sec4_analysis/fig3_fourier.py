@@ -66,7 +66,7 @@ def draw_amplitudes(arrays):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     from matplotlib import cm, colormaps, colors
     last = next(iter(arrays.values()))[1, 0, -1]
-    axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"at {last:.2f} π")
+    axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"highest frequency, {last:.2f} π")
     axes[0].legend(fontsize=8)
     for panel, (name, array) in zip(axes[1:], arrays.items()):
         for point, (values, frequencies) in enumerate(zip(*array)):
@@ -75,7 +75,7 @@ def draw_amplitudes(arrays):
         panel.set(title=name, xlabel="frequency (π)")
     scale = cm.ScalarMappable(colors.Normalize(0, 1 / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
-    bar.set_ticklabels(["first", "last"])
+    bar.set_ticklabels(["first\npoint", "last\npoint"])
     return figure
 
 

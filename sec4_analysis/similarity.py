@@ -67,6 +67,7 @@ def draw_heat_maps(arrays):
         image = panel.imshow(array, origin="lower", cmap="magma", vmin=0, vmax=1)
         panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
                   xticks=range(0, array.shape[1], 3), yticks=range(0, array.shape[0], 3))
+    figure.get_layout_engine().set(w_pad=0.08)  # inches, so that a label is near its own panel only
     bar = figure.colorbar(image, ax=axes[0, maps - 1])
     bar.ax.set_title("CKA", fontsize=9)
     if others:

@@ -70,7 +70,10 @@ COLUMNS = {
 
 
 def draw(rows):
-    """Bars of top-1 and of the time of a step, a dot for each seed. The axis of top-1 is cut: differences are small."""
+    """Draw bars of top-1 and of the time of a step, low layers first, a dot for each seed. The axis of top-1 starts
+    where the differences, which are small, can be seen, and says so.
+    """
+    rows = sorted(rows, key=lambda row: LAYERS.index(row["name"].removeprefix("layer ")))
     names = [row["name"] for row in rows]
     figure, axes = report.subplots(1, 2, figsize=(2.4 + 0.75 * len(rows), 2.8))
     for axis, key, digits in ((axes[0], "measured", 1), (axes[1], "seconds_per_step", 2)):
@@ -85,8 +88,10 @@ def draw(rows):
         axis.set_xlabel("distilled layer")
     values = [value for row in rows for value in row["measured"]]
     margin = 0.3 * (max(values) - min(values)) + 0.2
-    axes[0].set(ylabel="top-1 (%), axis cut", ylim=(max(0, min(values) - margin), max(values) + margin))
-    axes[1].set(ylabel="s per step of pre-training", ylim=(0, 1.15 * axes[1].get_ylim()[1]))
+    lowest = max(0, min(values) - margin)
+    axes[0].set(title=f"this axis starts at {lowest:.1f}" if lowest else "", ylabel="top-1 after fine-tuning (%)",
+                ylim=(lowest, max(values) + margin))
+    axes[1].set(ylabel="pre-training (s per step)", ylim=(0, 1.15 * axes[1].get_ylim()[1]))
     return figure
 
 

@@ -44,7 +44,7 @@ def draw_detections(images, found, path):
         for axis, entries, title in ((axes[row, column], annotations, "annotated"),
                                      (axes[row + 1, column], predicted, f"found, score >= {SHOWN:g}")):
             overlay(axis, to_pillow(image), entries, images.categories)
-            axis.set_title(title, fontsize=7)
+            axis.set_title(title, fontsize=8)
     report.save_figure(figure, path)
 
 
