@@ -1,11 +1,19 @@
 """What every test runs under, and stages that remember what they were asked and train nothing."""
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from common import options, scripts
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal():
+    """Started by nohup or in the background of a script, the tests and their processes would ignore these two."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
