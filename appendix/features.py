@@ -16,13 +16,12 @@ from common.data import statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_encoder
-from common.loader import on_device
+from common.loader import eval_loader, on_device
 from common.pretrained import read_weights
 from common.ranges import Int
 from common.shapes import tokens_of
 from common.vit import MODELS, build_model, eval_mode
 from common.watch import progress
-from sec3_benchmark.evaluate import eval_loader
 
 POOLING = ("token", "avg")
 

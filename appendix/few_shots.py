@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from common import report
 from common.errors import UserError
-from sec3_benchmark.evaluate import hits
+from common.measures import hits
 from sec3_benchmark.subsets import draw
 
 

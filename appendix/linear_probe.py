@@ -29,10 +29,11 @@ from common.data import load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import epoch_order, seed_everything
+from common.measures import hits
 from common.optim import learning_rate, set_learning_rate
 from common.ranges import Float, Int
 from common.watch import progress
-from sec3_benchmark.evaluate import count_classes, hits
+from sec3_benchmark.evaluate import count_classes
 
 READS = "labels"
 PRESETS = {  # the official peak of 6.4 at smaller batches

@@ -123,6 +123,18 @@ def data_loader(views, batches, workers, device):
                       worker_init_fn=outlive_signals, prefetch_factor=ahead)
 
 
+def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
+    """Load every `world`-th image, from number `rank` on, once and in order.
+
+    The last batch is not padded, so the ranks together see each image exactly once. With on_bad_image "skip" a black
+    image stands for an unreadable one, whose number is in the batch's "bad"; else it is an error.
+    """
+    keys = [(epoch, index) for index in range(rank, len(images), world)]
+    batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
+    instead = "blank" if on_bad_image == "skip" else on_bad_image
+    return data_loader(Views(images, transform, 0, instead), batches, workers, device)
+
+
 def peek(batches):
     """The first batch, and all of them."""
     if isinstance(batches, list):

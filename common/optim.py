@@ -1,4 +1,4 @@
-"""Learning-rate schedule, parameter groups and optimizer (Appendix A.1, A.2)."""
+"""Batches and steps, learning-rate schedule, parameter groups and optimizer (Appendix A.1, A.2)."""
 import math
 
 import torch
@@ -35,6 +35,21 @@ def describe_epoch(images, batch_size) -> str:
     hint = f" ({left} images sit out each epoch: lower --batch-size, raise --base-lr)" \
         if left > 0.1 * len(images) else ""
     return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint}"
+
+
+def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int]:
+    """Split the global batch; returns (accumulation steps, images per rank and accumulation step).
+
+    Their product times `world` is batch_size; the steps are the fewest with at most `micro_batch` images each. Raises
+    UserError if the ranks cannot share the batch equally.
+    """
+    if batch_size % world:
+        raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
+    per_rank = batch_size // world
+    accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
+    images = per_rank // accumulation
+    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {images}")
+    return accumulation, images
 
 
 def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
@@ -77,3 +92,16 @@ def set_learning_rate(optimizer, lr):
     """Set every group's learning rate to `lr * lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def optimizer_step(optimizer, scaler, guard, step, loss, clip_grad):
+    """Clip the gradients and update the weights, unless the guard blocks it. Returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
+    guard.check(step, loss, grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return grad_norm

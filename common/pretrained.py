@@ -125,7 +125,11 @@ def read_weights(source):
     """
     if str(source).startswith("timm:") or Path(source).is_dir():
         return read_timm(str(source))
-    content = read_file(Path(source))
+    return interpret(read_file(Path(source)), source)
+
+
+def interpret(content, source):
+    """What a file holds, or would hold, a dict -> Weights. `source` names it in messages. Raises FormatError."""
     config, tensors = own_config(content), unwrap(content, source)
     for layout, prefix, beside in LAYOUTS:
         beside = (*beside, *half_blocks(tensors))

@@ -12,7 +12,7 @@ from common.distributed import print0
 from common.errors import STOPPED, UserError
 from common.loader import Views, data_loader, on_device, seed_everything, step_batches
 from common.memory import keep_decoded
-from common.optim import set_learning_rate, steps_per_epoch
+from common.optim import optimizer_step, set_learning_rate, split_batch, steps_per_epoch
 from common.signals import StopSignals
 from common.vit import set_fused_attention
 from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention_busy_cores
@@ -83,21 +83,6 @@ def choose_precision(precision, device):
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU choose bf16 or fp32")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int]:
-    """Split the global batch; returns (accumulation steps, images per rank and accumulation step).
-
-    Their product times `world` is batch_size; the steps are the fewest with at most `micro_batch` images each. Raises
-    UserError if the ranks cannot share the batch equally.
-    """
-    if batch_size % world:
-        raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
-    per_rank = batch_size // world
-    accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= micro_batch)
-    images = per_rank // accumulation
-    print0(f"global batch {batch_size} = {world} ranks x {accumulation} accumulation x {images}")
-    return accumulation, images
 
 
 def compile_and_distribute(model, device, dtype, compiled):
@@ -225,19 +210,6 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
 def speed(seconds, images):
     """Return the time and the rate of a training that saw so many images, as its result gives them."""
     return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
-
-
-def optimizer_step(optimizer, scaler, guard, step, loss, clip_grad):
-    """Clip the gradients and update the weights, unless the guard blocks it. Returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
-    guard.check(step, loss, grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return grad_norm
 
 
 def evaluate_and_log(snapshot, stop, evaluate, per_epoch):

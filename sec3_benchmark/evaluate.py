@@ -11,23 +11,12 @@ from common.data import statistics
 from common.distributed import print0
 from common.errors import DataError, UserError
 from common.images import UnreadableImage
-from common.loader import Views, data_loader, on_device
+from common.loader import eval_loader, on_device
+from common.measures import hits
 from common.memory import keep_decoded
 from common.watch import progress
 
 READABLE = set()  # fingerprints of the sets that this process has checked to be readable
-
-
-def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
-    """Load every `world`-th image, from number `rank` on, once and in order.
-
-    The last batch is not padded, so the ranks together see each image exactly once. With on_bad_image "skip" a black
-    image stands for an unreadable one, whose number is in the batch's "bad"; else it is an error.
-    """
-    keys = [(epoch, index) for index in range(rank, len(images), world)]
-    batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
-    instead = "blank" if on_bad_image == "skip" else on_bad_image
-    return data_loader(Views(images, transform, 0, instead), batches, workers, device)
 
 
 def say_unreadable(images, indices):
@@ -37,17 +26,6 @@ def say_unreadable(images, indices):
         raise DataError(f"none of {len(images)} images could be read: {names}")
     if len(indices):
         print0(f"{len(indices)} of {len(images)} images are unreadable and left out: {names}")
-
-
-def hits(scores, labels, k):
-    """Compute how surely each label is among the k highest scores: scores (B, C), labels (B,) -> (B,) in 0..1.
-
-    It is 1 or 0, but where the label's score is tied across rank k: there it is the label's chance if ties are broken
-    at random. So equal scores of all classes give k / C, whatever the labels, and not the share of the first class.
-    """
-    own = scores.gather(1, labels.unsqueeze(1))
-    above, tied = (~(scores <= own)).sum(dim=1), (scores == own).sum(dim=1)  # not <=: a NaN is above
-    return ((k - above) / tied.clamp(min=1)).clamp(0, 1)
 
 
 @torch.inference_mode()

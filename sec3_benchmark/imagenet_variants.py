@@ -16,9 +16,8 @@ from common import distributed
 from common.augment import eval_transform
 from common.data import STATISTICS, labelled_folder
 from common.images import DataError
-from common.loader import on_device
+from common.loader import eval_loader, on_device
 from common.watch import progress
-from sec3_benchmark.evaluate import eval_loader
 
 
 @torch.inference_mode()

@@ -13,10 +13,12 @@ from PIL import Image
 from common import options
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
+from common.loader import eval_loader
+from common.measures import hits
 from common.pretrained import read_weights
 from common.vit import build_model
 from sec3_benchmark import evaluate, finetune, pretrain_mae
-from sec3_benchmark.evaluate import accuracy, eval_loader, evaluator, hits
+from sec3_benchmark.evaluate import accuracy, evaluator
 from tests.helpers import near, settings_of, stage
 
 CPU = torch.device("cpu")

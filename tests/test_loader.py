@@ -16,12 +16,12 @@ from common.loader import (
     Views,
     data_loader,
     epoch_order,
+    eval_loader,
     seed_everything,
     step_batches,
     to_device,
 )
 from common.watch import BadImages, progress
-from sec3_benchmark.evaluate import eval_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from appendix import features, knn_probe, linear_probe
 from appendix.features import extract
-from appendix.knn_probe import knn_accuracy, vote
 from appendix.linear_probe import build_probe, fit_probe, probe_accuracy
 from common import distributed
 from common.augment import eval_transform
 from common.errors import UserError
 from common.images import ImageSet
 from common.mae import MAE
+from common.measures import knn_accuracy, vote
 from common.optim import set_learning_rate
 from common.vit import build_model
 from tests.helpers import noisy, settings_of

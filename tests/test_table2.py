@@ -17,11 +17,12 @@ from common.augment import eval_transform
 from common.data import labelled_folder
 from common.errors import UserError
 from common.images import ImageSet
+from common.loader import eval_loader
 from common.vit import build_vit
 from sec3_benchmark import imagenet_variants as variants
 from sec3_benchmark import light_networks
 from sec3_benchmark import table2_sota_networks as table2
-from sec3_benchmark.evaluate import accuracy, eval_loader
+from sec3_benchmark.evaluate import accuracy
 from sec3_benchmark.label_points import label_points
 from tests.helpers import parameter_count
 

@@ -23,12 +23,12 @@ from common.errors import UserError
 from common.files import list_images
 from common.filling import load_model
 from common.images import ImageSet
-from common.loader import on_device
+from common.loader import eval_loader, on_device
 from common.pretrained import read_weights
 from common.ranges import Float, Int
 from common.vit import eval_mode
 from common.watch import progress
-from sec3_benchmark.evaluate import eval_loader, say_unreadable
+from sec3_benchmark.evaluate import say_unreadable
 from sec4_analysis.activations import check_plain
 from sec4_analysis.images import preprocessing
 

@@ -9,11 +9,10 @@ from pycocotools.cocoeval import COCOeval
 
 from common import distributed
 from common.data import statistics
-from common.loader import on_device
+from common.loader import eval_loader, on_device
 from common.watch import progress
 from sec3_benchmark.detection.coco import DetectionViews, index_coco
 from sec3_benchmark.detection.mask_rcnn import paste_masks
-from sec3_benchmark.evaluate import eval_loader
 
 MEASURES = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}  # measure -> index in COCOeval.stats
 
