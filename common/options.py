@@ -14,6 +14,7 @@ from common import data
 from common.distributed import print0
 from common.errors import UserError
 from common.ranges import Float, Int
+from common.tensorboard import summary_writer
 from common.vit import SIZES, pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,8 +73,10 @@ def add_model(parser, models=SIZES):
     group.add_argument("--num-heads", type=Int(1), help="12 in the paper; DeiT-Tiny's own has 3")
 
 
-def add_execution(parser):
-    """How a run is executed. None of these enters a run's identity; every table passes them on to its stages."""
+def add_execution(parser, pretraining=True):
+    """How a run is executed and watched. None of these enters a run's identity; every table passes them on to its
+    stages. pretraining: the script is, or its rows have, a pre-training.
+    """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(ROOT / "outputs"), metavar="DIR", help="where runs and results are kept")
     group.add_argument("--save-to", metavar="FILE", help="also copy the final weights to this file")
@@ -90,6 +93,10 @@ def add_execution(parser):
     group.add_argument("--allow-inexact", action="store_true", help="resume with other threads, ranks or precision")
     group.add_argument("--save-minutes", type=Float(0), default=10, help="longest time between two checkpoints")
     group.add_argument("--log-every", type=Int(1), default=10, help="steps between two rows of log.jsonl")
+    if pretraining:
+        group.add_argument("--probe-every", type=Int(0), default=0, metavar="N",
+                           help="epochs between two measures of what the features are worth; 0: never")
+    group.add_argument("--tensorboard", action="store_true", help="write what log.jsonl has for TensorBoard too")
     group.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop",
                        help="skip: replace, count, list it, in training; above 1 %% stop all the same")
     return parser
@@ -126,6 +133,8 @@ def parse(parser, presets=None, recipes=None, argv=None):
     if empty := [name for name, value in vars(args).items() if value == ""]:  # not taken for "none"
         raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
     check_warmup(args)
+    if getattr(args, "tensorboard", False):
+        summary_writer()  # not after hours
     return args
 
 

@@ -14,6 +14,7 @@ from common.machine import environment
 
 # The palette of Okabe and Ito, distinguishable for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TOKENS = {"token": "class token", "patches": "mean of patches"}  # of which a probe measures the features
 
 
 def subplots(rows=1, columns=1, *, figsize, **settings):
@@ -121,20 +122,31 @@ def draw_curve(log_path, path):
 
 
 def curve(log_path, path):
-    """Plot training loss, learning rate and evaluations (if any) of a log.jsonl over epochs; saves the image."""
+    """Plot training loss, learning rate, evaluations and probes (if any) of a log.jsonl over epochs; saves the image.
+    """
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
-    steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
-    if not steps:
+
+    def points(name, part=None):
+        """[(epoch, value)] of the rows that have it, by itself or in a part."""
+        found = [(row["epoch"], (row.get(part, {}) if part else row).get(name)) for row in rows]
+        return [point for point in found if point[1] is not None]
+
+    main = next((next(iter(row["eval"])) for row in rows if "eval" in row), None)  # the first is the main one
+    panels = {"training loss": {"": points("loss")}, "learning rate": {"": points("lr")},
+              {"top1": "top-1", "box_ap": "box AP"}.get(main, f"{main}") + " on val (%)": {"": points(main, "eval")},
+              "top-1 of neighbours (%)": {what: points(f"knn_{name}", "probe") for name, what in TOKENS.items()},
+              "effective rank": {what: points(f"rank_{name}", "probe") for name, what in TOKENS.items()}}
+    panels = {name: lines for name, lines in panels.items() if any(lines.values())}
+    if "training loss" not in panels:
         return
-    figure, axes = subplots(1, 3 if evals else 2, figsize=(9 if evals else 6, 2.6))
-    for axis, key, name in zip(axes, ("loss", "lr"), ("training loss", "learning rate")):
-        axis.plot([r["epoch"] for r in steps], [r[key] for r in steps], linewidth=1,
-                  marker="." if len(steps) < 10 else None)  # few points need markers to be visible
+    figure, axes = subplots(1, len(panels), figsize=(3 * len(panels), 2.6))
+    for axis, (name, lines) in zip(axes, panels.items()):
+        for what, line in lines.items():
+            axis.plot(*zip(*line), linewidth=1, label=what,
+                      marker="." if len(line) < 50 else None)  # few points need markers to be visible
         axis.set(xlabel="epoch", ylabel=name)
-    if evals:
-        measure = next(iter(evals[0]["eval"]))  # the first is the main one
-        axes[2].plot([r["epoch"] for r in evals], [r["eval"][measure] for r in evals], marker="o", markersize=3)
-        axes[2].set(xlabel="epoch", ylabel={"top1": "top-1", "box_ap": "box AP"}.get(measure, measure) + " on val (%)")
+        if len(lines) > 1:
+            axis.legend()
     save_figure(figure, path)
 
 

@@ -20,6 +20,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.machine import environment
 from common.options import EXECUTION
+from common.tensorboard import add_row
 
 WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
 # Not in the hash: what is read enters by content (its fingerprint), and `preset` names values that enter themselves
@@ -49,6 +50,7 @@ class Run:
     def __init__(self, folder, settings):
         self.folder, self.settings, self.result = Path(folder), settings, None
         self.classes = None  # of a classifier: their names, in the order of its outputs
+        self.board, self.drawn_at = None, time.perf_counter()  # TensorBoard's writer; when the picture was drawn
         self.log_path, self.save_to = self.folder / "log.jsonl", settings.get("save_to")
 
     def log(self, row):
@@ -56,6 +58,8 @@ class Run:
         if distributed.is_main():
             with explain_failed_write(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.board:
+                add_row(self.board, row)
 
     def log_size(self):
         """Bytes."""
@@ -88,9 +92,20 @@ class Run:
             save_json(self.folder / "result.json", {**result, "environment": environment()})
             remove_leftovers(self.folder, "step-*.pt")
         deliver(result, self.save_to)
-        report.draw_curve(self.log_path, self.folder / "curve.png")
+        self.draw()
         distributed.barrier()
         return result
+
+    def draw(self):
+        """Draws curve.png from the log."""
+        report.draw_curve(self.log_path, self.folder / "curve.png")
+        self.drawn_at = time.perf_counter()
+
+    def draw_now_and_then(self):
+        """Draws curve.png, which takes about a second, unless it was drawn, or the run opened, in the last half minute.
+        """
+        if time.perf_counter() > self.drawn_at + 30:
+            self.draw()
 
 
 def deliver(result, save_to):

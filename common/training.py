@@ -13,7 +13,9 @@ from common.errors import STOPPED, UserError
 from common.loader import Views, data_loader, on_device, seed_everything, step_batches
 from common.memory import keep_decoded
 from common.optim import optimizer_step, set_learning_rate, split_batch, steps_per_epoch
+from common.probe import Probe
 from common.signals import StopSignals
+from common.tensorboard import board
 from common.vit import set_fused_attention
 from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention_busy_cores
 
@@ -170,10 +172,11 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     bad_images = BadImages(run, images, progress["bad_images"])
     method.prepare(device, engine.dtype, args.compile)
     keep_decoded(images, args.keep_decoded)
+    probe = Probe(args, images, device) if getattr(args, "probe_every", 0) else None
     engine.batches = engine.micro_batches(images, transform, start, total, bad_images)
 
     with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_out_of_memory(engine.micro_batch),
-          closing(engine.batches)):
+          closing(engine.batches), board(run, start)):
         if progress["evaluate"]:  # the run was stopped before this evaluation finished
             evaluate_and_log(snapshot, stop, evaluate, per_epoch)
         method.model.train()
@@ -192,11 +195,15 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
                 meter.log_row(done, done / per_epoch, schedule(step))
+            if probe and (done % (args.probe_every * per_epoch) == 0 or done == total):
+                guard.raise_if_bad()
+                log_measured(run, done, per_epoch, "probe", probe(run.weights(method.model)))
             stopping, due = distributed.all_max(stop.received, snapshot.is_due())
             if stopping or progress["evaluate"] or due and done < total:
                 guard.raise_if_bad()
                 progress["bad_images"] = bad_images.all_ranks()
                 snapshot.save(done)
+                run.draw_now_and_then()
             if stopping:  # also after the last step: a table must not start its next stage
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
@@ -212,14 +219,20 @@ def speed(seconds, images):
     return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
 
 
+def log_measured(run, step, per_epoch, what, result):
+    """Log and print what an evaluation or a probe has measured after a step, {name: value}. Returns the epoch."""
+    epoch = step / per_epoch
+    run.log({"step": step, "epoch": epoch, what: result})
+    print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    return epoch
+
+
 def evaluate_and_log(snapshot, stop, evaluate, per_epoch):
     """Evaluate, log the result, and save best.pt if its first number is the best so far."""
     run, progress = snapshot.run, snapshot.progress
-    epoch = progress["step"] / per_epoch
     with stop.exit_immediately():  # a stopped evaluation is repeated from its start
         result = evaluate()
-        run.log({"step": progress["step"], "epoch": epoch, "eval": result})
-        print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+        epoch = log_measured(run, progress["step"], per_epoch, "eval", result)
         measure = next(iter(result))  # the first is the main one: top1, or box_ap
         better = result[measure] > progress["best"].get(measure, -1.0)
         if better and distributed.is_main():

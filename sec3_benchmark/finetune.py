@@ -80,7 +80,7 @@ def add_arguments(parser, models=MODELS):
     group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
     group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
     group.add_argument("--seed", type=Int(0), default=0)
-    options.add_execution(parser)
+    options.add_execution(parser, pretraining=False)
     return parser
 
 

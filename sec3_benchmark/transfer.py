@@ -73,7 +73,7 @@ def build_parser():
     group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
     group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
     group.add_argument("--seed", type=Int(0), default=0)
-    options.add_execution(parser)
+    options.add_execution(parser, pretraining=False)
     return parser
 
 

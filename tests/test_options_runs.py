@@ -265,7 +265,8 @@ def test_what_changes_the_result_enters_and_nothing_else(module):
     outside = {name for name, value in settings.items()
                if settings_hash({**settings, name: changed(value)}, {}) == settings_hash(settings, {})}
     execution = {"output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "keep_decoded",
-                 "compile", "deterministic", "allow_inexact", "save_minutes", "log_every", "on_bad_image"}
+                 "compile", "deterministic", "allow_inexact", "save_minutes", "log_every", "on_bad_image",
+                 "tensorboard", *({"probe_every"} & set(settings))}
     assert outside == execution | {"data_path", "download", "preset"} | ({"init"} & set(settings))
     assert settings_hash(settings, {"data": "x"}) != settings_hash(settings, {"data": "y"})
 

@@ -72,7 +72,7 @@ def write_reference(folder, path):
     steps = list(losses_of(rows))
     steps = {*steps[::math.ceil(len(steps) / ROWS)], steps[-1]}
     kept = [{name: row[name] for name in ("step", "loss", "eval") if name in row} for row in rows
-            if "eval" in row or row["step"] in steps]
+            if "eval" in row or "loss" in row and row["step"] in steps]
     lines = [json.dumps(line) for line in ({**about, "environment": result["environment"]}, *kept)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))

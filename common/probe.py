@@ -1,0 +1,105 @@
+"""Watching a pre-training: what its features are worth, every few epochs (--probe-every).
+
+Nearest neighbours say whether the features tell the classes apart, where the images have labels. Spread and effective
+rank need none and show a collapse: all images with the same feature, or features in a few dimensions. Each is measured
+on the class token and on the mean of the patch tokens, after the final norm, in float32.
+
+The network is built anew from the weights as a file would hold them, and is filled as a fine-tuning fills its own. So
+it is what --init would give, for every method, and the model in training is not touched. Nor are its bits: every
+sample and every step seeds the random generators anew, whatever was drawn from them in between.
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from common import distributed
+from common.augment import eval_transform
+from common.data import load_sets, statistics
+from common.distributed import print0, remark
+from common.errors import DataError
+from common.filling import load_encoder
+from common.loader import eval_loader, on_device
+from common.measures import effective_rank, knn_accuracy, spread
+from common.options import SHAPE
+from common.pretrained import interpret
+from common.vit import build_model, eval_mode
+from common.watch import progress
+
+TRAIN, VAL, UNLABELLED = 2000, 1000, 1000  # images, at most
+
+
+def some(images, count):
+    """Draw at most `count` images of an ImageSet, always the same."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
+    labels = None if images.labels is None else images.labels[chosen]
+    return replace(images, images=images.images[chosen], labels=labels)
+
+
+def labelled(args):
+    """Return some training and some validation images with labels; None, and a line that says why, if there are none.
+    """
+    try:
+        train, val = load_sets(args)
+    except DataError as error:
+        why = str(error)
+    else:
+        if len(train.classes) > 1:
+            return some(train, TRAIN), some(val, VAL)
+        why = f"{train.name} has one class"
+    print0(f"--probe-every measures spread and rank alone, on up to {UNLABELLED} images, as nearest neighbours need "
+           f"labels: {why}")
+    return None
+
+
+def encoder_of(content):
+    """The ViT of a file's content, without a head."""
+    weights = interpret(content, "the model in training")
+    vit = build_model(**{name: weights.config[name] for name in SHAPE}, num_classes=0, global_pool="token")
+    load_encoder(vit, weights)
+    return vit
+
+
+class Probe:
+    """Measures the features of a pre-training on images that are chosen once."""
+
+    def __init__(self, args, images, device):
+        self.args, self.device = args, device
+        self.train, self.val = labelled(args) or (some(images, UNLABELLED), None)
+
+    def __call__(self, content):
+        """Measure what a file of this content would give: {"knn_token" (top-1 in percent; with labels alone),
+        "spread_token", "rank_token", and the same of "patches"}. All ranks call it and get the same.
+        """
+        vit, found = eval_mode(encoder_of(content), self.device), {}
+        train, labels = self.features(vit, self.train)
+        val, targets = self.features(vit, self.val) if self.val else ((None, None), ())
+        for name, ours, queries in zip(("token", "patches"), train, val):
+            if len(targets):
+                found[f"knn_{name}"] = knn_accuracy(ours, labels, queries, targets, len(self.train.classes))["top1"]
+            found |= {f"spread_{name}": spread(ours), f"rank_{name}": effective_rank(ours)}
+        return found
+
+    @torch.inference_mode()
+    def features(self, vit, images):
+        """Class tokens and means of the patch tokens, two (N, D), and the labels (N,), or zeros, of the images that can
+        be read; on the CPU of every rank. Each rank computes its share. Raises FloatingPointError.
+        """
+        mean, std = (values.to(self.device) for values in statistics(self.args))
+        loader = eval_loader(images, eval_transform(self.args.img_size), min(self.args.micro_batch, 256),
+                             self.args.workers, self.device, distributed.rank(), distributed.world_size(),
+                             on_bad_image="skip")
+        rows = torch.zeros(len(images), 2 * vit.embed_dim + 1)
+        for batch in on_device(progress(loader, "probing"), self.device, mean, std):
+            tokens = vit.forward_features(batch["image"])
+            pooled = torch.cat([tokens[:, 0], tokens[:, vit.num_prefix_tokens:].mean(dim=1)], dim=1)
+            rows[batch["index"]] = torch.cat([pooled.cpu(), (batch["bad"] < 0).unsqueeze(1)], dim=1)
+        rows = distributed.all_sum(rows)  # of zeros and one rank's values: exact
+        readable = rows[:, -1] > 0
+        if unread := int((~readable).sum()):
+            remark(f"--probe-every leaves out {unread} of {len(images)} images of {images.name}, which cannot be read")
+        if not rows.isfinite().all():
+            raise FloatingPointError("the features of the model in training are not finite: try a lower --base-lr, "
+                                     "--clip-grad 1 or --precision fp32")
+        labels = torch.zeros(len(images)) if images.labels is None else torch.as_tensor(images.labels)
+        return rows[readable, :-1].chunk(2, dim=1), labels[readable].long()
