@@ -16,7 +16,7 @@ def make_run(folder, losses, **settings):
     stored = {"script": "toy", "epochs": 3, "output": str(folder), "fingerprints": {"data": "x"}, **settings}
     (folder / "settings.json").write_text(json.dumps(stored))
     rows = [{"step": 10 * i, "epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    rows.append({"step": 10 * len(losses), "eval": {"top1": 12.5}})
+    rows += [{"step": 10 * len(losses), name: {"top1": 12.5}} for name in ("probe", "eval")]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "result.json").write_text(json.dumps({"environment": {"date": "today"}}))
     return folder
@@ -35,6 +35,7 @@ def test_a_run_is_compared_with_the_reference_of_its_settings(tmp_path):
     about, *rows = compare_runs.read_lines(references[1])
     assert about["settings"] == {"epochs": 3} and about["environment"] == {"date": "today"}
     assert 20 <= len(rows) <= 32 and rows[-1] == {"step": 1000, "eval": {"top1": 12.5}} and rows[-2]["step"] == 1000
+    assert all("loss" in row or "eval" in row for row in rows)  # what a probe measured is no part of a reference
 
     losses[68] *= 1.03  # step 690, which the thinned reference has
     again = make_run(tmp_path / "outputs" / "toy" / "again", losses)
