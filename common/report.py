@@ -122,8 +122,7 @@ def draw_curve(log_path, path):
 
 
 def curve(log_path, path):
-    """Plot training loss, learning rate, evaluations and probes (if any) of a log.jsonl over epochs; saves the image.
-    """
+    """Plot loss, learning rate, evaluations and probes (if any) of a log.jsonl over epochs; saves the image."""
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
 
     def points(name, part=None):

@@ -374,7 +374,8 @@ def test_fp16_that_skips_fifty_updates_at_a_scale_that_stays_stops(tmp_path, fp1
 def test_fp16_may_skip_some_updates(tmp_path, fp16):
     """As its first ones, until the scale fits; and one now and then."""
     toy = fit(tmp_path, settings(epochs=10), Toy(fault=without_gradient([*range(8), *range(10, 30, 2)])))
-    assert toy.result["seconds"] and all(torch.isfinite(value).all() for value in toy.model.state_dict().values())
+    assert toy.result["images_per_second"] > 0
+    assert all(torch.isfinite(value).all() for value in toy.model.state_dict().values())
 
 
 @pytest.mark.parametrize("save_minutes", [0, 60])
