@@ -106,12 +106,12 @@ def test_unreadable_images_are_passed_over_and_the_other_rows_stay_with_their_fi
     (place / "3.png").write_bytes(b"")
     (place / "5.png").write_bytes((place / "4.png").read_bytes()[:60])
     with pytest.raises((UnreadableImage, RuntimeError), match="0.png.*--on-bad-image skip"):
-        extract()
-    result, found = extract(on_bad_image="skip")
+        extract(on_bad_image="stop")
+    result, found = extract()
     assert found["files"].tolist() == ["1.png", "2.png", "4.png"] and result["images"] == 3
     assert found["unreadable"].tolist() == result["unreadable"] == ["0.png", "3.png", "5.png"]
     assert_close(torch.from_numpy(found["features"]), torch.from_numpy(whole["features"][[1, 2, 4]]), 1e-5)
     for number in range(6):
         (place / f"{number}.png").write_bytes(b"text")
     with pytest.raises(UserError, match="none of 6 images could be read"):
-        extract(on_bad_image="skip")
+        extract()

@@ -135,10 +135,10 @@ def test_unreadable_images_have_no_class_and_the_rows_of_the_others_stay(place, 
         path = data / name
         path.write_bytes(path.read_bytes()[:70] if content is None else content)
     with pytest.raises(UserError, match="cat/0.png could not be read.*--on-bad-image skip"):
-        run(place, tmp_path, place.colour["checkpoint"], data)
+        run(place, tmp_path, place.colour["checkpoint"], data, on_bad_image="stop")
     capsys.readouterr()
     for batch_size in (128, 4):
-        found = run(place, tmp_path, place.colour["checkpoint"], data, on_bad_image="skip", batch_size=batch_size)
+        found = run(place, tmp_path, place.colour["checkpoint"], data, batch_size=batch_size)
         bad = [0, 7, 13]  # of cat/0 ... cat/8, dog/0 ...
         assert found["classes"] == ["" if i in bad else name for i, name in enumerate(whole)]
         assert found["unreadable"] == [str(data / name) for name in ("cat/0.png", "cat/7.png", "dog/4.png")]

@@ -6,9 +6,9 @@
 
 Below DIR (its val/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
 `np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, "unreadable", the
-paths that --on-bad-image skip left out, and "about", what made them as JSON. A classifier that was fine-tuned on the
-mean of its patch tokens gives that mean; of a --layer of it --pooling may say otherwise. Without DIR the generated
-images are taken, and their numbers are the file names.
+paths of images that could not be read and have no row (--on-bad-image stop: an error), and "about", what made them, as
+JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean; of a --layer of it --pooling may
+say otherwise. Without DIR the generated images are taken, and their numbers are the file names.
 """
 import hashlib
 import json
@@ -33,7 +33,7 @@ def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
     add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz",
                   kept=False)
-    parser.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: leave it out, list it")
+    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: leave it out, list it")
     return parser
 
 

@@ -5,9 +5,9 @@
 
 Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
 of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.
-Writes predictions.csv: file, class, probability, and the folder's class if there is one; with --on-bad-image skip an
-unreadable image has an empty class and probability. A name in it that begins with = + - or @, which a spreadsheet would
-take for a formula, has a single quote before it.
+Writes predictions.csv: file, class, probability, and the folder's class if there is one. An unreadable image is listed
+and has an empty class and probability (--on-bad-image stop: an error). A name that begins with = + - or @, which a
+spreadsheet would take for a formula, has a single quote before it.
 """
 import csv
 import io
@@ -43,7 +43,7 @@ def build_parser():
     parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: as the file says")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
-    parser.add_argument("--on-bad-image", choices=("stop", "skip"), default="stop", help="skip: it has no class")
+    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: it has no class")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
