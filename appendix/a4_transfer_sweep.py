@@ -60,7 +60,7 @@ def main(args):
     distributed.start_process_group("cpu" if args.dry_run else args.device)
     check_path(args.dataset, args.dataset_path)
     if args.dataset not in FRACTALS and not args.dry_run:  # looked at now rather than after a long pre-training
-        load_downstream(options.settle(args))
+        load_downstream(options.resolve(args))
     return accuracy_table("a4", list(rows_of(args)), (), args)
 
 

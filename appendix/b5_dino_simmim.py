@@ -14,7 +14,7 @@ are those of Table 1. Writes b5.json and b5.md.
 """
 from common import entry, report, tables
 from common.rows import Row
-from sec3_benchmark.accuracy_table import duration, named, summary
+from sec3_benchmark.accuracy_table import duration, summary, with_changes
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 DEMO = ("mae", "simmim", "dino")
@@ -58,7 +58,7 @@ def main(args):
     results, _ = tables.run_rows(ROWS, args, DEMO, script="b5")
     if args.dry_run:
         return []
-    rows = [{**summary(named(row, args), results.get(row.key, [])),
+    rows = [{**summary(with_changes(row, args), results.get(row.key, [])),
              "knn": [lines[1]["top1"] for lines in results.get(row.key, [])],
              "linear": [lines[2]["top1"] for lines in results.get(row.key, [])]} for row in ROWS]
     report.write_table("b5", args, COLUMNS, rows, notes=[

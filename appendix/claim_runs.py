@@ -59,7 +59,7 @@ def transferred(run, dataset):
 def words_for(parser, args):
     """What was given on the command line, as far as another script knows it."""
     known = options.defaults(parser)
-    return options.words({name: value for name, value in args.given.items() if name in known})
+    return options.to_argv({name: value for name, value in args.given.items() if name in known})
 
 
 def rows_for(needed, args, sets):

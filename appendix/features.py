@@ -61,7 +61,7 @@ def build_encoder(args, device):
     weights = read_weights(args.init)
     # a norm behind the mean: an averaging classifier; some have no class token, and their norm in front of the mean
     pool = "avg" if "fc_norm.weight" in weights.state else "token" if "cls_token" in weights.state else ""
-    args = options.settle(args, weights)
+    args = options.resolve(args, weights)
     if pool != "token" and args.pooling is None:
         print0("as the weights say: --pooling avg")
     if args.pooling == "token" and pool == "":

@@ -85,7 +85,7 @@ class Distilled(finetune.Supervised):
 
 def read_teacher(args, device):
     """The teacher, ready to be asked, its Weights, and settings in which the student sees the same images."""
-    args = options.settle(args, read_weights(args.init) if args.init else None)  # may say which size
+    args = options.resolve(args, read_weights(args.init) if args.init else None)  # may say which size
     weights = read_weights(args.teacher)
     args = with_statistics(args, weights)
     if weights.model is None:

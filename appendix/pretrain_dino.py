@@ -141,7 +141,7 @@ def regularised_groups(model):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    args = options.settle(args)
+    args = options.resolve(args)
     images = load_images(args)
     crops = crops_of(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"

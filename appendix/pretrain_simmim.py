@@ -101,7 +101,7 @@ def check_masking(args, grid):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    args = options.settle(args)
+    args = options.resolve(args)
     images = load_images(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_simmim", name, args, {"data": images.fingerprint()}) as run:

@@ -81,7 +81,7 @@ def announce(parser, args):
     if changed.pop("preset", None):
         network = {} if is_table else {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
                                        if name in changed or name in usual and getattr(args, name) is None}
-        words = options.words({**network, **changed})
+        words = options.to_argv({**network, **changed})
         rest = "each stage prints its own settings" if is_table else "else the paper's values"
         print0(" ".join([f"# preset {args.preset}:", *words, f"({rest})"]))
 

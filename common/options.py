@@ -2,7 +2,7 @@
 
 Later words win: default < preset < recipe < command line; a table puts a row's words before the user's. A script's
 defaults are the paper's values; its `PRESETS` lists only what the smaller presets change. What weights can say of their
-network and images has no default: `settle` takes what was given, else what the weights say, else the preset's.
+network and images has no default: `resolve` takes what was given, else what the weights say, else the preset's.
 """
 import argparse
 import copy
@@ -143,7 +143,7 @@ def replaced(args, **changes):
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def settle(args, weights=None, names=SHAPE):
+def resolve(args, weights=None, names=SHAPE):
     """Return new settings in which nothing about the network and its images is open any more: given on the command
     line, else as the Weights say (of `names`; their mean and deviation always), else as the preset has it.
     """
@@ -151,15 +151,15 @@ def settle(args, weights=None, names=SHAPE):
     usual = {**PAPER, **NETWORKS.get(args.preset, {})}
     wanting = [name for name in usual if name in args and getattr(args, name) is None]
     said = {name: says[name] for name in wanting
-            if says.get(name) is not None and not alike(name, says[name], usual[name])}
+            if says.get(name) is not None and not same_value(name, says[name], usual[name])}
     if said:
-        print0("as the weights say:", *words(said))
-    settled = {**{name: usual[name] for name in wanting}, **said}
-    settled = replaced(args, **settled)
-    return data.with_statistics(settled, weights) if "mean" in args else settled
+        print0("as the weights say:", *to_argv(said))
+    resolved = {**{name: usual[name] for name in wanting}, **said}
+    resolved = replaced(args, **resolved)
+    return data.with_statistics(resolved, weights) if "mean" in args else resolved
 
 
-def alike(name, ours, theirs):
+def same_value(name, ours, theirs):
     """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
     return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
 
@@ -173,7 +173,7 @@ def check_warmup(args):
             raise UserError(f"--warmup-{unit} {warmup} leaves nothing of --{unit} {total}: lower it too")
 
 
-def named(texts, flag):
+def parse_pairs(texts, flag):
     """["NAME=VALUE", ...] -> {NAME: VALUE}."""
     pairs = [text.partition("=")[::2] for text in texts]
     wrong = [text for text, (name, value) in zip(texts, pairs) if not (name and value)]
@@ -182,7 +182,7 @@ def named(texts, flag):
     return dict(pairs)
 
 
-def words(settings):
+def to_argv(settings):
     """Settings as words of a command line, where every flag is its setting's name; None and False are left out."""
     line = []
     for key, value in settings.items():

@@ -33,7 +33,7 @@ def words_of(line, args, seed, previous=PREVIOUS):
     known = scripts.own_settings(script) - by_set.keys()
     table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known}
     last = [word for name, values in by_set.items() for word in (f"--{name.replace('_', '-')}", *values)]
-    return script, [*words, *options.words(table), *last]
+    return script, [*words, *options.to_argv(table), *last]
 
 
 def settings_set(script, args):
@@ -54,7 +54,7 @@ def overruled(row, args):
         script, words = words_of(line, args, args.seeds[0])
         final = vars(scripts.settings_of(script, words))
         own = options.given(scripts.parser_of(script), shlex.split(line)[1:])
-        changed += options.words({name: final[name] or "off" for name, value in own.items() if final[name] != value})
+        changed += options.to_argv({name: final[name] or "off" for name, value in own.items() if final[name] != value})
     return " ".join(changed)
 
 

@@ -144,8 +144,8 @@ def run_rows(rows, args, demo, script):
     check_rows(rows, to_run, args)
     at_once = args.jobs or (jobs.CORES if device.type == "cpu" else 1)
     if at_once > 1 and distributed.world_size() == 1 and not args.dry_run:
-        run_ahead(to_run, args, script, at_once)
-    results, without, done = {}, {}, {}
+        train_at_once(to_run, args, script, at_once)
+    results, unavailable, done = {}, {}, {}
     started_from = starting_points(to_run, args) if args.dry_run else ()
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
@@ -154,15 +154,15 @@ def run_rows(rows, args, demo, script):
                 results.setdefault(row.key, {}).setdefault(row.column, []).append(
                     run_row(row, seed, args, done, started_from))
             except HubError as error:  # the other rows can go on
-                without[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
-                print0(without[row.key])
+                unavailable[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
+                print0(unavailable[row.key])
                 break
     if args.dry_run:
         print0("\n# then this command without --dry-run: it finds these runs by their content")
-    return {key: columns.get("", columns) for key, columns in results.items()}, without
+    return {key: columns.get("", columns) for key, columns in results.items()}, unavailable
 
 
-def run_ahead(rows, args, script, at_once):
+def train_at_once(rows, args, script, at_once):
     """Train the rows in processes of their own, so that the table then finds them finished."""
     own = options.replaced(args, given={"workers": 0, **args.given})  # a core each is all they have
     tasks = [(group[0].key, train_rows, (group, seed, own, script))
@@ -210,10 +210,10 @@ def check_rows(rows, to_run, args):
         if words := overruled(row, args):
             print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
     if reads & {"images", "labels"} and args.data != "fractals" and not (args.dry_run and args.data_path):
-        (load_sets if "labels" in reads else load_images)(options.settle(args))
+        (load_sets if "labels" in reads else load_images)(options.resolve(args))
 
 
-def require_weights(without):
+def require_weights(unavailable):
     """Raise an error: a figure has no place for a row whose weights the hub did not give."""
-    if without:
-        raise UserError("; ".join(without.values()))
+    if unavailable:
+        raise UserError("; ".join(unavailable.values()))

@@ -11,13 +11,13 @@ def accuracy_table(item, rows, demo, args):
     results, without = tables.run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(named(row, args), results.get(row.key, []), without.get(row.key)) for row in rows]
+    summaries = [summary(with_changes(row, args), results.get(row.key, []), without.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(item, args, COLUMNS, summaries, notes=[about, tables.NOTES[args.preset]])
     return summaries
 
 
-def named(row, args):
+def with_changes(row, args):
     """The row, with what the command line changes of its own settings in its name."""
     words = overruled(row, args)
     return replace(row, name=f"{row.name} [{words}]") if words else row

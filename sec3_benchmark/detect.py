@@ -157,19 +157,19 @@ def as_built(args, weights):
     own = {name: value for name, value in weights.config.items()
            if name in args and (name != "proposals" or name not in args.given)}
     for name, theirs in own.items():
-        if name in args.given and not options.alike(name, ours := getattr(args, name), theirs):
+        if name in args.given and not options.same_value(name, ours := getattr(args, name), theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
     return with_statistics(options.replaced(args, **own), weights)
 
 
-def settle_backbone(args, weights):
+def resolve_backbone(args, weights):
     """Return settings in which the weights' own words about their ViT count; --img-size is the canvas."""
     config = weights and weights.config
     if config and config["model"] not in (None, *SIZES):
         raise UserError(f"--init {args.init} has relative positions ({config['model']}): detect.py takes a plain ViT, "
                         f"pre-trained by --model vit_tiny")
-    vit = options.settle(options.replaced(args, img_size=args.position_size), weights)
+    vit = options.resolve(options.replaced(args, img_size=args.position_size), weights)
     return options.replaced(vit, img_size=args.img_size, position_size=vit.img_size)
 
 
@@ -209,7 +209,7 @@ def main(args):
     if args.deterministic and device.type == "cuda":
         raise UserError("--deterministic: on a GPU the backward pass of ROIAlign adds in no fixed order; leave it out")
     weights = read_weights(args.init) if args.init else None
-    args = settle_backbone(args, weights)
+    args = resolve_backbone(args, weights)
     train_set, val_set = load_detection_sets(args)
     fingerprints = {"train": train_set.fingerprint(), "val": val_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

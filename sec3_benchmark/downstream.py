@@ -85,7 +85,7 @@ def with_models(rows, args):
     """Return the rows, those in --models starting from the weights given there, with a row for each other name in it;
     and settings whose --rows are these, beside those that it names.
     """
-    models = options.named(args.models, "--models")
+    models = options.parse_pairs(args.models, "--models")
     known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
     for name, file in models.items():
         if name not in known and name in keys:
@@ -125,7 +125,7 @@ def scratch_settings(loaded, told):
 
 def random_like(row, args):
     """Return the row of random weights, where it is to be run: the same network as the files of --models, if any."""
-    files = options.named(args.models, "--models")
+    files = options.parse_pairs(args.models, "--models")
     if not {row.key, "all"} & set(args.rows or ()) - files.keys():
         return row
     loaded = {}
@@ -136,7 +136,7 @@ def random_like(row, args):
         with suppress(HubError):  # its own row will say so
             loaded[name] = read_weights(file)
     network = scratch_settings(loaded, settings_told(args, "transfer.py"))
-    return replace(row, lines=[shlex.join([*shlex.split(row.lines[-1]), *options.words(network)])])
+    return replace(row, lines=[shlex.join([*shlex.split(row.lines[-1]), *options.to_argv(network)])])
 
 
 def chosen_sets(args):
@@ -151,7 +151,7 @@ def chosen_sets(args):
             continue
         check_path(name, args.dataset_path)
         if name not in FRACTALS and not (args.dry_run and not Path(args.dataset_path or "").is_dir()):
-            load_downstream(options.replaced(options.settle(args), dataset=name))
+            load_downstream(options.replaced(options.resolve(args), dataset=name))
     return list(dict.fromkeys(names))
 
 

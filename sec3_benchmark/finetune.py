@@ -146,7 +146,7 @@ def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0,
 def evaluate_only(args, device, build):
     """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
     weights = read_weights(args.init)
-    args = options.settle(args, weights, (*options.SHAPE, "global_pool"))
+    args = options.resolve(args, weights, (*options.SHAPE, "global_pool"))
     [val_set] = load_sets(args, splits=("val",))
     check_classes(weights, val_set)
     vit = build(args, len(val_set.classes), weights, keep_head=True).to(device)
@@ -175,7 +175,7 @@ def train_classifier(args, script, build, method, fingerprints=None):
     if args.eval_only:
         return evaluate_only(args, device, build)
     weights = read_weights(args.init) if args.init else None
-    args = options.settle(args, weights)
+    args = options.resolve(args, weights)
     train_set, val_set = load_sets(args)
     num_classes = count_classes(train_set)
     start = "scratch" if weights is None else "init"

@@ -43,7 +43,7 @@ class MAEMethod(Method):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    args, images = subsets.pretraining_images(options.settle(args))
+    args, images = subsets.pretraining_images(options.resolve(args))
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_mae", name, args, {"data": images.fingerprint()}, no_identity=("subset",)) as run:
         if run.result:

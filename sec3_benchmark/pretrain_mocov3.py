@@ -157,7 +157,7 @@ def decay_everything(model, weight_decay):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    args, images = subsets.pretraining_images(options.settle(args))
+    args, images = subsets.pretraining_images(options.resolve(args))
     views = MoCoViews(args)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_mocov3", name, args, {"data": images.fingerprint()}, no_identity=("subset",)) as run:

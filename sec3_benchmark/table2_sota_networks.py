@@ -131,7 +131,7 @@ def measure_all(wanted, args, device):
 
 def checkpoints(args):
     """--checkpoints as {row's key: file}."""
-    ours, given = [n.key for n in NETWORKS if n.ours], options.named(args.checkpoints, "--checkpoints")
+    ours, given = [n.key for n in NETWORKS if n.ours], options.parse_pairs(args.checkpoints, "--checkpoints")
     for key, file in given.items():
         if key not in ours:
             raise UserError(f"--checkpoints {key}={file}: name a row of {', '.join(ours)}; of the others only "

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.optim import steps_per_epoch
 from common.rows import Row, words_of
 from sec3_benchmark import subsets
-from sec3_benchmark.accuracy_table import duration, named, summary
+from sec3_benchmark.accuracy_table import duration, summary, with_changes
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
 METHODS = {  # name, script, what its fine-tuning changes
@@ -52,7 +52,7 @@ def build_parser():
 
 def official_lists(args):
     """--lists as {part: file}."""
-    lists, parts = options.named(args.lists, "--lists"), [part for part in DATA.values() if part]
+    lists, parts = options.parse_pairs(args.lists, "--lists"), [part for part in DATA.values() if part]
     if wrong := [part for part in lists if part not in parts]:
         raise UserError(f"--lists {wrong[0]}={lists[wrong[0]]}: the parts with a list are {', '.join(parts)}")
     return lists
@@ -85,7 +85,7 @@ def described(row, args, full):
     no whole batch.
     """
     script, words = words_of(row.lines[0], args, 0)
-    asked = options.settle(scripts.settings_of(script, words))
+    asked = options.resolve(scripts.settings_of(script, words))
     drawn = asked.subset in DATA.values()
     try:
         _, part = subsets.pretraining_images(options.replaced(asked, equal=None))
@@ -120,7 +120,7 @@ def planned(args):
     lists = official_lists(args)
     rows = [with_data(row, args, lists) for row in ROWS]
     chosen = tables.chosen(rows, args, DEMO)
-    [full] = load_sets(options.settle(args), splits=("train",))
+    [full] = load_sets(options.resolve(args), splits=("train",))
     return [described(row, args, full) if row in chosen else row for row in rows]
 
 
@@ -162,7 +162,7 @@ def measure(args):
     results, _ = tables.run_rows(planned_rows, args, DEMO, script="table3")
     if args.dry_run:
         return []
-    rows = [summary(named(row, args), results.get(row.key, [])) for row in planned_rows]
+    rows = [summary(with_changes(row, args), results.get(row.key, [])) for row in planned_rows]
     for row in rows:
         row["status"] = row.get("problem", row["status"])
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."

@@ -104,7 +104,7 @@ def main(args):
     """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     weights = read_weights(args.init) if args.init else None
-    args = options.settle(args, weights)
+    args = options.resolve(args, weights)
     train_set, test_set = load_downstream(args)
     fingerprints = {"train": train_set.fingerprint(), "test": test_set.fingerprint(),
                     "init": weights.fingerprint if weights else None}

@@ -92,7 +92,7 @@ def run_points(args, panels, script):
         if own := own_words(tuning, name):
             print0(f"{name}: fine-tuned with {own}, for its name has moco in it")
     loaded, told = given_weights(args), settings_told(args, tuning.split()[0])
-    scratch, whole = options.words(scratch_settings(loaded, told)), whole_encoders(methods, loaded, told)
+    scratch, whole = options.to_argv(scratch_settings(loaded, told)), whole_encoders(methods, loaded, told)
     rows = {(title, name, k): point_row(line, title, name, k, *methods[name], scratch, name in whole)
             for title, line in panels.items() for name in methods for k in range(DEPTH + 1)}
     points = {point: row for point, row in rows.items() if point[-1] in args.blocks}

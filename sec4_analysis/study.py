@@ -83,7 +83,7 @@ def given_models(args, words=()):
     A file that is not there is named before the first model is measured or trained; a dry run may name files that are
     still to be made.
     """
-    models = options.named(args.models, "--models")
+    models = options.parse_pairs(args.models, "--models")
     if next(iter(models.values())) in words:
         raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
     if taken := {"file", "allow_pickle", "item"} & models.keys():  # in the .npz
@@ -123,7 +123,7 @@ def own_runs(args, rows, item):
     """Train or find the preset's own runs; return {key of a row: result of its last stage}."""
     prepare(args, item)
     if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
-        draw_images(images_to_analyse(options.settle(args)), args)
+        draw_images(images_to_analyse(options.resolve(args)), args)
     results, without = tables.run_rows(rows, options.replaced(args, seeds=[args.seed]), (), item)
     tables.require_weights(without)
     return {key: lines[-1] for key, [lines] in results.items()}
@@ -131,7 +131,7 @@ def own_runs(args, rows, item):
 
 def heads_of(args, checkpoints):
     """Return {name: number of heads} of --num-heads-of."""
-    heads = options.named(args.num_heads_of, "--num-heads-of")
+    heads = options.parse_pairs(args.num_heads_of, "--num-heads-of")
     for name, number in heads.items():
         if name not in checkpoints or not number.isdigit() or not int(number):
             raise UserError(f"--num-heads-of {name}={number}: a number for one of {', '.join(checkpoints)}")

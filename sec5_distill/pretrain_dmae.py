@@ -132,7 +132,7 @@ def pretrain_teacher(args):
     settings = {name: value for name, value in vars(args).items() if name not in DISTILLATION}
     settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
                     decoder_heads=None, epochs=args.teacher_epochs or args.epochs, seed=0, fresh=False, save_to=None)
-    return scripts.run("sec3_benchmark/pretrain_mae.py", options.words(settings))["checkpoint"]
+    return scripts.run("sec3_benchmark/pretrain_mae.py", options.to_argv(settings))["checkpoint"]
 
 
 def teacher_identity(args, weights):
@@ -180,7 +180,7 @@ def build(args, encoder):
 def main(args):
     """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
-    args = options.settle(args)
+    args = options.resolve(args)
     if args.teacher == "own":  # what cannot be distilled is found before its long pre-training
         with_places(args, model_size(args.teacher_model)["depth"])
         args = options.replaced(args, teacher=pretrain_teacher(args))

@@ -31,7 +31,7 @@ def asked(monkeypatch, tmp_path):
     asked = []
 
     def run(script, words=()):
-        settings = vars(options.settle(scripts.settings_of(script, words)))
+        settings = vars(options.resolve(scripts.settings_of(script, words)))
         asked.append((Path(script).stem, settings))
         folder = tmp_path / f"run{len(asked)}"
         folder.mkdir()

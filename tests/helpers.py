@@ -27,18 +27,18 @@ FIXED_POSITIONS = ("pos_embed", "decoder_pos_embed")  # sin-cos tables in MAE, o
 
 def settings_of(module, given=None, presets=None):
     """The settings of a script with these words, {name: value}; `presets` {}: without those of the script. They are
-    settled, as they are within it, unless weights have still to say something.
+    resolved, as they are within it, unless weights have still to say something.
     """
     presets = module.PRESETS if presets is None and hasattr(module, "PRESETS") else presets
-    args = options.parse(module.build_parser(), presets, getattr(module, "RECIPES", None), options.words(given or {}))
+    args = options.parse(module.build_parser(), presets, getattr(module, "RECIPES", None), options.to_argv(given or {}))
     weights_speak = getattr(args, "init", None) or hasattr(args, "checkpoint") or getattr(args, "preset", None) is None
-    settle = getattr(module, "settle_backbone", options.settle)  # detect.py's image size is no ViT's
-    return args if weights_speak else settle(args, None)
+    resolve = getattr(module, "resolve_backbone", options.resolve)  # detect.py's image size is no ViT's
+    return args if weights_speak else resolve(args, None)
 
 
 def stage(script, given=None, row=None):
     """Run a script of a row with these settings, {name: value}."""
-    return scripts.run(script, options.words({**(row or {}), **(given or {})}))
+    return scripts.run(script, options.to_argv({**(row or {}), **(given or {})}))
 
 
 def parameter_count(model):

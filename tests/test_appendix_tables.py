@@ -29,14 +29,14 @@ def test_rows_resolve_in_every_preset_they_name(name):
                 script, *words = shlex.split(line)
                 known = options.defaults(scripts.parser_of(script))
                 places = [] if preset == "demo" else ["data_path", "dataset_path"]
-                given = options.words({"preset": preset, **{name: "DIR" for name in places if name in known}})
+                given = options.to_argv({"preset": preset, **{name: "DIR" for name in places if name in known}})
                 scripts.settings_of(script, [*words, *given])
 
 
 def last_of(row, **given):
     """The settings of a row's last line."""
     script, *words = shlex.split(row.lines[-1])
-    return vars(scripts.settings_of(script, [*words, *options.words(given)]))
+    return vars(scripts.settings_of(script, [*words, *options.to_argv(given)]))
 
 
 def by_key(table):
@@ -77,6 +77,6 @@ def test_the_laptop_preset_is_the_same_network_in_every_script(path):
     assert ("laptop" in module.PRESETS) == ("small" in module.PRESETS)
     if hasattr(module, "main") and "model" in options.defaults(module.build_parser()):
         settings = scripts.settings_of(str(path.relative_to(ROOT)), ["--preset", "laptop"])
-        settled = options.settle(settings) if module.__name__ != "sec3_benchmark.detect" else settings
-        assert getattr(settled, "model", "vit_demo") in ("vit_demo", "vit_demo_simmim", None)
-        assert getattr(settled, "data", "folder") == "folder"
+        resolved = options.resolve(settings) if module.__name__ != "sec3_benchmark.detect" else settings
+        assert getattr(resolved, "model", "vit_demo") in ("vit_demo", "vit_demo_simmim", None)
+        assert getattr(resolved, "data", "folder") == "folder"

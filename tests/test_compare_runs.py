@@ -72,7 +72,7 @@ def test_the_references_are_of_the_demos_of_today(path):
     about = compare_runs.read_lines(path)[0]
     [script] = options.ROOT.glob(f"*/{about['script']}.py")
     today = scripts.settings_of(f"{script.parent.name}/{script.name}")
-    today = detect.settle_backbone(today, None) if script.stem == "detect" else options.settle(today)
+    today = detect.resolve_backbone(today, None) if script.stem == "detect" else options.resolve(today)
     apart = {*compare_runs.ABOUT, "teacher_model", "equal"}  # D-MAE's identity holds its teacher's weights
     assert identity({name: value for name, value in vars(today).items() if name not in apart}) == about["settings"]
 

@@ -167,7 +167,7 @@ def test_a_damaged_block_is_not_taken_for_the_half_one(lost, tmp_path):
 @pytest.mark.parametrize("preset", options.PRESET_NAMES)
 @pytest.mark.parametrize("depth", [12, 24])
 def test_in_every_preset_the_teachers_last_block_goes_with_the_half_one(preset, depth):
-    args = options.settle(settings_of(pretrain_dmae, {"preset": preset, "decoupled": 8}))
+    args = options.resolve(settings_of(pretrain_dmae, {"preset": preset, "decoupled": 8}))
     args = pretrain_dmae.with_places(args, depth)
     assert pretrain_dmae.places(args) == ([13], [depth], [], [])
 
@@ -178,7 +178,7 @@ def test_in_every_preset_the_teachers_last_block_goes_with_the_half_one(preset, 
     ({"teacher_blocks": [13]}, "--teacher-blocks 13: the teacher has 1 to 12"),
     ({"decoupled": 13}, "--decoupled 13: the student has 1 to 12")])
 def test_what_cannot_be_decoupled_is_refused(settings, message):
-    args = options.settle(settings_of(pretrain_dmae, {"preset": "demo", "decoupled": 8, **settings}))
+    args = options.resolve(settings_of(pretrain_dmae, {"preset": "demo", "decoupled": 8, **settings}))
     with pytest.raises(UserError, match=message):
         pretrain_dmae.with_places(args, 12)
 

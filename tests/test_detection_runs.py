@@ -41,7 +41,7 @@ def few_scenes(monkeypatch):
 def settings(output, **changes):
     if changes.get("eval_only"):  # the file says how it is built
         told = {name: value for name, value in TINY.items() if name not in detect.BUILT_FROM}
-        words = options.words({**told, "output": str(output), **changes})
+        words = options.to_argv({**told, "output": str(output), **changes})
         return detect.parse(detect.build_parser(), detect.PRESETS, words)
     return settings_of(detect, {**TINY, "output": str(output), **changes})
 
@@ -263,7 +263,7 @@ def test_two_ranks_train_and_evaluate_every_image_once(tmp_path):
         text = json.dumps({"images": images, "annotations": annotations,
                            "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]})
         (root / "annotations" / f"instances_{split}2017.json").write_text(text)
-    words = options.words({**TINY, "dataset_path": str(tmp_path), "output": str(tmp_path / "out"), "iterations": 3})
+    words = options.to_argv({**TINY, "dataset_path": str(tmp_path), "output": str(tmp_path / "out"), "iterations": 3})
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(ROOT / "sec3_benchmark/detect.py"), *words], capture_output=True, text=True, cwd=tmp_path,

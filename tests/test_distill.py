@@ -397,7 +397,7 @@ def test_two_ranks_equal_one_process(pictures, tmp_path):
     torch.manual_seed(0)
     teacher = save_teacher(MAE("vit_tiny", **VIEW), tmp_path / "teacher.pt")
     settings = {**COMMON, "model": "vit_demo", "num_heads": 12, "data_path": str(pictures), "teacher": str(teacher)}
-    words = [sys.executable, str(ROOT / "sec5_distill" / "pretrain_dmae.py"), *options.words(settings)]
+    words = [sys.executable, str(ROOT / "sec5_distill" / "pretrain_dmae.py"), *options.to_argv(settings)]
     for process in start_ranks([*words, "--output", str(tmp_path / "two")], tmp_path):
         assert process.wait(120) == 0, said(tmp_path)
     one = stage("sec5_distill/pretrain_dmae.py", {**settings, "output": str(tmp_path / "one")})

@@ -240,7 +240,7 @@ def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
     weights = read_weights(pretrained["checkpoint"])
 
     def build(**more):
-        args = options.settle(settings_of(finetune, {**common, **more}))
+        args = options.resolve(settings_of(finetune, {**common, **more}))
         torch.manual_seed(1)
         return finetune.build_classifier(args, 2, weights if "init" in more else None).state_dict()
     scratch = build()

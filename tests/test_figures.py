@@ -106,7 +106,7 @@ def test_batches_hold_each_image_once_in_nearly_equal_parts(place):
     model = build_vit("vit_demo", img_size=(16, 32), patch_size=8)
     args = study.parse(fig1_layer_similarity.build_parser(), [
         "--preset", "small", "--data-path", str(place / "data"), "--batch-size", "8", "--workers", "0"])
-    val, = load_sets(options.settle(args), splits=("val",))
+    val, = load_sets(options.resolve(args), splits=("val",))
     parts = list(images.batches(model, val, np.arange(17), args, torch.device("cpu")))
     assert [tuple(part.shape) for part in parts] == [(6, 3, 16, 32), (6, 3, 16, 32), (5, 3, 16, 32)]
 

@@ -47,7 +47,7 @@ def test_words_beat_recipe_beats_preset_beats_default():
     """Each level sets its own name and all those of the levels that win over it; of two equal flags the last counts."""
     def at(level):
         return {f"from_{name}": LEVELS[level] for name in LEVELS if LEVELS[name] >= LEVELS[level]}
-    words = ["--recipe", "ori", "--from-words", "7", *options.words(at("words"))]
+    words = ["--recipe", "ori", "--from-words", "7", *options.to_argv(at("words"))]
     settings = options.parse(toy_parser(), {"demo": at("preset")}, {"ori": at("recipe"), "impr": {}}, words)
     assert {level: getattr(settings, f"from_{level}") for level in LEVELS} == LEVELS
 
@@ -79,7 +79,7 @@ def test_ori_is_deits_augmentation():
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_the_preset_follows_from_the_data_path(module):
     def preset(**explicit):
-        settings = options.settle(settings_of(module, explicit))
+        settings = options.resolve(settings_of(module, explicit))
         return settings.preset, settings.data, settings.model
     assert preset() == ("demo", "fractals", "vit_demo")
     assert preset(data_path="somewhere") == ("paper", "imagenet", "vit_tiny")
@@ -98,7 +98,7 @@ def test_the_preset_follows_from_the_data_path(module):
                     layer_decay=0.85, clip_grad=0, global_pool="avg", eval_every=10))])
 def test_the_paper_preset_is_the_papers_recipe(module, paper):
     """Appendix A.2, A.3 and A.1."""
-    settings = vars(options.settle(settings_of(module, {"preset": "paper"})))
+    settings = vars(options.resolve(settings_of(module, {"preset": "paper"})))
     expected = {**paper, "model": "vit_tiny", "num_heads": 12, "patch_size": 16, "img_size": [224], "in_chans": 3}
     assert {name: settings[name] for name in expected} == expected
 
@@ -186,10 +186,10 @@ def test_help_says_each_default_once():
 
 # Commands
 
-def settled(module, argv):
+def resolved(module, argv):
     """What enters the identity of a run of these words."""
     args = options.parse(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), argv)
-    args = detect.settle_backbone(args, None) if module is detect else options.settle(args)
+    args = detect.resolve_backbone(args, None) if module is detect else options.resolve(args)
     own = ("keep_activations", "draw") if module is detect else ("teacher",) if hasattr(args, "teacher") else ()
     outside = ("subset", "equal", "pretrain_path", *own)
     return {name: value for name, value in vars(args).items() if name not in outside}
@@ -203,13 +203,13 @@ def settled(module, argv):
                                 "--mean 1e-3 0.3 --std 1 0.2 --eval-only --precision bf16")])
 def test_settings_in_words_mean_the_same_settings(name, argv):
     settings = scripts.settings_of(name, argv.split())
-    assert scripts.settings_of(name, options.words(vars(settings))) == settings
+    assert scripts.settings_of(name, options.to_argv(vars(settings))) == settings
 
 
 def test_a_printed_command_survives_the_shell():
     script = "sec3_benchmark/pretrain_mae.py"
     settings = scripts.settings_of(script, ["--data-path", "my images/$(set 1)", "--output", "it's here"])
-    words = shlex.split(shlex.join(options.words(vars(settings))))
+    words = shlex.split(shlex.join(options.to_argv(vars(settings))))
     assert scripts.settings_of(script, words) == settings
 
 
@@ -250,7 +250,7 @@ def test_new_arguments_leave_the_papers_runs_where_they_are(name):
     """Fails when an argument is added with a default that is not off, or a default changes. A new argument goes into
     ADDED_LATER; only a change that gives other results may change the hash here, and it loses every finished run."""
     where = "--dataset-path" if name.endswith("detect") else "--data-path"
-    settings = settled(importlib.import_module(name), ["--preset", "paper", where, "anywhere"])
+    settings = resolved(importlib.import_module(name), ["--preset", "paper", where, "anywhere"])
     assert settings_hash(settings, {"data": "0123456789abcdef"}) == STORED_DEFAULTS[name]
 
 
@@ -261,7 +261,7 @@ def changed(value):
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_what_changes_the_result_enters_and_nothing_else(module):
     """Every argument of both scripts: those of execution and those known by content stay out, all others enter."""
-    settings = settled(module, ["--data-path", "here"])
+    settings = resolved(module, ["--data-path", "here"])
     outside = {name for name, value in settings.items()
                if settings_hash({**settings, name: changed(value)}, {}) == settings_hash(settings, {})}
     execution = {"output", "save_to", "fresh", "device", "precision", "micro_batch", "workers", "keep_decoded",
@@ -292,9 +292,9 @@ def test_sizes_enter_as_they_were_stored():
 
 def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
     """Tables share finished runs with scripts started by hand: 1 is 1.0, 64 is [64], (2, 3) is [2, 3]."""
-    by_hand = settled(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
+    by_hand = resolved(finetune, "--clip-grad 1 --mixup 0 --img-size 64 --mean 0 0 0".split())
     row = {"clip_grad": 1, "mixup": 0, "img_size": 64, "mean": (0, 0, 0)}
-    assert settings_hash(settled(finetune, options.words(row)), {}) == settings_hash(by_hand, {})
+    assert settings_hash(resolved(finetune, options.to_argv(row)), {}) == settings_hash(by_hand, {})
 
 
 @pytest.mark.parametrize("given", [{"data_path": ""}, {"init": ""}])
@@ -464,9 +464,9 @@ def test_a_files_settings_give_way_to_what_was_asked_for(capsys):
     args = options.parse(finetune.build_parser(), finetune.PRESETS, argv=["--num-heads", "3", "--patch-size", "4"])
     config = {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7}
     weights = SimpleNamespace(config=config, statistics=None)
-    settled = options.settle(args, weights)
-    assert (settled.num_heads, settled.patch_size, settled.img_size, settled.model) == (3, 4, [48, 48], "vit_demo")
-    assert (args.img_size, args.model) == (None, None) and not hasattr(settled, "depth")
+    resolved = options.resolve(args, weights)
+    assert (resolved.num_heads, resolved.patch_size, resolved.img_size, resolved.model) == (3, 4, [48, 48], "vit_demo")
+    assert (args.img_size, args.model) == (None, None) and not hasattr(resolved, "depth")
     assert "as the weights say: --img-size 48 48" in capsys.readouterr().out
 
 

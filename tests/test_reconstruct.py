@@ -92,7 +92,7 @@ def test_the_file_goes_by_either_name(flag):
     """As elsewhere too: --init in the probes, --checkpoint in the converter."""
     args = options.parse(reconstruct.build_parser(), reconstruct.PRESETS, argv=[flag, "a file.pt"])
     assert args.checkpoint == "a file.pt" and not hasattr(args, "init")
-    assert options.words({"checkpoint": "a file.pt"}) == ["--checkpoint", "a file.pt"]
+    assert options.to_argv({"checkpoint": "a file.pt"}) == ["--checkpoint", "a file.pt"]
 
 
 def test_a_required_argument_is_asked_for(capsys):

@@ -35,7 +35,7 @@ VIEWS = ("MAE", "evaluation", "fine-tuning impr.", "MoCo-v3", "DINO")
 def defaults(script, size):
     """The paper's settings of a pre-training script, at another image size."""
     words = ["--preset", "paper", "--data-path", "here", "--img-size", str(size)]
-    return options.settle(options.parse(script.build_parser(), argv=words))
+    return options.resolve(options.parse(script.build_parser(), argv=words))
 
 
 def our_views(size):

@@ -71,7 +71,7 @@ def peak_memory(script, version, words, device, function):
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() / 2**30
-    command = [sys.executable, script, "--memory-of", *version, "--device", "cpu", *options.words(words)]
+    command = [sys.executable, script, "--memory-of", *version, "--device", "cpu", *options.to_argv(words)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -102,7 +102,7 @@ def unsaid(config, statistics):
     assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
                "img_size": config["img_size"][:1] * 2, **usual}  # a square image, as positions have it
     own = {**config, **statistics}
-    return options.words({name: own[name] for name, value in assumed.items() if name in own and own[name] != value})
+    return options.to_argv({name: own[name] for name, value in assumed.items() if name in own and own[name] != value})
 
 
 def encode(model, images, head):

@@ -93,7 +93,7 @@ def begin(root, small, settings):
         raise UserError(f"--output {small} and --data-path {root}: one lies in the other, name a folder apart")
     if file.exists():
         before = json.loads(file.read_text())
-        old, now = (" ".join(options.words({key: one[key] for key in settings if before[key] != settings[key]}))
+        old, now = (" ".join(options.to_argv({key: one[key] for key in settings if before[key] != settings[key]}))
                     for one in (before, settings))
         if old:
             raise UserError(f"{small} was begun with {old}, this call has {now}: repeat it with the former, or name "
