@@ -139,6 +139,7 @@ def test_every_loss_is_computed_on_the_device(name, fake):
     assert isinstance(loss, FakeTensor) and loss.device.type == "cuda" and loss.shape == ()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="fake tensors compared the devices of fewer operations (2.10)")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_tensor_left_on_the_cpu_is_noticed(name, fake):
     """Here the weights of the patch embedding, the only ones of four axes."""
