@@ -33,8 +33,11 @@ def numbers_in(path):
             [walk(part) for part in value.values()]
         elif isinstance(value, list):
             [walk(part) for part in value]
-            if len(value) > 1 and all(type(part) in (int, float) for part in value):
-                found.update([statistics.mean(value), statistics.stdev(value)])
+            of_seeds = [value, *([part[key] for part in value] for key in value[0])] \
+                if value and all(isinstance(part, dict) and part.keys() == value[0].keys() for part in value) else [value]
+            for numbers in of_seeds:
+                if len(numbers) > 1 and all(type(number) in (int, float) for number in numbers):
+                    found.update([statistics.mean(numbers), statistics.stdev(numbers)])
         elif type(value) in (int, float):
             found.add(value)
     walk(json.loads(path.read_text()))
