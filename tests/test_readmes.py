@@ -33,9 +33,8 @@ def numbers_in(path):
             [walk(part) for part in value.values()]
         elif isinstance(value, list):
             [walk(part) for part in value]
-            of_seeds = [value, *([part[key] for part in value] for key in value[0])] \
-                if value and all(isinstance(part, dict) and part.keys() == value[0].keys() for part in value) else [value]
-            for numbers in of_seeds:
+            alike = value and all(isinstance(part, dict) and part.keys() == value[0].keys() for part in value)
+            for numbers in [value, *(zip(*(part.values() for part in value)) if alike else ())]:
                 if len(numbers) > 1 and all(type(number) in (int, float) for number in numbers):
                     found.update([statistics.mean(numbers), statistics.stdev(numbers)])
         elif type(value) in (int, float):
