@@ -23,6 +23,7 @@ from common.data import labelled_folder
 from common.distributed import print0
 from common.fractals import draw_fractals
 from common.loader import Views, data_loader, step_batches
+from common.optim import steps_per_epoch
 from sec3_benchmark import pretrain_mocov3
 from sec3_benchmark.moco import GaussianBlur, colour_jitter
 from sec3_benchmark.randaugment import RANDAUGMENT, rand_augment, train_transform
@@ -85,6 +86,7 @@ def pillow_views(size):
 def ours(folder, transform, steps, args, device):
     """A function that reads `steps` batches of a class folder as a training does, over as many epochs as they are."""
     views = Views(labelled_folder(folder, 3, "folder"), transform, seed=0)
+    steps_per_epoch(views.images, args.batch_size)  # an error if there is no whole batch
 
     def read():
         keys = step_batches(len(views.images), batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
