@@ -118,6 +118,12 @@ class Engine:
         return {**place, "ranks": distributed.world_size(), "accumulation": self.accumulation,
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
+    def announce(self):
+        """Print where and how the run is executed, and make torch deterministic if that is asked for."""
+        torch.use_deterministic_algorithms(self.args.deterministic)
+        print0(", ".join(f"{name} {value}" for name, value in self.execution().items()))
+        mention_busy_cores(self.device)
+
     def micro_batches(self, images, transform, start, total, bad_images):
         """Yield the micro-batches of this rank from step `start` to `total`, on the device, normalised."""
         args, world = self.args, distributed.world_size()
@@ -161,12 +167,9 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
     every = (per_epoch * args.eval_every or total) if evaluate else None  # in steps; eval_every 0: only at the end
-    torch.use_deterministic_algorithms(args.deterministic)
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
-    print0(", ".join(f"{name} {value}" for name, value in engine.execution().items()))
-    mention_busy_cores(device)
-
+    engine.announce()
     guard, snapshot = Guard(run, optimizer, engine, schedule, total), Snapshot(run, method, optimizer, engine)
     start, progress = snapshot.restore(), snapshot.progress
     bad_images = BadImages(run, images, progress["bad_images"])
