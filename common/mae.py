@@ -1,13 +1,14 @@
 """The masked autoencoder (He et al. 2022) with the paper's light decoder (Appendix A.2).
 
-Methods of `MAE` follow the order of the forward pass. Three steps differ from the public code, at equal loss and
-gradients (tests/test_mae.py):
+The methods of `MAE` follow the order of the forward pass. Three steps are faster than in the public code, with the
+same loss and gradients (tests/test_mae.py):
  1. Visible patches are selected before the patch embedding, so masked patches are never embedded.
  2. The decoder processes its tokens in shuffled order. Attention is permutation-equivariant and each token carries its
     own position embedding, so nothing has to be un-shuffled.
  3. Only masked patches are predicted, because only they enter the loss.
 
 Shapes: B images, C channels, L patches, K visible patches, M = L - K masked patches, D width, p patch size.
+For MAE-Tiny at 224 px: L = 196, K = 49, D = 192, p = 16.
 """
 import math
 from functools import partial
@@ -22,7 +23,7 @@ from common.errors import UserError
 from common.ranges import Float, Int
 from common.vit import check_heads, model_size, pair, patch_grid
 
-DECODERS = {  # encoder -> default decoder: width, depth, heads
+DECODERS = {  # encoder -> its default decoder: width, depth, heads
     "vit_tiny": (96, 1, 3),  # the paper's lightweight decoder (Appendix A.2)
     "vit_small": (192, 1, 6),
     "vit_base": (512, 8, 16),  # the official MAE
@@ -34,7 +35,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Compute MAE's fixed 2D sin-cos position embedding: grid (rows, columns) -> (rows * columns, dim).
 
     The first half of the channels encodes the column, the second half the row. Each half holds dim/4 sines, then dim/4
-    cosines, of frequencies 10000^(-k / (dim/4)). MoCo-v3 swaps the halves (sec3_benchmark/moco.py).
+    cosines, of frequencies 10000^(-k / (dim/4)), k = 0, 1, ... MoCo-v3 swaps the halves (sec3_benchmark/moco.py).
     """
     if dim % 4:
         raise UserError(f"a sin-cos table needs a width divisible by 4, not {dim}")
@@ -45,9 +46,9 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Select tokens of each sample: x (B, L, C), ids (B, K) -> (B, K, C).
+    """Select tokens of each sample by index: x (B, L, C), ids (B, K) -> (B, K, C).
 
-    One index_select over flattened rows is far faster than torch.gather with expanded indices.
+    One index_select over all samples' tokens is far faster than torch.gather with expanded indices.
     """
     B, L, C = x.shape
     rows = ids + L * torch.arange(B, device=ids.device).unsqueeze(1)
@@ -57,7 +58,7 @@ def take(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def patchify(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Split images into the patches of a grid (rows, columns): (B, C, H, W) -> (B, L, p*p*C).
 
-    Patches are in row-major order; the values of a patch are ordered by row, column, channel.
+    Patches are in row-major order. The values of a patch are ordered by row, column, channel.
     """
     (B, C, H, W), (h, w) = images.shape, grid
     return images.reshape(B, C, h, H // h, w, W // w).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, -1)
@@ -66,8 +67,8 @@ def patchify(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
     """Standardise each patch over its N values: (..., N) -> (..., N), float32.
 
-    Computes (t - mean) / sqrt(var + 1e-6) with the unbiased variance, as the official MAE does. Layer norm uses the
-    biased variance; with weight sqrt((N - 1) / N) and eps 1e-6 (N - 1) / N it gives the same in one fused kernel.
+    Computes (t - mean) / sqrt(var + 1e-6) with the unbiased variance, as the official MAE does. Layer norm divides by
+    the biased variance, but with weight sqrt((N - 1) / N) and eps 1e-6 (N - 1) / N it gives the same in one kernel.
     """
     N = patches.shape[-1]
     ratio = (N - 1) / N
@@ -76,11 +77,11 @@ def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
 
 
 class MAE(nn.Module):
-    """Masked autoencoder; its forward returns the reconstruction loss.
+    """A masked autoencoder, whose forward returns the reconstruction loss.
 
     Parameter names are those of the official MAE. The encoder is the ViT of `common/vit.py` without pooling and head.
-    `config` holds the settings that rebuild the model. decoder_block: the block whose output the decoder reads, from 1;
-    None: the last.
+    The attribute `config` holds the settings that rebuild the model. decoder_block: the encoder block, counted from 1,
+    whose output the decoder reads; None: the last one. Only D2-MAE sets it (sec5_distill/decoupled.py).
     """
 
     def __init__(self, model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_heads=12, decoder_dim=None,
@@ -93,7 +94,7 @@ class MAE(nn.Module):
         self.config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
                            num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads, mask_ratio=mask_ratio, norm_pix=norm_pix)
-        if decoder_block:
+        if decoder_block:  # a plain MAE's config does not have this entry
             self.config["decoder_block"] = decoder_block
         self.grid = patch_grid(img_size, patch_size)
         self.patch_size, self.in_chans, self.norm_pix = patch_size, in_chans, norm_pix
@@ -123,14 +124,14 @@ class MAE(nn.Module):
         return Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def _fixed_positions(self, dim):
-        table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid)])  # class token: zeros
+        table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, self.grid)])  # zeros for the class token
         return nn.Parameter(table.unsqueeze(0), requires_grad=False)  # (1, 1 + L, dim)
 
     def init_weights(self):
-        """Initialise as the official MAE does.
+        """Initialise the weights as the official MAE does.
 
         Linear weights (qkv as one matrix) and the patch convolution (flattened to a matrix) are Xavier-uniform. The
-        convolution's bias keeps PyTorch's default, all other biases are 0. Class and mask token: normal, std 0.02.
+        convolution's bias keeps PyTorch's default; all other biases are 0. Class and mask token: normal, std 0.02.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -144,18 +145,18 @@ class MAE(nn.Module):
         """Compute the reconstruction loss of a batch, a scalar.
 
         images: (B, C, H, W), normalised. noise: (B, L), uniform; the patches with the K smallest values stay visible.
-        states: an optional list; the inputs of every encoder block that runs and of the final norm are appended to it,
-        depth + 1 tensors (B, 1 + K, D). Distillation (Section 5) reads them.
+        states: an optional list, for distillation (Section 5). The inputs of each encoder block that runs and of the
+        final norm are appended to it, depth + 1 tensors (B, 1 + K, D).
         """
         patches = self.patchify(images)
-        ids_shuffle = noise.argsort(dim=1)  # the first `num_visible` stay visible, the rest are masked
+        ids_shuffle = noise.argsort(dim=1)  # (B, L): the first K patches stay visible, the other M are masked
         ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
         latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states, self.decoder_block)
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
 
     def patchify(self, images):
-        """Split images into this model's patches, as patchify. Raises UserError for images of another shape."""
+        """Split images into this model's patches: (B, C, H, W) -> (B, L, p*p*C). Raises UserError for another shape."""
         shape = (self.in_chans, *(n * self.patch_size for n in self.grid))
         if images.shape[1:] != shape:
             raise UserError(f"this model reads images of shape {shape}, not {tuple(images.shape[1:])}")
@@ -169,7 +170,7 @@ class MAE(nn.Module):
     def forward_encoder(self, visible, ids_visible, states=None, last=None):
         """Encode visible patches: (B, K, p*p*C), patch indices (B, K) -> (B, 1 + K, D), class token first.
 
-        last: the block, from 1, whose output is normalised and returned; None: of all.
+        states: as for `forward`. last: the number of blocks to run, all if None; then comes the final norm.
         """
         tokens = self.embed(visible, ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
@@ -185,7 +186,7 @@ class MAE(nn.Module):
     def forward_decoder(self, latent, ids_shuffle, skip=0):
         """Predict patches from the latent (B, 1 + K, D): (B, L - skip, p*p*C), in the order of ids_shuffle (B, L).
 
-        The first `skip` patches of that order are not predicted; skip = K predicts the masked patches alone.
+        The first `skip` patches in this order are not predicted; skip = K predicts the masked patches alone.
         """
         x = self.decoder_embed(latent)
         B, L = ids_shuffle.shape
@@ -206,7 +207,7 @@ class MAE(nn.Module):
 
 
 def add_arguments(parser):
-    """Add the arguments of MAE's model and recipe, shared by MAE and D-MAE pre-training, to a parser."""
+    """Add to a parser the arguments of MAE's model and recipe, which MAE and D-MAE pre-training share."""
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=Float(0, 1), default=0.75, help="share of patches removed")
     group.add_argument("--decoder-dim", type=Int(1), help="width; default by the encoder, 96 for Tiny")
@@ -228,7 +229,7 @@ def add_arguments(parser):
 
 
 def build_mae(args, architecture=MAE, **settings) -> MAE:
-    """Build the MAE, or a subclass with settings of its own, that the parsed arguments describe."""
+    """Build the MAE that the parsed arguments describe; `architecture`: a subclass, with `settings` of its own."""
     return architecture(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
                         num_heads=args.num_heads, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth,
                         decoder_heads=args.decoder_heads, mask_ratio=args.mask_ratio, norm_pix=not args.raw_pixels,
@@ -236,7 +237,7 @@ def build_mae(args, architecture=MAE, **settings) -> MAE:
 
 
 class MAEViews:
-    """Training view: an image -> the cropped image and the uniform noise (L,) that selects its visible patches."""
+    """The views of a training image: a random crop, and the uniform noise (L,) that selects its visible patches."""
 
     def __init__(self, args, num_patches):
         self.crop, self.num_patches = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0)), num_patches

@@ -1,15 +1,16 @@
 """The backbones: ViT-Tiny, -Small and -Base with 12 heads (Section 3, Appendix A), also with relative positions (B.5).
 
-    vit_tiny           the paper's ViT-Tiny: timm's VisionTransformer, patch tokens averaged before `fc_norm`
-    vit_tiny_rpe       the paper's 79.0 % model: relative position bias in every block, added to absolute positions
-    vit_tiny_simmim    relative position bias only; SimMIM pre-training shares one table among all blocks
+    vit_tiny           the paper's ViT-Tiny: timm's VisionTransformer; the mean of the patch tokens -> fc_norm -> head
+    vit_tiny_rpe       the paper's 79.0 % model: a relative position bias in every block besides absolute positions
+    vit_tiny_simmim    relative position bias alone; in SimMIM pre-training all blocks share one table of biases
                        (`shared_table`)
 
-Parameter names, shapes and forward are timm's, so weights load in both directions. Two things differ from timm: every
-width has 12 heads (DeiT-Tiny has 3; the parameter shapes are equal, the functions are not), and the weights are
-initialised as by timm 0.4.12, the version that the authors pinned. The `_rpe` and `_simmim` models are timm's Beit,
-which has the names, relative index and forward of BEiT and SimMIM: q and v have a bias, k has none, and LayerScale
-(gamma_1, gamma_2) starts at 0.1.
+Parameter names, shapes and forward are timm's, so weights load in both directions. Two things differ from timm's
+models of these names. Every width has 12 heads: DeiT-Tiny has 3, with parameters of the same shapes, but it is another
+function. And weights are initialised as in timm 0.4.12, the version that the authors pinned.
+
+The `_rpe` and `_simmim` models are timm's Beit, which has the names, relative index and forward of BEiT and SimMIM: q
+and v have a bias, k has none, and LayerScale (gamma_1, gamma_2) starts at 0.1.
 """
 from functools import partial
 
@@ -27,7 +28,7 @@ SIZES = {  # name -> width and depth; the number of heads is an argument, 12 by 
     "vit_base": {"embed_dim": 768, "depth": 12},
     "vit_demo": {"embed_dim": 96, "depth": 12},  # for the demo, not in the paper: half the width of ViT-Tiny
 }
-VARIANTS = {"_rpe": True, "_simmim": False}  # suffix of a model with relative positions -> has absolute ones too
+VARIANTS = {"_rpe": True, "_simmim": False}  # suffix of a model with relative positions -> also has absolute ones
 MODELS = (*SIZES, *(size + variant for size in SIZES for variant in VARIANTS))
 
 
@@ -58,13 +59,13 @@ def model_size(model: str) -> dict[str, int]:
 
 
 def check_heads(dim, num_heads, flag="--num-heads"):
-    """Raise UserError if the heads cannot divide the width equally."""
+    """Raise UserError unless the number of heads divides the width; `flag` is the argument to change."""
     if dim % num_heads:
         raise UserError(f"a width of {dim} cannot be shared by {num_heads} heads: choose a divisor as {flag}")
 
 
 def build_model(model="vit_tiny", **settings) -> nn.Module:
-    """Build a model of any name in MODELS; settings as for `build_vit` or `build_relative_vit`."""
+    """Build and initialise a model of any name in MODELS; settings as for `build_vit` or `build_relative_vit`."""
     return build_relative_vit(model, **settings) if model.endswith(tuple(VARIANTS)) else build_vit(model, **settings)
 
 
@@ -73,10 +74,12 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
               init_values=None, architecture=VisionTransformer):
     """Build and initialise a ViT classifier; its attribute `config` holds the settings that rebuild it.
 
-    global_pool: "avg": mean of the patch tokens -> fc_norm -> head; "token": norm -> class token -> head.
-    no_embed_class: only patches have positions. init_values: LayerScale's, None for no LayerScale (DeiT III and DINOv2
-    have these). architecture: a subclass of VisionTransformer. The defaults are the paper's ViT-Tiny, 5,717,416
-    parameters.
+    The defaults are the paper's ViT-Tiny, 5,717,416 parameters. global_pool: "avg" for mean of the patch tokens ->
+    fc_norm -> head, "token" for norm -> class token -> head. architecture: a subclass of VisionTransformer.
+
+    Four settings only serve to load other people's weights: class_token=False; reg_tokens, the number of register
+    tokens (DINOv2); no_embed_class, where only patches have positions (DeiT III); init_values, the initial LayerScale
+    (DeiT III, DINOv2), None for no LayerScale.
     """
     if global_pool == "token" and not class_token:
         raise UserError("this ViT has no class token to pool: choose --global-pool avg")
@@ -91,9 +94,9 @@ def build_vit(model="vit_tiny", *, img_size=224, patch_size=16, in_chans=3, num_
 
 
 def init_vit(vit):
-    """Initialise a classifier as timm 0.4.12, the authors' version, does.
+    """Initialise a classifier as timm 0.4.12, the authors' version, does. Returns it.
 
-    Linear weights (head included), position embedding and class token: truncated normal, std 0.02. Biases 0. The patch
+    Linear weights (head included), position embedding and tokens: truncated normal, std 0.02. Biases: 0. The patch
     convolution keeps PyTorch's default. (Newer timm initialises the class token with std 1e-6.)
     """
     for module in vit.modules():
@@ -111,7 +114,7 @@ def build_relative_vit(model="vit_tiny_rpe", *, img_size=224, patch_size=16, in_
                        num_heads=12, global_pool="avg", drop_path=0.0, shared_table=False):
     """Build and initialise a classifier with relative position bias; arguments as for `build_vit`.
 
-    shared_table: one bias table for all blocks instead of one per block. The defaults are the paper's model with
+    shared_table: one table of biases for all blocks instead of one for each. The defaults are the paper's model with
     relative positions, 5,825,128 parameters.
     """
     size, _, variant = model.rpartition("_")
@@ -127,11 +130,12 @@ def build_relative_vit(model="vit_tiny_rpe", *, img_size=224, patch_size=16, in_
 
 
 def init_relative_vit(vit, cut=2.0):
-    """Initialise a model with relative positions as BEiT and SimMIM do.
+    """Initialise a model with relative positions as BEiT and SimMIM do. Returns it.
 
-    Linear and convolution weights, tokens and positions: normal of std 0.02, truncated at +-`cut`. Biases and bias
-    tables 0. The output projections of block i = 1, 2, ... are divided by sqrt(2 i), the head is multiplied by 0.001.
-    Differs from timm in two points: the patch convolution is included, and SimMIM truncates at one std (cut=0.02).
+    Linear and convolution weights, tokens and positions: normal of std 0.02, truncated at +-`cut`. Biases and tables
+    of relative positions: 0. Then the last layers of attention and MLP in block i = 1, 2, ... are divided by sqrt(2 i),
+    and the head is multiplied by 0.001. Two points differ from timm: the patch convolution is initialised too, and
+    SimMIM truncates at one standard deviation (cut=0.02).
     """
     for module in vit.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -149,10 +153,10 @@ def init_relative_vit(vit, cut=2.0):
 
 
 def set_fused_attention(model, device, dtype=None):
-    """Use fused SDPA in all blocks, except bf16 on CPU: explicit attention. Returns the model.
+    """Choose how all blocks compute attention: by fused SDPA, or explicitly for bf16 on a CPU. Returns the model.
 
-    On a CPU at head dimension 16, the bf16 backward of SDPA alone took twice the time of a whole MAE step with explicit
-    attention; in float32 SDPA saves a tenth of the step. dtype is the autocast type, None for float32.
+    dtype: the autocast type, None for float32. On a CPU at head dimension 16, the bf16 backward of SDPA alone took
+    twice as long as a whole MAE step with explicit attention. In float32, SDPA saves a tenth of the step.
     """
     fused = torch.device(device).type != "cpu" or dtype is None
     for module in model.modules():
@@ -162,7 +166,7 @@ def set_fused_attention(model, device, dtype=None):
 
 
 def final_norm(vit) -> nn.Module:
-    """Return the norm after the last block: `fc_norm` in a classifier with average pooling, else `norm`."""
+    """Return the norm that follows the last block: `fc_norm` in a classifier with average pooling, else `norm`."""
     return vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
 
