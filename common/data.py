@@ -1,8 +1,8 @@
-"""Data sets by name: what --data and --data-path mean.
+"""The data sets that --data and --data-path name.
 
-    fractals           generated on the spot, labelled (common/fractals.py); no --data-path
-    folder             --data-path with train/<class>/ and val/<class>/; to pre-train, or to analyse, any tree of images
-    imagenet           the same layout, and exactly 1,000 classes
+    fractals           generated, labelled images (common/fractals.py); without --data-path
+    folder             --data-path holds train/<class>/ and val/<class>/; to pre-train or analyse, any tree of images
+    imagenet           the same folders, with exactly 1,000 classes
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """
 import argparse
@@ -23,7 +23,7 @@ from common.images import ImageSet
 from common.vit import pair
 
 NAMES = ("fractals", "folder", "imagenet", "cifar10", "cifar100")
-STATISTICS = {  # mean and std of the channels in 0..1; ImageNet's for every colour data set, as the paper does
+STATISTICS = {  # channels -> mean and std, in 0..1; ImageNet's for every colour data set, as the paper does
     1: ((0.449,), (0.226,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -31,7 +31,7 @@ FRACTAL_CLASSES, FRACTAL_TRAIN, FRACTAL_VAL = 10, 400, 100  # 4,000 images to tr
 
 
 def labelled_folder(root, in_chans, name):
-    """<root>/<class>/...: every class folder needs an image."""
+    """Make a labelled ImageSet of the images in <root>/<class>/. Raises DataError if a class has none."""
     root = os.fspath(root)
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder. --data-path must hold train/<class>/ and val/<class>/ (to analyse, "
@@ -50,7 +50,7 @@ def labelled_folder(root, in_chans, name):
 
 
 def images_by_folder(root):
-    """List the images below a folder: {subfolder: [paths]}, sorted, and the paths of those in no subfolder."""
+    """List the images below a folder: {subfolder: [paths]}, sorted, and the paths of images in no subfolder."""
     loose, extensions, folders = look_into(root)
     others = Counter(extensions)
     files = {os.path.basename(folder): list_images(folder, others) for folder in sorted(folders)}
@@ -59,13 +59,13 @@ def images_by_folder(root):
 
 
 def by_class(name, files, in_chans):
-    """Make the ImageSet of {class: [paths]}."""
+    """Make a labelled ImageSet of {class: [paths]}."""
     labels = np.repeat(np.arange(len(files)), list(map(len, files.values())))
     return ImageSet(name, [path for found in files.values() for path in found], labels, list(files), in_chans)
 
 
 def say_classes(root, files):
-    """Print a line where {class: [paths]} look as if the folders of the classes lay deeper or higher than they must."""
+    """Print a line if {class: [paths]} look as if the classes' folders were a level deeper or higher than `root`."""
     deep = all(os.path.dirname(path) != os.path.join(root, name) for name in files for path in files[name])
     if deep or len(files) == 1:
         where = f"all images lie deeper, as {next(iter(files.values()))[0]}" if deep else "is this the right folder?"
@@ -73,13 +73,13 @@ def say_classes(root, files):
 
 
 def image_tree(root, in_chans):
-    """The images to pre-train on, without labels: those in train/ if there is one, else all below the folder."""
+    """Make an ImageSet without labels of the images in <root>/train/ if it exists, else of all below the root."""
     train = os.path.join(root, "train")
     return all_images(train if os.path.isdir(train) else root, in_chans)
 
 
 def all_images(root, in_chans):
-    """The images below a folder, without labels."""
+    """Make an ImageSet without labels of all images below a folder. Raises DataError if there are none."""
     if not os.path.isdir(root):
         raise DataError(f"--data-path {root} is not a folder")
     if not (paths := list_images(root)):
@@ -88,7 +88,7 @@ def all_images(root, in_chans):
 
 
 def load_images(args):
-    """The images to pre-train on: labels are not needed, nor a validation set."""
+    """Load the images to pre-train on, an ImageSet; it may have no labels. Raises DataError."""
     if args.data == "imagenet" and args.data_path and not (Path(args.data_path) / "train").is_dir():
         raise DataError(f"{args.data_path}/train is not a folder; --data folder --preset small pre-trains "
                         f"on any tree of images")
@@ -98,8 +98,9 @@ def load_images(args):
 
 
 def images_to_analyse(args):
-    """The images to look at: those of val/ if --data-path has one, else all below it. They have labels if each of them
-    lies in a subfolder, as val/<class>/ has them.
+    """Load the images to analyse, an ImageSet: those in val/ if --data-path has it, else all below --data-path.
+
+    They have labels if all of them are in subfolders, as in val/<class>/. Raises DataError.
     """
     if args.data != "folder" or not args.data_path:
         return load_sets(args, splits=("val",))[0]
@@ -113,7 +114,10 @@ def images_to_analyse(args):
 
 
 def load_sets(args, splits=("train", "val")):
-    """Labelled training and validation set of the command line, or one of them alone, in a tuple."""
+    """Load the labelled training and validation set, a tuple of ImageSets; `splits` may name one of them alone.
+
+    Raises DataError if files or folders are not as --data says, or if the two have different classes.
+    """
     if args.data != "fractals" and not args.data_path:
         raise DataError(f"--data {args.data} needs --data-path; without data, use --data fractals")
     if args.data == "fractals" and args.data_path:
@@ -137,7 +141,10 @@ def load_sets(args, splits=("train", "val")):
 
 
 def fractals(args, splits):
-    """{split: images per class} of the embedded data, so large that the evaluation's resize finds its size."""
+    """Load generated images: {split: images per class} -> list of ImageSets.
+
+    They have the size to which evaluation resizes, so that it leaves them as they are.
+    """
     size = tuple(int(side / CROP_PCT) for side in pair(args.img_size))
     sets = []
     for split, per_class in splits.items():
@@ -147,6 +154,7 @@ def fractals(args, splits):
 
 
 def cifar(args, train):
+    """Load CIFAR-10 or CIFAR-100, its training or its test images, as an ImageSet."""
     dataset = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[args.data]
     try:
         with once_per_node() as mine:
@@ -159,7 +167,10 @@ def cifar(args, train):
 
 
 def channel_statistics(in_chans, mean=None, std=None):
-    """{"mean", "std"}: a number per channel, in 0..1; those that are given, or the usual ones."""
+    """Return {"mean", "std"}, a number per channel in 0..1: those that are given, else the usual ones.
+
+    Raises DataError for a wrong number of values and for values outside 0..1.
+    """
     usual = STATISTICS.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
     mean, std = list(mean or usual[0]), list(std or usual[1])
     if len(mean) != in_chans or len(std) != in_chans:
@@ -170,18 +181,19 @@ def channel_statistics(in_chans, mean=None, std=None):
 
 
 def statistics(args):
-    """Mean and std per channel as float tensors (C,), in 0..255."""
+    """Return mean and std per channel of a run's images, two float tensors (C,), in 0..255."""
     usual = channel_statistics(args.in_chans, args.mean, args.std)
     return tuple(torch.tensor(values) * 255 for values in usual.values())
 
 
 def with_statistics(args, weights, keep_given=False):
-    """Return new settings with the mean and std of the images that the Weights learnt from, where they say them. A
-    DataError if the user, or a teacher before, asked for others; with `keep_given` these stay instead. With weights
-    None nothing changes.
+    """Return settings with the mean and std of the images on which the Weights were trained, where these are known.
+
+    Without weights (None), or if they do not say, the settings are returned unchanged. Raises DataError if the settings
+    already ask for another mean or std; with `keep_given` those stay instead.
     """
     theirs = weights.statistics if weights else None
-    if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # grey as colour, or the other way round
+    if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # from grey to colour, or the other way round
         theirs = {name: [round(sum(values) / len(values), 6)] * args.in_chans for name, values in theirs.items()}
     if not theirs or len(theirs["mean"]) != args.in_chans:
         return args

@@ -1,4 +1,4 @@
-"""Image files below a folder, listed by one rule for all data sets; and their names, stored in little memory."""
+"""Listing the image files below a folder, by one rule for all data sets, and storing their names in little memory."""
 import hashlib
 import os
 from collections import Counter
@@ -12,11 +12,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".bmp", ".pgm", 
 
 
 def list_images(root, others=None) -> list[str]:
-    """List the paths of all images below a folder, sorted; empty if the folder does not exist.
+    """List the paths of all images below a folder, sorted; an empty list if the folder does not exist.
 
-    Images are regular files with an extension in EXTENSIONS. Hidden names are skipped; other files are counted in the
-    Counter `others`, or in a printed line. Links to folders are followed, except upwards, and each folder is listed
-    once. Raises DataError for a subfolder that cannot be read.
+    Images are regular files with an extension in EXTENSIONS; files and folders with a hidden name (.name) are ignored.
+    The extensions of all other files are counted in the Counter `others`; without one, a line about them is printed.
+    Links to folders are followed, except upwards, and each folder is listed once. Raises DataError for a folder that
+    cannot be read.
     """
     passed, found, listed = Counter(), [], set()
     waiting = [os.fspath(root)] if os.path.isdir(root) else []
@@ -28,7 +29,7 @@ def list_images(root, others=None) -> list[str]:
         images, extensions, folders = look_into(folder)
         found += images
         passed.update(extensions)
-        waiting += sorted(folders, reverse=True)  # a folder reachable by two names is listed by the first
+        waiting += sorted(folders, reverse=True)  # taken from the end, so that of a folder's two names the first counts
     if others is None:
         say_passed(root, len(found), passed)
     else:
@@ -37,7 +38,7 @@ def list_images(root, others=None) -> list[str]:
 
 
 def say_passed(root, images, others):
-    """Print a line about the files below `root` that are no images: a Counter of their extensions."""
+    """Print a line about the files below `root` that are not images, if any; `others` counts their extensions."""
     if others:
         kinds = ", ".join(f"{count} {kind or 'without extension'}"
                           + " (broken links or no regular files)" * (kind in EXTENSIONS)
@@ -46,7 +47,7 @@ def say_passed(root, images, others):
 
 
 def look_into(folder):
-    """Return the paths of the images in a folder, the extensions of its other files, and the paths of its subfolders.
+    """List a folder: the paths of its images, sorted; the extensions of its other files; the paths of its subfolders.
 
     Hidden names and links that lead upwards are left out. Raises DataError if the folder cannot be read.
     """
@@ -64,7 +65,7 @@ def look_into(folder):
 
 
 def leads_up(link, folder):
-    """Return whether a link in `folder` (a real path) points to that folder or to one of its parents."""
+    """Return whether a link in `folder` (a path without links) points to that folder or to one of its parents."""
     target = os.path.realpath(link)
     return os.path.commonpath((target, folder)) == target
 
@@ -73,7 +74,7 @@ class Packed:
     """A read-only sequence of byte strings, stored in one block of memory.
 
     Worker processes share the block. A list of a million Python objects would be copied into every worker, page by
-    page, because even reading an object writes its reference count.
+    page, because even reading an object changes its reference count.
     """
 
     def __init__(self, parts):
@@ -88,14 +89,14 @@ class Packed:
         return self.block[first:end]
 
     def digest(self):
-        """Return the sha256 of the parts in their order."""
+        """Return the sha256 of the byte strings in their order."""
         return hashlib.sha256(self.ends.tobytes() + self.block).digest()
 
 
 class FileNames(Packed):
-    """A read-only sequence of paths; indexing with a slice or an array gives FileNames again.
+    """A read-only sequence of paths; a slice or an array of indices selects other FileNames.
 
-    The digest covers the names below the paths' common folder, not the folder itself.
+    The digest covers the paths relative to their common folder, so that the data set may be moved.
     """
 
     def __init__(self, paths):

@@ -1,16 +1,16 @@
-"""A generated data set of fractals, so that every script runs without a download.
+"""A generated data set of fractals, with which every script runs without a download.
 
 After FractalDB (Kataoka et al., "Pre-training without natural images", ACCV 2020): a class is an iterated function
 system (IFS) of 2 to 8 random affine maps of the plane; an image of the class is the system's attractor, drawn by the
-chaos game with slightly perturbed parameters. Departures from FractalDB, so that an image takes about a millisecond and
+chaos game with slightly perturbed parameters. It departs from FractalDB, so that an image takes about a millisecond and
 the task is neither too hard nor too easy for a small network:
 
 - every map is a contraction; FractalDB only requires that the points stay finite;
 - an attractor keeps its aspect ratio, and attractors that fill almost the whole square are rejected too;
-- an instance perturbs all six parameters of each map, not one, and also rotation, scale and position;
+- each image perturbs all six parameters of each map, not one, and also rotation, scale and position;
 - images have colours and a background, both independent of the class.
 
-An image depends on (seed, class, index) and its size alone, not on its batch or a global generator.
+An image depends only on (seed, class, index) and its size, not on its batch or a global random generator.
 """
 import functools
 import math
@@ -25,25 +25,25 @@ from common.errors import UserError
 from common.vit import pair
 from common.watch import progress
 
-VERSION = 2  # part of the cache file's name: increase it with any change to the pixels
-MAPS = (2, 8)  # fewest and most maps of a system; arrays hold 8, unused maps are zero and have probability zero
+VERSION = 2  # part of the cache file's name: increase it with any change that affects pixels
+MAPS = (2, 8)  # fewest and most maps of a system; arrays hold 8, of which unused ones are 0 and have probability 0
 CONTRACTION = 0.8  # largest singular value allowed in a class's maps
 FILLING = (0.2, 0.7)  # allowed share of the bounding square's pixels that the attractor visits; FractalDB: > about 0.2
 FILLING_SIZE = 128  # resolution at which that share is measured, pixels a side
-JITTER = 0.1  # an instance scales each parameter by 1 +- this; (1 + sqrt(2) JITTER) CONTRACTION < 1: still contracting
-ROTATION, SHIFT = 15, 0.05  # maximal rotation in degrees, maximal shift as a share of the canvas, both +-
-SCALE = (0.75, 1.05)  # longer side of the attractor / shorter side of the canvas
+JITTER = 0.1  # an image scales each parameter by 1 +- this; maps still contract: (1 + sqrt(2) JITTER) CONTRACTION < 1
+ROTATION, SHIFT = 15, 0.05  # largest rotation in degrees and largest shift as a share of the canvas, both +-
+SCALE = (0.75, 1.05)  # range of (longer side of the attractor) / (shorter side of the canvas)
 GROUND, RAMP, NOISE = 0.5, 0.7, 0.15  # colour range of the background, of the attractor, of the pixel noise
 LIGHT_ON_DARK = 0.8  # share of images with a light attractor; 0.5 made the task far harder to learn, 1.0 far easier
-CHAINS = 512  # points per image that run the chaos game in parallel
-BURN_IN = 6  # steps before points are drawn; chains start on the attractor, so this only spreads them over it
+CHAINS = 512  # points per image that play the chaos game in parallel
+BURN_IN = 6  # steps before points are drawn; chains start on the attractor, so these only spread them over it
 POINTS_PER_PIXEL = 4  # points drawn / pixels of the canvas: some 10 to 20 on each pixel of the attractor
-CHUNK = 16 * 64 * 64  # pixels rendered at once: the working set fits into the processor's cache
-# Uniform random numbers of an instance, in the order of sampling: name -> count
+CHUNK = 16 * 64 * 64  # pixels rendered at once: the arrays fit into the processor's cache
+# Uniform random numbers of an image, in the order of sampling: name -> count
 UNIFORMS = {"jitter": 48, "pose": 5, "tones": 8, "mix": 1, "levels": 3, "ramp": 9, "background": 48, "noise": 1}
 
 DOWNSTREAM = 1_000_000  # first class of the downstream splits
-# split -> its first class, parity of its instance indices (0: even, 1: odd), so that no two splits share an image
+# split -> its first class, and whether the indices of its images are even (0) or odd (1): no two splits share an image
 SPLITS = {"train": (0, 0), "val": (0, 1), "downstream-train": (DOWNSTREAM, 0), "downstream-val": (DOWNSTREAM, 1)}
 
 
@@ -51,7 +51,7 @@ SPLITS = {"train": (0, 0), "val": (0, 1), "downstream-train": (DOWNSTREAM, 0), "
 def class_system(seed, cls):
     """Sample the IFS of a class: (8, 6), where row (a, b, c, d, e, f) maps (x, y) to (ax + by + e, cx + dy + f).
 
-    Unused rows are 0. Systems are sampled again until their filling rate lies within FILLING.
+    Unused rows are 0. Systems are drawn until the filling rate of one lies within FILLING.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(cls,)))
     while True:
@@ -65,7 +65,7 @@ def class_system(seed, cls):
 
 
 def filling_rate(maps, rng):
-    """Estimate the share of pixels of the attractor's bounding square, FILLING_SIZE a side, that it covers."""
+    """Estimate which share of its bounding square, FILLING_SIZE x FILLING_SIZE pixels, an attractor covers."""
     steps = BURN_IN + POINTS_PER_PIXEL * FILLING_SIZE**2 // CHAINS
     x, y = chaos_game(byte_tables(maps[None])[0], rng.integers(0, 256, (1, steps, CHAINS), np.uint8))
     side = max(np.ptp(x), np.ptp(y)) * 1.001 + 1e-6  # margin: the largest value stays inside
@@ -77,7 +77,7 @@ def byte_tables(maps):
     """Tabulate the map that each value of a random byte selects: maps (B, 8, 6) -> (6, B, 256), (B, 256).
 
     Returns the parameters and the index of the selected map. As in FractalDB, a map's probability is proportional to
-    |det A|, here rounded to a multiple of 1/256.
+    the determinant |ad - bc| of its linear part, here rounded to a multiple of 1/256.
     """
     a, b, c, d, _, _ = np.moveaxis(maps, 2, 0)
     cumulative = np.cumsum(np.abs(a * d - b * c), axis=1)
@@ -89,7 +89,8 @@ def byte_tables(maps):
 def chaos_game(tables, choices):
     """Generate points of the attractors: tables (6, B, 256), choices (B, T, C) bytes -> x, y (B, T - BURN_IN, C).
 
-    T steps of C chains. A chain starts at the fixed point of its first map, which lies on the attractor.
+    C chains take T steps; a byte chooses the map of a step. A chain starts at the fixed point of its first map, which
+    lies on the attractor.
     """
     batch, steps, chains = choices.shape
     tables = np.ascontiguousarray(tables).reshape(6, -1)
@@ -110,7 +111,7 @@ def chaos_game(tables, choices):
 def sample_instances(seed, classes, indices, steps, noise_bytes):
     """Sample all random numbers of B images: uniforms {name: (B, n)}, bytes (B, steps, CHAINS), (B, noise_bytes).
 
-    Uniforms come first in each image's random stream, so shape, pose and colours are the same at every image size.
+    Uniforms come first in each image's random stream, so its shape, pose and colours are the same at every image size.
     """
     counts = [8 * sum(UNIFORMS.values()), steps * CHAINS, noise_bytes + -noise_bytes % 8]  # bytes, full 64-bit words
     raw = np.empty((len(classes), sum(counts) // 8), np.uint64)
@@ -123,7 +124,7 @@ def sample_instances(seed, classes, indices, steps, noise_bytes):
 
 
 def points_to_pixels(x, y, pose, height, width):
-    """Find the pixel of each point: x, y (B, n), pose (B, 5) uniforms -> flat pixel indices (B, n).
+    """Find the pixel of each point: x, y (B, n), pose (B, 5) uniforms -> pixel indices (B, n), row by row.
 
     The pose rotates, mirrors, scales and shifts the points. Points outside the canvas get the index height * width.
     """
@@ -150,7 +151,7 @@ def accumulate_points(pixel, tone, pixels):
 
 
 def interpolate_axis(grid, length, axis):
-    """Interpolate a coarse grid linearly along one axis to `length` values."""
+    """Interpolate an array linearly along one axis, to `length` values."""
     at = np.linspace(0, grid.shape[axis] - 1, length, dtype=np.float32)
     left = np.minimum(at.astype(int), grid.shape[axis] - 2)
     part = (at - left).astype(np.float32).reshape(-1, *[1] * (grid.ndim - 1 - axis))
@@ -158,9 +159,9 @@ def interpolate_axis(grid, length, axis):
 
 
 def colour_images(count, tone, noise, u, height, width):
-    """Turn point counts into colour images (B, H, W, 3) uint8.
+    """Colour the pixels of B images: counts and mean tones of their points (B, H * W) -> (B, H, W, 3) uint8.
 
-    count, tone: (B, H * W); noise: (B, H * W * 3) bytes; u: the uniforms of `sample_instances`.
+    noise: (B, H * W * 3) bytes; u: the uniforms of `sample_instances`.
     """
     batch = len(count)
     dark, contrast, swap = u["levels"].T[:, :, None]  # (B, 1) each
@@ -180,7 +181,7 @@ def colour_images(count, tone, noise, u, height, width):
 
 
 def draw_fractals(seed: int, classes, indices, height: int, width: int) -> np.ndarray:
-    """Render images: classes, indices (B,) -> (B, H, W, 3) uint8.
+    """Draw images: classes, indices (B,) -> (B, H, W, 3) uint8.
 
     No sum runs over several images, so an image's bytes do not depend on its batch.
     """
@@ -199,7 +200,7 @@ def draw_fractals(seed: int, classes, indices, height: int, width: int) -> np.nd
 def fractal_set(root, split: str, num_classes: int, per_class: int, size, seed: int = 0):
     """Return images, a read-only memory map (N, H, W, 3) uint8, and labels (N,) int64, N = num_classes * per_class.
 
-    The first call renders them, in one process per node, into a file under `root`; later calls read it. Classes
+    The first call draws them, in one process per node, into a file under `root`; later calls read it. Classes
     alternate, so any leading part of the set is balanced. Raises UserError for a size below 8 pixels.
     """
     if split not in SPLITS or not 1 <= num_classes <= DOWNSTREAM or per_class < 1:
@@ -212,7 +213,7 @@ def fractal_set(root, split: str, num_classes: int, per_class: int, size, seed: 
     indices = 2 * np.repeat(np.arange(per_class), num_classes) + parity
     shape = len(labels), height, width, 3
     path = Path(root, f"fractals-v{VERSION}-seed{seed}-{split}-{num_classes}x{per_class}-{height}x{width}.npy")
-    with once_per_node() as mine:  # the first rank of a node renders the file, the others wait
+    with once_per_node() as mine:  # the first rank of a node draws the images, the others wait
         if mine and not is_intact(path, shape):
             write_set(path, shape, seed, first + labels, indices)
     return np.lib.format.open_memmap(path, mode="r"), labels
@@ -231,7 +232,7 @@ def is_intact(path, shape):
 
 
 def write_set(path, shape, seed, classes, indices):
-    """Render images into an .npy file, atomically."""
+    """Draw images into an .npy file, which appears when it is complete."""
     _, height, width, _ = shape
     step = max(1, CHUNK // (height * width))
 

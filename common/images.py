@@ -1,4 +1,4 @@
-"""How image files are decoded to uint8 tensors (C, H, W), and data sets of them.
+"""Decoding image files to uint8 tensors (C, H, W), and data sets of images.
 
 simplejpeg decodes plain JPEG files, to the same pixels as Pillow and faster; Pillow decodes everything else.
 (torchvision's decoders are deprecated, and its PNG decoder crashes the process on a damaged file.)
@@ -21,10 +21,11 @@ try:
 except ImportError:  # Pillow alone gives the same pixels
     simplejpeg = None
 
-# Increase it whenever the same files give other pixels or crops. It is part of every fingerprint, so that no run is
-# reused or resumed with pixels other than those it began with. 2: tensors are resized, crops sampled by timm's rule
+# Increase this number whenever a change makes the same files give other pixels or crops. It is part of every data set's
+# fingerprint, so that no run is reused or resumed with other pixels than it began with.
+# Version 2: tensors are resized instead of PIL images, and crops are sampled by timm's rule.
 PIXELS_VERSION = 2
-ORIENTATION = 0x0112  # EXIF tag for how the camera was held; UPRIGHT: its value -> the operation that corrects it
+ORIENTATION = 0x0112  # EXIF tag for how the camera was held; UPRIGHT: value of the tag -> operation that corrects it
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
@@ -39,7 +40,7 @@ class UnreadableImage(DataError):
 def read_image(path, in_chans: int = 3) -> torch.Tensor:
     """Decode a file to an upright uint8 tensor (in_chans, H, W). Raises whatever the decoder raises.
 
-    An .npy file holds a uint8 array (H, W) or (H, W, C); only this format can have other than 1 or 3 channels.
+    An .npy file holds a uint8 array (H, W) or (H, W, C); only this format can have channels other than 1 or 3.
     """
     if str(path).lower().endswith(".npy"):
         array = np.load(path, allow_pickle=False)
@@ -61,8 +62,8 @@ def read_image(path, in_chans: int = 3) -> torch.Tensor:
 def decode_jpeg(content):
     """Decode a plain JPEG file's content to an array (H, W, 1 or 3), or return None if Pillow must decode it.
 
-    None for other formats and for JPEG files that are CMYK, damaged, or need rotation. (Tested on 24,000 files with
-    changed or missing bytes: always Pillow's pixels or None.)
+    Pillow must decode other formats, and JPEG files that are CMYK, damaged, or need rotation. (Tested on 24,000 files
+    with changed or missing bytes: the result is always Pillow's pixels or None.)
     """
     if simplejpeg is None or not content.startswith(b"\xff\xd8\xff"):
         return None
@@ -70,7 +71,7 @@ def decode_jpeg(content):
         try:
             with Image.open(io.BytesIO(content)) as image:  # does not decode pixels
                 turned = image.getexif().get(ORIENTATION) in UPRIGHT
-        except Exception as error:  # damaged EXIF; or the image is above Pillow's limit, and may be turned
+        except Exception as error:  # damaged EXIF, ignored; or too large for Pillow, which then raises the error
             turned = isinstance(error, Image.DecompressionBombError)
         if turned:
             return None
@@ -82,22 +83,22 @@ def decode_jpeg(content):
 
 
 def open_by_pillow(content):
-    """Open a file's content by Pillow, and decode it. Raises whatever Pillow raises."""
+    """Decode a file's content by Pillow. Raises whatever Pillow raises."""
     try:
         image = Image.open(io.BytesIO(content))
         image.load()  # before EXIF is read: load() rotates a TIFF, and a PNG may store EXIF after its pixels
     except Exception as error:
         bare = without_metadata(content) if content.startswith(b"\x89PNG") else content
-        if bare != content:  # Pillow refuses malformed metadata, and long ones; the pixels may be intact
+        if bare != content:  # Pillow refuses malformed or long metadata, though the pixels may be intact
             return open_by_pillow(bare)
-        if isinstance(error, UnidentifiedImageError):  # whose message names an address in memory
+        if isinstance(error, UnidentifiedImageError):  # its own message shows an address in memory
             raise UnidentifiedImageError("cannot identify the format of the image") from None
         raise
     return image
 
 
 def without_metadata(content):
-    """Return a PNG file's content without its ancillary chunks, whose names begin in lower case; EXIF stays."""
+    """Return a PNG file's content without its ancillary chunks (names in lower case) other than EXIF."""
     bare, start = content[:8], 8
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start:start + 4], "big")
@@ -110,7 +111,7 @@ def without_metadata(content):
 def upright(image):
     """Rotate or mirror a PIL image as its EXIF orientation says.
 
-    Unlike Pillow's exif_transpose, it does not rewrite the EXIF block, so malformed tags do no harm.
+    Unlike Pillow's exif_transpose, this does not rewrite the EXIF block, so malformed tags do no harm.
     """
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
@@ -124,17 +125,17 @@ def upright(image):
 
 
 def eight_bits(image):
-    """Convert a PIL image of any mode to 8 bits: L if it is grey, else RGB.
+    """Convert a PIL image of any mode to 8 bits: to mode L if it is grey, else to RGB.
 
-    White is 65535 where the file has 16 bits, and 1 where it has floats. Raises ValueError for other values.
+    White is 65535 in 16-bit images and 1 in images of floats. Raises ValueError for values above white or below 0.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # more than 8 bits, which Pillow would clip at 255
-        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two have 16 bits in Pillow's mode I
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # in these two formats, mode I means 16 bits
             raise ValueError("signed or 32-bit whole numbers, of which no value is known to be white: store it "
                              "unsigned, with 8 or 16 bits")
         values = np.asarray(image, dtype=np.float64)
         levels = np.round(values * 255 if image.mode == "F" else values / 257)
-        if not (levels.min() >= 0 and levels.max() <= 255):  # NaN is neither
+        if not (levels.min() >= 0 and levels.max() <= 255):  # also true for NaN
             raise ValueError(f"floats from {values.min():g} to {values.max():g}, where 1 is white: scale them to 0..1, "
                              f"or store it with 8 or 16 bits")
         return Image.fromarray(levels.astype(np.uint8))
@@ -149,7 +150,7 @@ def as_tensor(array):
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
-    """Convert a PIL image, RGB or L, to a contiguous uint8 tensor (C, H, W)."""
+    """Convert a PIL image of mode RGB or L to a contiguous uint8 tensor (C, H, W)."""
     return contiguous(as_tensor(np.array(image)))
 
 
@@ -159,7 +160,7 @@ def contiguous(image: torch.Tensor) -> torch.Tensor:
 
 
 def to_pillow(image: torch.Tensor) -> Image.Image:
-    """Convert a uint8 tensor (1 or 3, H, W) to a PIL image, L or RGB, for operations that only Pillow has."""
+    """Convert a uint8 tensor (1 or 3, H, W) to a PIL image of mode L or RGB, for operations that only Pillow has."""
     array = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])
 
@@ -195,7 +196,7 @@ class ImageSet:
         return len(self.images)
 
     def where(self, index):
-        """Name an image for messages: its path, escaped where it is not UTF-8, or its index in the array."""
+        """Name an image for messages: its path, with escapes if it is not UTF-8, or its index in the array."""
         if not self.from_files:
             return f"{self.name}[{index}]"
         return os.fsencode(self.images[index]).decode(errors="backslashreplace")
@@ -206,7 +207,7 @@ class ImageSet:
         return self.decode(index) if kept is None else kept
 
     def decode(self, index):
-        """Read an image as `read` does, but from its file even if it is kept in memory."""
+        """Read an image as `read` does, but decode its file even if the image is kept in memory."""
         try:
             if self.from_files:
                 return read_image(self.images[index], self.in_chans)
@@ -218,9 +219,10 @@ class ImageSet:
                                   ) from None
 
     def fingerprint(self) -> str:
-        """Hash the content of the set, not its location: a string of 16 hexadecimal digits.
+        """Hash the set's content, whatever its location, to a string of 16 hexadecimal digits.
 
-        Covers the number of images, names, labels, classes, and size and first 64 KiB of up to 1,000 files.
+        Covers the number of images, their names, labels and classes, and of up to 1,000 files the size and the first
+        64 KiB.
         """
         digest = hashlib.sha256(f"{len(self)} {self.classes} {self.in_chans} pixels {PIXELS_VERSION}".encode())
         digest.update(b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes())
