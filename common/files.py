@@ -85,8 +85,8 @@ class Packed:
         return len(self.ends) - 1
 
     def __getitem__(self, index):
-        first, end = self.ends[range(len(self))[index]:][:2]
-        return self.block[first:end]
+        index = range(len(self))[index]  # a negative index counts from the end; IndexError beyond it
+        return self.block[self.ends[index]:self.ends[index + 1]]
 
     def digest(self):
         """Return the sha256 of the byte strings in their order."""

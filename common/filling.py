@@ -11,11 +11,11 @@ from timm.models import VisionTransformer
 from timm.models.beit import Beit
 from torch import nn
 
+from common import shapes
 from common.distributed import print0
 from common.errors import FormatError, listed
 from common.mae import DECODERS, MAE
 from common.pretrained import Weights, read_weights
-from common.shapes import STEM, TABLE, fill, fit_channels, fit_positions, require_fit, shape_config, source_grid
 from common.vit import SIZES, build_model, pair, patch_grid
 
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
@@ -31,18 +31,21 @@ class Report:
     matched: int
     fresh: list  # the model's names that keep their initial values
     left_out: list  # the source's names that the model does not take
-    notes: list  # what was resized, adapted or assumed
+    notes: list  # what was resized or adapted
+    num_heads: int  # of the model
 
     def __str__(self):
         weights, parts = self.weights, []
         for what, names in (("fresh", self.fresh), ("left out", self.left_out)):
             counts = Counter("decoder" if name.startswith(DECODER) else name.split(".")[0] for name in names)
-            parts += [f"{what} " + ", ".join(f"{part} ({n})" for part, n in counts.items())] if names else []
-        heads = [f"\nWARNING: {note}" for note in self.notes if note.startswith("head count")]
-        parts += [note for note in self.notes if not note.startswith("head count")]
-        return (f"loaded {self.matched} of {self.matched + len(self.fresh)} tensors from {weights.source} "
-                f"({weights.layout}, fingerprint {weights.fingerprint[:12]}): {'; '.join(parts) or 'all'}"
-                + "".join(heads))
+            if names:
+                parts.append(f"{what} " + ", ".join(f"{part} ({count})" for part, count in counts.items()))
+        text = (f"loaded {self.matched} of {self.matched + len(self.fresh)} tensors from {weights.source} "
+                f"({weights.layout}, fingerprint {weights.fingerprint[:12]}): {'; '.join(parts + self.notes) or 'all'}")
+        if weights.config is None:
+            text += (f"\nWARNING: head count is not in the file, {self.num_heads} assumed: with another the result is "
+                     f"wrong though every shape fits (--num-heads)")
+        return text
 
 
 def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
@@ -54,93 +57,35 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
     target, depth, notes = vit.state_dict(), len(vit.blocks), []
     if keep_blocks is not None and not 0 <= keep_blocks <= depth:
         raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
-    compare_heads(weights, vit.blocks[0].attn.num_heads, notes)
-    check_kind(weights, vit)
+    shapes.check_kind(weights, vit)
     # 1. What of the source is wanted, and what of the model must be in it
+    ignored, optional = (*DECODER, "head.", *SECOND_HEAD), (*FINAL, *SECOND_HEAD)
     if keep_head:
-        require_head(weights, target, keep_blocks)
-    second = () if keep_head else SECOND_HEAD
-    ignored = DECODER if keep_head else (*DECODER, "head.", *second)
+        shapes.require_head(weights, target, keep_blocks)
+        ignored, optional = DECODER, FINAL
     if "fc_norm.weight" in target:
         ignored += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
-    wanted, required = weights.state, [name for name in target if not name.startswith((*FINAL, *second))]
+    wanted, required = weights.state, [name for name in target if not name.startswith(optional)]
     if keep_blocks is not None:
         wanted, required = leading_blocks(wanted, keep_blocks), leading_blocks(target, keep_blocks)
         ignored += FINAL + tuple(name for name in weights.state if name.startswith("blocks.") and name not in wanted)
     state = {name: value for name, value in wanted.items() if name in target and not name.startswith(ignored)}
     # 2. Positions and channels are made to fit
     if "pos_embed" in state:
-        state["pos_embed"] = fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
-    if STEM in state:
-        state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
+        state["pos_embed"] = shapes.fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
+    if shapes.STEM in state:
+        state[shapes.STEM] = shapes.fit_channels(state[shapes.STEM], target[shapes.STEM].shape[1], notes)
 
     # 3. Whatever is left unexplained is an error
     unshared = NOT_SHARED if isinstance(vit, Beit) and "blocks.0.attn.qkv.bias" in weights.state else ()
     missing = [name for name in required if name not in state and not name.endswith(unshared)]
     unexpected = [name for name in weights.state if name not in target
                   and not name.startswith(ignored) and not name.endswith(unshared)]
-    require_fit(weights.source, target, state, missing, unexpected)
+    shapes.require_fit(weights.source, target, state, missing, unexpected)
     vit.load_state_dict(state, strict=False)
     left_out = weights.left_out + [name for name in weights.state if name not in state]
-    return Report(weights, len(state), [name for name in target if name not in state], left_out, notes)
-
-
-def compare_heads(weights, num_heads, notes):
-    """The source's number of heads must be the model's; where the source cannot say, the report does."""
-    if weights.config is None:
-        notes.append(f"head count is not in the file, {num_heads} assumed: with another the result is "
-                     f"wrong though every shape fits (--num-heads)")
-    elif (theirs := weights.config["num_heads"]) != num_heads:
-        raise FormatError(f"{weights.source} has {theirs} heads and the model {num_heads}: the shapes are equal, "
-                          f"the functions are not. Pass --num-heads {theirs}")
-
-
-def check_kind(weights, vit):
-    """Says which argument to change where the source is a model of another size or kind."""
-    if STEM not in weights.state or any(name.startswith("patch_embed.backbone.") for name in weights.state):
-        raise FormatError(f"{weights.source} is no plain ViT (a convolution alone embeds its patches): give one")
-    theirs, ours = weights.state[STEM].shape, vit.state_dict()[STEM].shape
-    name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
-    if theirs[0] != ours[0]:
-        raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
-                          + (f"pass --model {name}" if name else "no --model has that width"))
-    if theirs[2:] != ours[2:]:
-        raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
-                          f"pass --patch-size {theirs[2]}")
-    ways = [how_it_computes(one) for one in (weights.model, vit) if isinstance(one, VisionTransformer)]
-    if len(set(ways)) > 1:
-        raise FormatError(f"{weights.source} computes by {ways[0]}, the model by {ways[1]}: the shapes are equal, the "
-                          f"functions are not. Give other weights")
-    relative, wanted = (any(name.endswith(TABLE) for name in state) for state in (weights.state, vit.state_dict()))
-    if relative and not wanted:
-        model = f"{name}_rpe" if "pos_embed" in weights.state else f"{name}_simmim"
-        raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
-                          f"(finetune.py, transfer.py); other scripts take plain ViTs only")
-    size = (weights.config or {}).get("img_size")
-    if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
-        raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
-                          f"which cannot be resized: leave --img-size out")
-
-
-def how_it_computes(vit):
-    """What no tensor tells of a timm ViT: the first block's norm and activation, as torch writes them."""
-    block = vit.blocks[0]
-    return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
-
-
-def require_head(weights, target, keep_blocks):
-    """A classifier is kept only with its classes, all blocks, and the norm whose output it reads."""
-    theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
-    norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
-    norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
-    if not theirs:
-        raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
-    if "head_dist.weight" in weights.state.keys() - target.keys():
-        raise FormatError(f"{weights.source} has a second head: appendix/finetune_distilled.py --eval-only asks both")
-    if theirs != ours or norm not in norms or keep_blocks is not None:
-        raise FormatError(f"{weights.source} classifies {theirs} classes after {norms[0]}, the model {ours} after "
-                          f"{norm}, with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: "
-                          f"--global-pool token")
+    fresh = [name for name in target if name not in state]
+    return Report(weights, len(state), fresh, left_out, notes, vit.blocks[0].attn.num_heads)
 
 
 def leading_blocks(state, k):
@@ -170,14 +115,16 @@ def load_model(source, **overrides):
     weights = source if isinstance(source, Weights) else read_weights(source)
     source, config, notes = weights.source, weights.config or {}, []
     for name, value in given.items():
-        known = (name in config and name != "mask_ratio") or weights.model is not None
-        if known and name != "img_size" and config.get(name) != value:
+        fixed = weights.model is not None or (name in config and name != "mask_ratio")
+        if fixed and name != "img_size" and config.get(name) != value:
             raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
     if "dist_norm.weight" in weights.state:
         raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
                           f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
-    model = weights.model or build_for(weights, given, notes)
-    if weights.model is not None and given.get("img_size") not in (None, config.get("img_size")):
+    model = weights.model
+    if model is None:
+        model = rebuild(weights, given, notes)
+    elif given.get("img_size") not in (None, config.get("img_size")):
         resize_timm(model, weights, given["img_size"], notes)
     if notes:
         print0(f"{source}: {'; '.join(dict.fromkeys(notes))}")
@@ -185,18 +132,19 @@ def load_model(source, **overrides):
     return model
 
 
-def build_for(weights, given, notes):
+def rebuild(weights, given, notes):
     """A model of ours, filled strictly; a projection head is no part of it, nor an encoder's mask token."""
     config = {**(weights.config or foreign_config(weights, given, notes)), **given}
     model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     target, grid = model.state_dict(), patch_grid(model.config["img_size"], config["patch_size"])
     beside = [name for name in weights.state if name not in target and name.startswith(("head.", "mask_token"))]
     state = {name: value for name, value in weights.state.items() if name not in beside}
-    notes += [f"left out {listed(beside)}"] if beside else []
+    if beside:
+        notes.append(f"left out {listed(beside)}")
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         if weights.config or state[name].shape != target[name].shape:  # else the size given is the file's own
-            state[name] = fit_positions(name, weights, grid, notes)
-    return fill(model, state, weights.source)
+            state[name] = shapes.fit_positions(name, weights, grid, notes)
+    return shapes.fill(model, state, weights.source)
 
 
 def resize_timm(vit, weights, img_size, notes):
@@ -204,7 +152,7 @@ def resize_timm(vit, weights, img_size, notes):
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise FormatError(f"{weights.source} is no plain ViT whose positions can be resized: leave --img-size out")
     grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
-    vit.pos_embed = nn.Parameter(fit_positions("pos_embed", weights, grid, notes))
+    vit.pos_embed = nn.Parameter(shapes.fit_positions("pos_embed", weights, grid, notes))
     vit.patch_embed.set_input_size(img_size=tuple(img_size))
     vit.config = {**vit.config, "img_size": img_size}
 
@@ -212,28 +160,30 @@ def resize_timm(vit, weights, img_size, notes):
 def foreign_config(weights, given, notes):
     """The settings of a file that holds none: from its shapes. What these cannot tell is given, or assumed and noted.
     """
-    size, patch = given.get("img_size"), weights.state[STEM].shape[2]
-    config = shape_config(weights.state, size and patch_grid(size, patch))
-    table = weights.state.get(f"blocks.0.attn.{TABLE}")
+    size, patch = given.get("img_size"), weights.state[shapes.STEM].shape[2]
+    config = shapes.shape_config(weights.state, size and patch_grid(size, patch))
+    table = weights.state.get(f"blocks.0.attn.{shapes.TABLE}")
     if config["model"] is None:
         raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
                           f"give timm:NAME or a timm folder")
     if table is not None and not {"pos_embed", "head.weight"} <= weights.state.keys():
         raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
                           f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
-    config["img_size"] = size or [patch * side for side in source_grid(weights)[1]]
+    config["img_size"] = size or [patch * side for side in shapes.source_grid(weights)[1]]
     if table is not None:  # the 79.0 model
-        return {**{name: config[name] for name in ("patch_size", "in_chans", "num_classes", "global_pool", "img_size")},
-                "model": config["model"] + "_rpe", "num_heads": table.shape[1]}
+        config.update(model=config["model"] + "_rpe", num_heads=table.shape[1])
+        return {name: value for name, value in config.items() if name not in shapes.TOKENS}
     assumed = {"num_heads": 12}
     if "decoder_dim" in config:
         assumed["decoder_heads"] = DECODERS[config["model"]][2]
     notes += [f"{name} {value} ASSUMED (else --{name.replace('_', '-')}, in figures --num-heads-of NAME=N)"
               for name, value in assumed.items() if name not in given]
-    notes += [f"{' x '.join(map(str, config['img_size']))} px" + ("" if size else ", from the number of positions")]
-    notes += ["class token taken to have no position"] if config.get("no_embed_class") else []
-    notes += ["ImageNet's mean and deviation unless given"] if config["in_chans"] == 3 else []
+    notes.append(f"{' x '.join(map(str, config['img_size']))} px" + ("" if size else ", from the number of positions"))
+    if config.get("no_embed_class"):
+        notes.append("class token taken to have no position")
+    if config["in_chans"] == 3:
+        notes.append("ImageNet's mean and deviation unless given")
     if any(name.startswith("model.blocks.") for name in weights.left_out):  # a D2-MAE's half block
         config["decoder_block"] = 8
-        notes += ["its decoder taken to read block 8"]
+        notes.append("its decoder taken to read block 8")
     return {**config, **assumed}

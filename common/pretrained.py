@@ -8,9 +8,8 @@ import difflib
 import hashlib
 import re
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,8 @@ SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # Sim
 PARTS = ("model", "state_dict", "teacher", "model_ema", "state_dict_ema", "model_state_dict", "module")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 NO_WEIGHTS = ("relative_position_index", "n_averaged")
+LEAST = {"num_classes": 0, "reg_tokens": 0, "patch_size": 1, "in_chans": 1, "num_heads": 1, "decoder_dim": 1,
+         "decoder_depth": 1, "decoder_heads": 1}  # settings that are whole numbers, and the least of each
 
 
 class HubError(FormatError):
@@ -73,30 +74,31 @@ def problem(weights):
     if spoilt := [name for name, value in state.items() if not value.float().isfinite().all()]:
         return (f"NaN or infinite values in {listed(spoilt)}: its training diverged, or the file is damaged. Take an "
                 f"earlier checkpoint, or fetch it again")
-    if wrong := [name for name, value in config.items() if name in SENSIBLE and not SENSIBLE[name](value)]:
+    if wrong := [name for name, value in config.items() if not valid_setting(name, value)]:
         return f"its settings say {wrong[0]} = {config[wrong[0]]!r}, which no model has: the file was changed"
     outputs = len(state.get("head.weight", ()))
     if classes is not None and not (isinstance(classes, (list, tuple)) and outputs in (0, len(classes))):
         return f"it names {str(classes)[:50]}, which is no name for each of its {outputs} classes: correct that"
     try:
-        channel_statistics(*(len(images["mean"]), images["mean"], images["std"]) if images else (3,))
+        if images:
+            channel_statistics(len(images["mean"]), images["mean"], images["std"])
     except (TypeError, KeyError, AttributeError, UserError):
         return f"its images have {images}, where a mean and a std should be, from 0 to 1 for each channel. Correct them"
     return None
 
 
-def whole(value, least=1):
-    """Whether a setting is a whole number."""
-    return type(value) is int and value >= least
-
-
-SENSIBLE = {  # what a setting must be, before anything is computed with it
-    "model": lambda value: value is None or isinstance(value, str),  # None: no size of ours
-    "img_size": lambda value: isinstance(value, (list, tuple)) and len(value) in (1, 2) and all(map(whole, value)),
-    "global_pool": lambda value: isinstance(value, str),
-    "mask_ratio": lambda value: isinstance(value, float | int) and 0 <= value <= 1,
-    **dict.fromkeys(("num_classes", "reg_tokens"), partial(whole, least=0)),
-    **dict.fromkeys(("patch_size", "in_chans", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads"), whole)}
+def valid_setting(name, value):
+    """Return whether a model can have this value of a setting, so that it is safe to compute with it."""
+    if name in LEAST:
+        return type(value) is int and value >= LEAST[name]  # not isinstance: True is an int
+    if name == "img_size":
+        sides = value if isinstance(value, (list, tuple)) else ()
+        return len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides)
+    if name == "mask_ratio":
+        return isinstance(value, (float, int)) and 0 <= value <= 1
+    if name == "model":
+        return value is None or isinstance(value, str)  # None: its width and depth have no name here
+    return name != "global_pool" or isinstance(value, str)
 
 
 def fingerprint(state):
@@ -131,25 +133,28 @@ def read_weights(source):
 def interpret(content, source):
     """What a file holds, or would hold, a dict -> Weights. `source` names it in messages. Raises FormatError."""
     config, tensors = own_config(content), unwrap(content, source)
+    half = half_blocks(tensors)
     for layout, prefix, beside in LAYOUTS:
-        beside = (*beside, *half_blocks(tensors))
-        left_out = [name for name in tensors if name.startswith(beside) or name.endswith(NO_WEIGHTS)]
+        left_out = [name for name in tensors if name.startswith((*beside, *half)) or name.endswith(NO_WEIGHTS)]
         state = {name.removeprefix(prefix): value for name, value in tensors.items()
                  if name.startswith(prefix) and name not in left_out}
         if STEM in state and len(state) + len(left_out) == len(tensors):
             share_table(state)
-            return Weights(state, config, str(source), "ours" if config else layout, left_out,
-                           **{name: content.get(name) for name in ("statistics", "classes") if config})
+            if config is None:
+                return Weights(state, None, str(source), layout, left_out)
+            return Weights(state, config, str(source), "ours", left_out, statistics=content.get("statistics"),
+                           classes=content.get("classes"))
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
 
 
 def half_blocks(names):
     """`model.blocks.12.` in a D2-MAE: the prefix of a block of norm1 and qkv alone, whose attention was distilled."""
-    parts = {}
-    for found in filter(None, map(re.compile(r"(model\.blocks\.\d+\.)(.+)\.(weight|bias)").fullmatch, map(str, names))):
-        parts.setdefault(found[1], set()).add(found[2])
-    return [block for block, inside in parts.items() if inside == {"norm1", "attn.qkv"}]
+    modules = defaultdict(set)
+    for name in names:
+        if match := re.fullmatch(r"(model\.blocks\.\d+\.)(.+)\.(?:weight|bias)", name):
+            modules[match[1]].add(match[2])
+    return [block for block, inside in modules.items() if inside == {"norm1", "attn.qkv"}]
 
 
 def share_table(state):
@@ -208,8 +213,8 @@ def read_file(path):
 def read_timm(source):
     """timm builds and loads the model of `timm:NAME` or of a folder; a ViT's settings become its `config`."""
     hub, name = source.startswith("timm:"), source.removeprefix("timm:")
-    absent = [file for file in ("config.json", "model.safetensors") if not hub and not (Path(name) / file).is_file()]
-    if absent:
+    absent = [file for file in ("config.json", "model.safetensors") if not (Path(name) / file).is_file()]
+    if absent and not hub:
         raise FormatError(f"{source} is a folder without {' and '.join(absent)}, so not timm's: give a file inside it")
     if hub and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)

@@ -3,7 +3,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models import adapt_input_conv
+from timm.models import VisionTransformer, adapt_input_conv
 
 from common.errors import FormatError, listed
 from common.vit import SIZES, patch_grid
@@ -44,15 +44,14 @@ def only_patches(positions, tokens, wanted=None):
     """Whether so many positions are of patches alone (DeiT III), not of class token and registers too: they, and not
     those without the other tokens, are as many as the `wanted` grid has, else as a square has.
     """
-    for fits in (lambda count: wanted and count == math.prod(wanted), lambda count: square(count)[0] ** 2 == count):
-        if tokens and (fits(positions - tokens) or fits(positions)):
-            return not fits(positions - tokens)
-    return False
+    patches = positions - tokens
+    if wanted and math.prod(wanted) in (patches, positions):
+        return patches != math.prod(wanted)
+    return is_square(positions) and not is_square(patches)
 
 
-def square(count):
-    """The largest square grid of at most so many patches."""
-    return (math.isqrt(max(count, 0)),) * 2
+def is_square(count):
+    return count >= 0 and math.isqrt(count) ** 2 == count
 
 
 def tokens_of(weights, model, img_size, patch_size):
@@ -73,7 +72,8 @@ def source_grid(weights, wanted=None):
     config = weights.config or shape_config(weights.state, wanted)
     prefix = 0 if config.get("no_embed_class") else config.get("class_token", True) + config.get("reg_tokens", 0)
     count = weights.state["pos_embed"].shape[1] - prefix
-    grids = [patch_grid(config["img_size"], config["patch_size"])] if weights.config else [wanted, square(count)]
+    side = math.isqrt(max(count, 0))
+    grids = [patch_grid(config["img_size"], config["patch_size"])] if weights.config else [wanted, (side, side)]
     fitting = {grid for grid in grids if grid and math.prod(grid) == count}
     if not fitting:
         why = f"its grid is {grids[0]}" if weights.config else "no square, and no image size is in the file"
@@ -109,6 +109,60 @@ def fit_channels(weight, in_chans, notes):
         return weight
     notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
     return adapt_input_conv(in_chans, weight)
+
+
+def check_kind(weights, vit):
+    """Says which argument to change where the source is a model of another size or kind."""
+    source, target = weights.state, vit.state_dict()
+    heads = vit.blocks[0].attn.num_heads
+    if weights.config and weights.config["num_heads"] != heads:
+        theirs = weights.config["num_heads"]
+        raise FormatError(f"{weights.source} has {theirs} heads and the model {heads}: the shapes are equal, the "
+                          f"functions are not. Pass --num-heads {theirs}")
+    if STEM not in source or any(name.startswith("patch_embed.backbone.") for name in source):
+        raise FormatError(f"{weights.source} is no plain ViT, in which one convolution embeds the patches: give one")
+    theirs, ours = source[STEM].shape, target[STEM].shape
+    name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
+    if theirs[0] != ours[0]:
+        raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
+                          + (f"pass --model {name}" if name else "no --model has that width"))
+    if theirs[2:] != ours[2:]:
+        raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
+                          f"pass --patch-size {theirs[2]}")
+    ways = [how_it_computes(one) for one in (weights.model, vit) if isinstance(one, VisionTransformer)]
+    if len(set(ways)) > 1:
+        raise FormatError(f"{weights.source} computes by {ways[0]}, the model by {ways[1]}: the shapes are equal, the "
+                          f"functions are not. Give other weights")
+    relative = any(name.endswith(TABLE) for name in source)
+    if relative and not any(name.endswith(TABLE) for name in target):
+        model = f"{name}_rpe" if "pos_embed" in source else f"{name}_simmim"
+        raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
+                          f"(finetune.py, transfer.py); other scripts take plain ViTs only")
+    size = (weights.config or {}).get("img_size")
+    if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
+        raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
+                          f"which cannot be resized: leave --img-size out")
+
+
+def how_it_computes(vit):
+    """What no tensor tells of a timm ViT: the first block's norm and activation, as torch writes them."""
+    block = vit.blocks[0]
+    return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
+
+
+def require_head(weights, target, keep_blocks):
+    """A classifier is kept only with its classes, all blocks, and the norm whose output it reads."""
+    theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
+    norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
+    norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
+    if not theirs:
+        raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
+    if "head_dist.weight" in weights.state.keys() - target.keys():
+        raise FormatError(f"{weights.source} has a second head: appendix/finetune_distilled.py --eval-only asks both")
+    if theirs != ours or norm not in norms or keep_blocks is not None:
+        raise FormatError(f"{weights.source} classifies {theirs} classes after {norms[0]}, the model {ours} after "
+                          f"{norm}, with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: "
+                          f"--global-pool token")
 
 
 def require_fit(source, target, state, missing=None, unexpected=None):
