@@ -1,8 +1,9 @@
-"""Filling models with the weights that common/pretrained.py has read: `load_encoder` into a ViT that a training has
-built, `load_model` into the model that the weights came from.
+"""Loading the weights that common/pretrained.py has read into models.
 
-Every name of the weights and of the model is matched, explained, or an error. The same tensors with another number of
-heads are another function, so that number travels with every file of ours and is compared wherever it is known.
+`load_encoder` loads them into a ViT that is to be trained, `load_model` rebuilds the model from which they came. In
+both, a tensor of the weights or of the model that is neither matched nor known to be optional is an error. The same
+tensors with another number of heads are another function, so every file of ours holds that number, and it is compared
+wherever it is known.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -18,19 +19,23 @@ from common.mae import DECODERS, MAE
 from common.pretrained import Weights, read_weights
 from common.vit import SIZES, build_model, pair, patch_grid
 
+# Prefixes of names
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
-FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may start anew
-DECODER = ("mask_token", "decoder_")  # MAE's part that no classifier has
-# What a plain ViT's weights lack in one with relative positions, or have and it has not: it starts anew, or is dropped.
+FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may keep its initial values
+DECODER = ("mask_token", "decoder_")  # the part of an MAE that is not its encoder
+# Suffixes of the names in which a plain ViT and one with relative positions differ. From a plain ViT to the other kind,
+# those of the weights are dropped and those of the model keep their initial values, as in the authors' code.
 NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "gamma_2", "qkv.bias")
 
 
 @dataclass
 class Report:
+    """What load_encoder did; as a string, the lines to print."""
+
     weights: Weights
-    matched: int
-    fresh: list  # the model's names that keep their initial values
-    left_out: list  # the source's names that the model does not take
+    matched: int  # number of tensors that were loaded
+    fresh: list  # names of the model's tensors that keep their initial values
+    left_out: list  # names of the source's tensors that were not loaded
     notes: list  # what was resized or adapted
     num_heads: int  # of the model
 
@@ -49,34 +54,33 @@ class Report:
 
 
 def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
-    """Loads Weights into a timm VisionTransformer or Beit, in place; returns a Report. An error leaves the model as it
-    was.
+    """Load Weights into a timm VisionTransformer or Beit, in place. Returns a Report.
 
-    keep_blocks: None for all, or the first k (leading_blocks). keep_head: the classifier too, which must fit.
+    keep_blocks: the number of leading blocks to load (see `leading_blocks`), None for all. keep_head: also load the
+    classifier, which must fit. Raises FormatError if the weights do not fit, and leaves the model unchanged.
     """
     target, depth, notes = vit.state_dict(), len(vit.blocks), []
     if keep_blocks is not None and not 0 <= keep_blocks <= depth:
         raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
     shapes.check_kind(weights, vit)
-    # 1. What of the source is wanted, and what of the model must be in it
+    # 1. Choose the source's tensors to load, and the model's that must be among them
     ignored, optional = (*DECODER, "head.", *SECOND_HEAD), (*FINAL, *SECOND_HEAD)
     if keep_head:
         shapes.require_head(weights, target, keep_blocks)
         ignored, optional = DECODER, FINAL
     if "fc_norm.weight" in target:
-        ignored += ("norm.",)  # MAE's norm is never a classifier's fc_norm: that starts anew
+        ignored += ("norm.",)  # as in the authors' code, MAE's norm does not become fc_norm, which starts anew
     wanted, required = weights.state, [name for name in target if not name.startswith(optional)]
     if keep_blocks is not None:
         wanted, required = leading_blocks(wanted, keep_blocks), leading_blocks(target, keep_blocks)
         ignored += FINAL + tuple(name for name in weights.state if name.startswith("blocks.") and name not in wanted)
     state = {name: value for name, value in wanted.items() if name in target and not name.startswith(ignored)}
-    # 2. Positions and channels are made to fit
+    # 2. Make positions and channels fit
     if "pos_embed" in state:
         state["pos_embed"] = shapes.fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
     if shapes.STEM in state:
         state[shapes.STEM] = shapes.fit_channels(state[shapes.STEM], target[shapes.STEM].shape[1], notes)
-
-    # 3. Whatever is left unexplained is an error
+    # 3. Everything else is an error
     unshared = NOT_SHARED if isinstance(vit, Beit) and "blocks.0.attn.qkv.bias" in weights.state else ()
     missing = [name for name in required if name not in state and not name.endswith(unshared)]
     unexpected = [name for name in weights.state if name not in target
@@ -89,8 +93,10 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
 
 
 def leading_blocks(state, k):
-    """The pre-trained entries that `--keep-blocks k` keeps (Figures 2 and 4): none for k = 0; for k >= 1 the patch
-    embedding, class token, positions and blocks 1..k. What follows (later blocks, norms, head) starts anew.
+    """Return the part of a state dict that `--keep-blocks k` keeps (Figures 2 and 4).
+
+    For k = 0 nothing; for k >= 1 the patch embedding, class token, positions and blocks 1..k. Later blocks, norms and
+    head keep their initial values.
     """
     def kept(name):
         if name.startswith("blocks."):
@@ -99,15 +105,17 @@ def leading_blocks(state, k):
     return {name: value for name, value in state.items() if kept(name)}
 
 
-# The model that weights came from
+# The model from which the weights came
 
 def load_model(source, **overrides):
-    """The model of a source or of Weights, loaded strictly: build_vit's or MAE, timm's own for `timm:NAME` and folders.
+    """Rebuild and fill, strictly, the model of a source (as for `read_weights`) or of Weights: an MAE or a ViT.
 
-    Overrides (None: not given) say what a foreign file cannot (num_heads, decoder_heads, norm_pix); of our files they
-    may change mask_ratio and drop_path. To another img_size the positions are resized. A FormatError if one of the rest
-    contradicts the source. What is assumed or changed is printed in one line. The model's `statistics` are those of the
-    images it learnt from, or None.
+    For `timm:NAME` and timm folders it is timm's own model. Its attribute `statistics` holds the mean and std of the
+    images on which it was trained, or None.
+
+    overrides: settings of the model; None stands for not given. They say what a foreign file cannot say (num_heads,
+    decoder_heads, norm_pix). mask_ratio and drop_path may be chosen freely, and for another img_size the positions are
+    resized; any other setting that contradicts the source raises FormatError. Assumptions and changes are printed.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
@@ -133,7 +141,7 @@ def load_model(source, **overrides):
 
 
 def rebuild(weights, given, notes):
-    """A model of ours, filled strictly; a projection head is no part of it, nor an encoder's mask token."""
+    """Build a model of ours for the Weights and fill it, strictly but for a projection head or an unused mask token."""
     config = {**(weights.config or foreign_config(weights, given, notes)), **given}
     model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     target, grid = model.state_dict(), patch_grid(model.config["img_size"], config["patch_size"])
@@ -142,13 +150,13 @@ def rebuild(weights, given, notes):
     if beside:
         notes.append(f"left out {listed(beside)}")
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-        if weights.config or state[name].shape != target[name].shape:  # else the size given is the file's own
+        if weights.config or state[name].shape != target[name].shape:  # else img_size was given for a file without it
             state[name] = shapes.fit_positions(name, weights, grid, notes)
     return shapes.fill(model, state, weights.source)
 
 
 def resize_timm(vit, weights, img_size, notes):
-    """Makes timm's own ViT one for images of another size, in place."""
+    """Change the image size of timm's own ViT, in place: resize its positions."""
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise FormatError(f"{weights.source} is no plain ViT whose positions can be resized: leave --img-size out")
     grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
@@ -158,7 +166,9 @@ def resize_timm(vit, weights, img_size, notes):
 
 
 def foreign_config(weights, given, notes):
-    """The settings of a file that holds none: from its shapes. What these cannot tell is given, or assumed and noted.
+    """Derive the settings of a foreign file from its shapes.
+
+    What shapes cannot tell is taken from the `given` settings, else assumed, which is added to `notes`.
     """
     size, patch = given.get("img_size"), weights.state[shapes.STEM].shape[2]
     config = shapes.shape_config(weights.state, size and patch_grid(size, patch))
@@ -170,7 +180,7 @@ def foreign_config(weights, given, notes):
         raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
                           f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
     config["img_size"] = size or [patch * side for side in shapes.source_grid(weights)[1]]
-    if table is not None:  # the 79.0 model
+    if table is not None:  # the paper's 79.0 % model; its table has a column for each head
         config.update(model=config["model"] + "_rpe", num_heads=table.shape[1])
         return {name: value for name, value in config.items() if name not in shapes.TOKENS}
     assumed = {"num_heads": 12}
@@ -183,7 +193,7 @@ def foreign_config(weights, given, notes):
         notes.append("class token taken to have no position")
     if config["in_chans"] == 3:
         notes.append("ImageNet's mean and deviation unless given")
-    if any(name.startswith("model.blocks.") for name in weights.left_out):  # a D2-MAE's half block
+    if any(name.startswith("model.blocks.") for name in weights.left_out):  # the half block of a D2-MAE
         config["decoder_block"] = 8
         notes.append("its decoder taken to read block 8")
     return {**config, **assumed}

@@ -1,7 +1,8 @@
-"""Reading weights: any source to plain tensors under public names, with what is known about them.
+"""Reading weights from a file, a timm folder or timm's hub: tensors under public names, and their model's settings.
 
-Files are untrusted. Tensors, plain values and SAFE_GLOBALS are read and no code runs; whatever cannot be read or is not
-understood is a FormatError that names the file and a remedy. common/filling.py makes a model of what is read.
+Files are not trusted. Only tensors, plain values and SAFE_GLOBALS are read, and no code in a file is run. For a file
+that cannot be read or understood, a FormatError names the file and a remedy. common/filling.py loads the weights into
+models.
 """
 import argparse
 import difflib
@@ -25,21 +26,21 @@ from common.distributed import print0
 from common.errors import FormatError, UserError, listed
 from common.shapes import STEM, TABLE, vit_config
 
-SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number; NumPy 2 moved it, and files hold either name
-SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, without yacs
+SCALAR = np.float64(0).__reduce__()[0]  # the function that rebuilds a NumPy number, renamed in NumPy 2
+SAFE_GLOBALS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings, read without yacs
                 (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
                 *(type(np.dtype(t)) for t in ("bool", "float16", "float32", "float64", "int32", "int64"))]
-# Where weights may lie in a file, the first choice first; what wrappers (DDP, averaged models, torch.compile, FSDP,
-# activation checkpointing) add to names, anywhere in them; names that are no weights
+# Keys under which a file may hold the state dict: the first of them that is there is read.
 PARTS = ("model", "state_dict", "teacher", "model_ema", "state_dict_ema", "model_state_dict", "module")
+# What DDP, averaged models, torch.compile, FSDP and activation checkpointing insert into names.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-NO_WEIGHTS = ("relative_position_index", "n_averaged")
+NO_WEIGHTS = ("relative_position_index", "n_averaged")  # buffers, which have nothing to load
 LEAST = {"num_classes": 0, "reg_tokens": 0, "patch_size": 1, "in_chans": 1, "num_heads": 1, "decoder_dim": 1,
-         "decoder_depth": 1, "decoder_heads": 1}  # settings that are whole numbers, and the least of each
+         "decoder_depth": 1, "decoder_heads": 1}  # settings that are whole numbers -> smallest value
 
 
 class HubError(FormatError):
-    """timm's hub did not give the weights of `source`: a table can go on without that row."""
+    """timm's hub did not deliver the weights `source`. A table catches this and goes on without that row."""
 
     def __init__(self, problem, source):
         super().__init__(problem)
@@ -48,17 +49,17 @@ class HubError(FormatError):
 
 @dataclass
 class Weights:
-    """What was read. A FormatError for what no model can be made of: see `problem`."""
+    """Weights as they were read. Creating them raises FormatError if no model can be made of them (see `problem`)."""
 
-    state: dict  # name -> tensor, public names
-    config: dict | None  # arguments of build_vit or MAE, where the source has them (num_heads among them)
-    source: str
-    layout: str  # what was recognised
-    left_out: list  # names of tensors beside the model (D-MAE's teacher, D2-MAE's half block)
-    model: nn.Module | None = None  # timm's own, for `timm:NAME` and timm folders
-    statistics: dict | None = None  # mean and std, per channel in 0..1, of the images, where the source says them
-    classes: list | None = None  # their names, where the source is a classifier and says them
-    fingerprint: str = field(init=False)  # of `state`, whatever the file around it
+    state: dict  # public name -> tensor
+    config: dict | None  # arguments of build_model or MAE, num_heads among them; None if the source does not hold them
+    source: str  # the file, folder or timm:NAME, for messages
+    layout: str  # the entry of LAYOUTS that was recognised, or "ours" or "timm"
+    left_out: list  # names of the source's tensors that are no part of the model, such as a teacher's
+    model: nn.Module | None = None  # timm's own model, for `timm:NAME` and timm folders
+    statistics: dict | None = None  # {"mean", "std"} of the images per channel, in 0..1, if the source holds them
+    classes: list | None = None  # names of the classes, if the source holds them
+    fingerprint: str = field(init=False)  # of `state` alone: the same in every layout and format
 
     def __post_init__(self):
         if found := problem(self):
@@ -67,7 +68,7 @@ class Weights:
 
 
 def problem(weights):
-    """Say why no model can be made of Weights (no numbers, settings that mean nothing); None if all is well."""
+    """Say why no model can be made of Weights (values that are not finite, invalid settings), or return None."""
     state, config, images, classes = weights.state, weights.config or {}, weights.statistics, weights.classes
     if strange := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         return f"not tensors: {listed(strange)}. Save the state_dict without them"
@@ -88,21 +89,21 @@ def problem(weights):
 
 
 def valid_setting(name, value):
-    """Return whether a model can have this value of a setting, so that it is safe to compute with it."""
+    """Return whether a setting in a file has a possible value, so that it is safe to compute with it."""
     if name in LEAST:
-        return type(value) is int and value >= LEAST[name]  # not isinstance: True is an int
+        return type(value) is int and value >= LEAST[name]  # isinstance would accept True
     if name == "img_size":
         sides = value if isinstance(value, (list, tuple)) else ()
         return len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides)
     if name == "mask_ratio":
         return isinstance(value, (float, int)) and 0 <= value <= 1
     if name == "model":
-        return value is None or isinstance(value, str)  # None: its width and depth have no name here
+        return value is None or isinstance(value, str)  # None: a width and depth without a name in SIZES
     return name != "global_pool" or isinstance(value, str)
 
 
 def fingerprint(state):
-    """sha256 in hex over sorted names, dtypes, shapes and bytes."""
+    """Hash a state dict: the sha256, in hexadecimal, of its sorted names with dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -111,8 +112,9 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left out; the first to explain all names reads
-    ("mae-lite", "model.", ("tch_model.", "attn_adapter.", "hidden_adapter.")),  # the teacher and the maps
+# Name, prefix of the model's tensors, prefixes of tensors to leave out. The first layout that explains all names is taken.
+LAYOUTS = [
+    ("mae-lite", "model.", ("tch_model.", "attn_adapter.", "hidden_adapter.")),  # D-MAE's teacher and adapters
     ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector
     ("DINO: the teacher", "backbone.", ("head.",)),
     ("DINO of ours: the teacher", "teacher.backbone.", ("teacher.head.", "student.")),
@@ -122,8 +124,9 @@ LAYOUTS = [  # name, prefix of the network, what may lie beside it and is left o
 
 
 def read_weights(source):
-    """A file (ours, mae-lite, MAE, MoCo-v3, DINO, SimMIM, DeiT, timm, .safetensors), a timm folder or `timm:NAME`
-    -> Weights. FileNotFoundError if nothing is there, FormatError if it cannot be read or understood.
+    """Read Weights from a file (ours or in one of LAYOUTS, torch or safetensors), a timm folder or `timm:NAME`.
+
+    Raises FileNotFoundError if there is no such file, and FormatError if it cannot be read or understood.
     """
     if str(source).startswith("timm:") or Path(source).is_dir():
         return read_timm(str(source))
@@ -131,7 +134,7 @@ def read_weights(source):
 
 
 def interpret(content, source):
-    """What a file holds, or would hold, a dict -> Weights. `source` names it in messages. Raises FormatError."""
+    """Make Weights of a file's content, a dict. `source` names it in messages. Raises FormatError."""
     config, tensors = own_config(content), unwrap(content, source)
     half = half_blocks(tensors)
     for layout, prefix, beside in LAYOUTS:
@@ -149,7 +152,7 @@ def interpret(content, source):
 
 
 def half_blocks(names):
-    """`model.blocks.12.` in a D2-MAE: the prefix of a block of norm1 and qkv alone, whose attention was distilled."""
+    """Find blocks of norm1 and qkv alone, and return their prefixes. In a D2-MAE, only the logits of one are used."""
     modules = defaultdict(set)
     for name in names:
         if match := re.fullmatch(r"(model\.blocks\.\d+\.)(.+)\.(?:weight|bias)", name):
@@ -158,22 +161,23 @@ def half_blocks(names):
 
 
 def share_table(state):
-    """One table of relative positions for all blocks, as SimMIM pre-trains it, becomes each block's own, in place."""
+    """Give each block a copy of the table of relative positions that all share in SimMIM, in place."""
     if (table := state.pop(f"rel_pos_bias.{TABLE}", None)) is not None:
         blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
         state.update({f"blocks.{block}.attn.{TABLE}": table for block in sorted(blocks, key=int)})
 
 
 def own_config(content):
-    """The settings in a file of ours; None in a foreign one, whose "config" is something else."""
+    """Return the settings in a file of ours; None for a foreign file, which may have another kind of "config"."""
     config = content.get("config")
     ours = isinstance(config, dict) and {"model", "img_size", "patch_size", "num_heads"} <= config.keys()
     return config if ours else None
 
 
 def unwrap(content, source):
-    """The dict of tensors in what a file holds, however deep, under names without what wrapped the model. Of several
-    the one under the first of PARTS is taken, which is said.
+    """Find the state dict in a file's content, however deep, and remove the WRAPPERS from its names.
+
+    Of several state dicts the one under the first of PARTS is taken, and a line says so.
     """
     while parts := [key for key in PARTS if isinstance(content.get(key), dict)]:
         if len(parts) > 1:
@@ -187,19 +191,19 @@ def unwrap(content, source):
 
 
 def read_file(path):
-    """A torch or safetensors file as a dict, on the CPU."""
+    """Read a torch or safetensors file onto the CPU: a dict. Raises FileNotFoundError, FormatError or OSError."""
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: check the path, or give timm:NAME for timm's hub")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):  # else it is from before torch 1.6, or none of torch's
+        if zipfile.is_zipfile(path):  # files from before torch 1.6 are not, and have no checksums
             verify(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
-        raise  # permissions, a failing disk: not the content
-    except Exception as error:  # foreign bytes raise anything, a text file a KeyError
+        raise  # permissions or a failing disk: the content is not at fault
+    except Exception as error:  # damaged or foreign bytes can raise any exception
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise FormatError(f"{path} needs {refused[1]}, which could run code, so it is not read. Where you trust "
                               f"it, save its tensors anew as {{'model': state_dict}}") from error
@@ -211,7 +215,7 @@ def read_file(path):
 
 
 def read_timm(source):
-    """timm builds and loads the model of `timm:NAME` or of a folder; a ViT's settings become its `config`."""
+    """Read Weights by timm, from its hub (`timm:NAME`) or from a folder. Raises HubError or FormatError."""
     hub, name = source.startswith("timm:"), source.removeprefix("timm:")
     absent = [file for file in ("config.json", "model.safetensors") if not (Path(name) / file).is_file()]
     if absent and not hub:
@@ -221,15 +225,15 @@ def read_timm(source):
         raise FormatError(f"{source}: timm has no such model" + (f"; perhaps {', '.join(near)}?" if near else ""))
     try:
         model = timm.create_model(name if hub else f"local-dir:{name}", pretrained=True)
-    except Exception as error:  # timm, the hub and the network share no class of errors
+    except Exception as error:  # errors of timm, the hub and the network have no common class
         remedy = (f"Without the hub, fetch config.json and model.safetensors of huggingface.co/timm/{name} (the name "
                   f"with its tag) elsewhere and give the folder that holds both" if hub else "Fetch both files again")
         problem = f"timm cannot load {source} ({type(error).__name__}: {error}). {remedy}"
         raise (HubError(problem, source) if hub else FormatError(problem)) from error
-    plain = isinstance(model, VisionTransformer) and hasattr(model.blocks[0], "attn")  # else blocks of another kind
+    plain = isinstance(model, VisionTransformer) and hasattr(model.blocks[0], "attn")  # some have blocks of other kinds
     state, model.config = model.state_dict(), vit_config(model) if plain else None
     statistics = {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     names = model.pretrained_cfg.get("label_names") or ()
-    if isinstance(names, dict):  # numbers to names, in JSON as text: "2" before "10"
+    if isinstance(names, dict):  # number -> name. JSON has made the numbers text, but "2" must come before "10"
         names = [names[number] for number in sorted(names, key=lambda number: (len(str(number)), str(number)))]
     return Weights(state, model.config, source, "timm", [], model, statistics, [str(name) for name in names] or None)

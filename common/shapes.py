@@ -1,4 +1,4 @@
-"""What names and shapes of tensors tell of a ViT; whether they fit another, or can be made to: positions, channels."""
+"""What the names and shapes of tensors tell about a ViT, and whether they fit another one or can be made to fit it."""
 import math
 
 import torch
@@ -8,21 +8,23 @@ from timm.models import VisionTransformer, adapt_input_conv
 from common.errors import FormatError, listed
 from common.vit import SIZES, patch_grid
 
-STEM = "patch_embed.proj.weight"  # the name by which a ViT is known
+STEM = "patch_embed.proj.weight"  # the patch convolution, a tensor that every ViT has
 TABLE = "relative_position_bias_table"
-# Arguments of build_vit that no command line has, and what the paper's ViT has there
+# Arguments of build_vit that no command line has, with their values in the paper's ViT
 TOKENS = {"class_token": True, "reg_tokens": 0, "no_embed_class": False, "init_values": None}
 
 
 def vit_config(vit):
-    """The arguments of build_vit for a timm VisionTransformer; `model` is None where no size of ours is its."""
+    """Return the arguments of build_vit that describe a timm VisionTransformer; see `shape_config`."""
     return shape_config(vit.state_dict(), img_size=list(vit.patch_embed.img_size), global_pool=vit.global_pool,
                         num_heads=vit.blocks[0].attn.num_heads, no_embed_class=vit.no_embed_class)
 
 
 def shape_config(state, wanted=None, **known):
-    """The arguments of build_vit, or of MAE where there is a decoder, as far as shapes tell; `known` has precedence. A
-    `wanted` grid of patches is taken for the source's if its positions are as many.
+    """Derive the arguments of build_vit, or of MAE if there is a decoder, from the shapes in a state dict.
+
+    Heads and image size cannot be derived; `known` arguments are added, and have precedence. "model" is None for a
+    width and depth without a name in SIZES. wanted: the (rows, columns) of patches to expect, see `only_patches`.
     """
     width, in_chans, patch_size, _ = state[STEM].shape
     depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(part)})
@@ -41,8 +43,9 @@ def shape_config(state, wanted=None, **known):
 
 
 def only_patches(positions, tokens, wanted=None):
-    """Whether so many positions are of patches alone (DeiT III), not of class token and registers too: they, and not
-    those without the other tokens, are as many as the `wanted` grid has, else as a square has.
+    """Return whether positions are probably those of patches alone (DeiT III), and not of `tokens` other tokens too.
+
+    The `wanted` (rows, columns) decide if their number agrees with one of the two, else which of the two is a square.
     """
     patches = positions - tokens
     if wanted and math.prod(wanted) in (patches, positions):
@@ -55,7 +58,7 @@ def is_square(count):
 
 
 def tokens_of(weights, model, img_size, patch_size):
-    """TOKENS as Weights have them, where they differ, for build_vit; {} for a model with relative positions."""
+    """Return those TOKENS in which Weights (or None) differ from the paper's ViT, as arguments of build_vit."""
     if weights is None or STEM not in weights.state or model not in SIZES:
         return {}
     config = weights.config or shape_config(weights.state, patch_grid(img_size, patch_size))
@@ -63,8 +66,10 @@ def tokens_of(weights, model, img_size, patch_size):
 
 
 def source_grid(weights, wanted=None):
-    """How many of the source's positions are not of patches, and rows and columns of those that are: as its settings
-    say, else a square, else as `wanted`. A FormatError if none of these has as many, or both of the last two.
+    """Return how many of the Weights' positions belong to other tokens, and the (rows, columns) of those of patches.
+
+    Rows and columns follow from the settings; without settings, they are those of a square or the `wanted` ones. Raises
+    FormatError if neither agrees with the number of positions, or if both do and differ.
     """
     if "dist_token" in weights.state:
         raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
@@ -86,7 +91,10 @@ def source_grid(weights, wanted=None):
 
 
 def fit_positions(name, weights, grid, notes):
-    """A table of positions of the source, (1, tokens, D), those of its patches resized to another grid, bicubic."""
+    """Resize a position embedding of the Weights to another grid of patches, bicubic: (1, tokens, D) of both.
+
+    (timm 1.0.26 leaves positions as they are if both grids have as many patches, such as 4 x 4 and 2 x 8.)
+    """
     table, (prefix, old) = weights.state[name], source_grid(weights, grid)
     if not (weights.config or prefix) and "cls_token" in weights.state:
         notes.append("class token taken to have no position")
@@ -99,20 +107,21 @@ def fit_positions(name, weights, grid, notes):
 
 
 def fit_channels(weight, in_chans, notes):
-    """The patch convolution (D, C, p, p) for other inputs: a grey image read as RGB gives the same, either way. From
-    C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
+    """Convert a patch convolution (D, C, p, p) to in_chans channels, such that a grey image gives the same as in RGB.
+
+    From C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
     """
     if weight.shape[1] == 1 and in_chans == 3:
         notes.append("input channel shared out to 3")
         return weight.repeat(1, 3, 1, 1) / 3
-    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # require_fit refuses what is still unequal
+    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # if they still differ, require_fit raises the error
         return weight
     notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
     return adapt_input_conv(in_chans, weight)
 
 
 def check_kind(weights, vit):
-    """Says which argument to change where the source is a model of another size or kind."""
+    """Raise FormatError if the Weights belong to a ViT of another size or kind; it says which argument to change."""
     source, target = weights.state, vit.state_dict()
     heads = vit.blocks[0].attn.num_heads
     if weights.config and weights.config["num_heads"] != heads:
@@ -145,13 +154,17 @@ def check_kind(weights, vit):
 
 
 def how_it_computes(vit):
-    """What no tensor tells of a timm ViT: the first block's norm and activation, as torch writes them."""
+    """Describe the first block's norm and activation, which no tensor tells, as torch prints them."""
     block = vit.blocks[0]
     return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
 
 
 def require_head(weights, target, keep_blocks):
-    """A classifier is kept only with its classes, all blocks, and the norm whose output it reads."""
+    """Raise FormatError unless the classifier of the Weights can be kept.
+
+    It needs all blocks, the same number of classes, and the norm whose output it was trained on. target: the model's
+    state dict.
+    """
     theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
     norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
     norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
@@ -166,7 +179,10 @@ def require_head(weights, target, keep_blocks):
 
 
 def require_fit(source, target, state, missing=None, unexpected=None):
-    """A FormatError with counts and names if one is missing or unexpected (by default: any) or a shape differs."""
+    """Raise FormatError, with counts and names, if tensors are missing or unexpected or if shapes differ.
+
+    By default all of the model's names (target) are required, and all others unexpected.
+    """
     missing = [name for name in target if name not in state] if missing is None else missing
     unexpected = [name for name in state if name not in target] if unexpected is None else unexpected
     shapes = [f"{name} {list(state[name].shape)} for {list(target[name].shape)}" for name in state
@@ -178,7 +194,7 @@ def require_fit(source, target, state, missing=None, unexpected=None):
 
 
 def fill(model, state, source):
-    """Load a state that has all of a model's tensors and no others; return the model."""
+    """Load a state dict into a model, strictly. Returns the model. Raises FormatError and leaves it unchanged."""
     require_fit(source, model.state_dict(), state)
     model.load_state_dict(state)
     return model
