@@ -150,7 +150,7 @@ def rebuild(weights, given, notes):
     if beside:
         notes.append(f"left out {listed(beside)}")
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-        if weights.config or state[name].shape != target[name].shape:  # else img_size was given for a file without it
+        if weights.config or state[name].shape != target[name].shape:  # else it fits as it is
             state[name] = shapes.fit_positions(name, weights, grid, notes)
     return shapes.fill(model, state, weights.source)
 

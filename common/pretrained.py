@@ -112,7 +112,7 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-# Name, prefix of the model's tensors, prefixes of tensors to leave out. The first layout that explains all names is taken.
+# Name, prefix of the model's tensors, prefixes of tensors to leave out; the first layout that explains all names counts
 LAYOUTS = [
     ("mae-lite", "model.", ("tch_model.", "attn_adapter.", "hidden_adapter.")),  # D-MAE's teacher and adapters
     ("MoCo-v3", "base_encoder.", ("base_encoder.head.", "momentum_encoder.", "predictor.")),  # this head: the projector

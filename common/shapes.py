@@ -43,9 +43,9 @@ def shape_config(state, wanted=None, **known):
 
 
 def only_patches(positions, tokens, wanted=None):
-    """Return whether positions are probably those of patches alone (DeiT III), and not of `tokens` other tokens too.
+    """Guess from their number if positions are those of patches alone (DeiT III), or also of `tokens` other tokens.
 
-    The `wanted` (rows, columns) decide if their number agrees with one of the two, else which of the two is a square.
+    The answer is the one by which there are as many patches as in the `wanted` (rows, columns), else as in a square.
     """
     patches = positions - tokens
     if wanted and math.prod(wanted) in (patches, positions):
@@ -58,7 +58,7 @@ def is_square(count):
 
 
 def tokens_of(weights, model, img_size, patch_size):
-    """Return those TOKENS in which Weights (or None) differ from the paper's ViT, as arguments of build_vit."""
+    """Return the TOKENS that build_vit must be given so that its ViT fits the Weights; {} for the paper's ViT."""
     if weights is None or STEM not in weights.state or model not in SIZES:
         return {}
     config = weights.config or shape_config(weights.state, patch_grid(img_size, patch_size))
@@ -66,10 +66,10 @@ def tokens_of(weights, model, img_size, patch_size):
 
 
 def source_grid(weights, wanted=None):
-    """Return how many of the Weights' positions belong to other tokens, and the (rows, columns) of those of patches.
+    """Return the number of positions of other tokens, and the (rows, columns) of the patches' positions.
 
-    Rows and columns follow from the settings; without settings, they are those of a square or the `wanted` ones. Raises
-    FormatError if neither agrees with the number of positions, or if both do and differ.
+    Rows and columns follow from the settings. Without settings they are those of a square or the `wanted` ones: raises
+    FormatError if neither has as many patches as there are positions, or if both do and differ.
     """
     if "dist_token" in weights.state:
         raise FormatError(f"{weights.source} is a distilled DeiT (dist_token, head_dist), not a plain ViT: give the "
@@ -91,9 +91,9 @@ def source_grid(weights, wanted=None):
 
 
 def fit_positions(name, weights, grid, notes):
-    """Resize a position embedding of the Weights to another grid of patches, bicubic: (1, tokens, D) of both.
+    """Return the position embedding `name` of the Weights, (1, tokens, D), resized to a grid of patches, bicubic.
 
-    (timm 1.0.26 leaves positions as they are if both grids have as many patches, such as 4 x 4 and 2 x 8.)
+    (timm 1.0.26 would not resize it to a grid with as many patches, such as from 4 x 4 to 2 x 8.)
     """
     table, (prefix, old) = weights.state[name], source_grid(weights, grid)
     if not (weights.config or prefix) and "cls_token" in weights.state:
