@@ -143,10 +143,9 @@ def interpret(content, source):
                  if name.startswith(prefix) and name not in left_out}
         if STEM in state and len(state) + len(left_out) == len(tensors):
             share_table(state)
-            if config is None:
-                return Weights(state, None, str(source), layout, left_out)
-            return Weights(state, config, str(source), "ours", left_out, statistics=content.get("statistics"),
-                           classes=content.get("classes"))
+            about = content if config else {}  # a foreign file may hold something else under these names
+            return Weights(state, config, str(source), "ours" if config else layout, left_out, None,
+                           about.get("statistics"), about.get("classes"))
     raise FormatError(f"{source} holds no ViT in a known layout ({'; '.join(name for name, *_ in LAYOUTS)}), but "
                       f"{listed(content)} and inside {listed(tensors)}. Save its state_dict under timm's names")
 

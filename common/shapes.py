@@ -124,10 +124,9 @@ def check_kind(weights, vit):
     """Raise FormatError if the Weights belong to a ViT of another size or kind; it says which argument to change."""
     source, target = weights.state, vit.state_dict()
     heads = vit.blocks[0].attn.num_heads
-    if weights.config and weights.config["num_heads"] != heads:
-        theirs = weights.config["num_heads"]
-        raise FormatError(f"{weights.source} has {theirs} heads and the model {heads}: the shapes are equal, the "
-                          f"functions are not. Pass --num-heads {theirs}")
+    if weights.config and (found := weights.config["num_heads"]) != heads:
+        raise FormatError(f"{weights.source} has {found} heads and the model {heads}: the shapes are equal, the "
+                          f"functions are not. Pass --num-heads {found}")
     if STEM not in source or any(name.startswith("patch_embed.backbone.") for name in source):
         raise FormatError(f"{weights.source} is no plain ViT, in which one convolution embeds the patches: give one")
     theirs, ours = source[STEM].shape, target[STEM].shape
