@@ -17,7 +17,7 @@ from torchvision import datasets as tv
 from common.augment import CROP_PCT
 from common.distributed import once_per_node, print0, remark
 from common.errors import DataError
-from common.files import EXTENSIONS, list_images, look_into, say_passed
+from common.files import EXTENSIONS, list_images, look_into, report_others
 from common.fractals import fractal_set
 from common.images import ImageSet
 from common.vit import pair
@@ -45,7 +45,7 @@ def labelled_folder(root, in_chans, name):
         raise DataError(f"{root} holds no folder. It must hold one folder of images for each class")
     if loose:
         remark(f"{root}: {len(loose)} images beside the folders of the classes are passed over, such as {loose[0]}")
-    say_classes(root, files)
+    report_odd_levels(root, files)
     return by_class(name, files, in_chans)
 
 
@@ -54,7 +54,7 @@ def images_by_folder(root):
     loose, extensions, folders = look_into(root)
     others = Counter(extensions)
     files = {os.path.basename(folder): list_images(folder, others) for folder in sorted(folders)}
-    say_passed(root, sum(map(len, files.values())) + len(loose), others)
+    report_others(root, sum(map(len, files.values())) + len(loose), others)
     return files, loose
 
 
@@ -64,7 +64,7 @@ def by_class(name, files, in_chans):
     return ImageSet(name, [path for found in files.values() for path in found], labels, list(files), in_chans)
 
 
-def say_classes(root, files):
+def report_odd_levels(root, files):
     """Print a line if {class: [paths]} look as if the classes' folders were a level deeper or higher than `root`."""
     deep = all(os.path.dirname(path) != os.path.join(root, name) for name in files for path in files[name])
     if deep or len(files) == 1:

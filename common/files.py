@@ -19,25 +19,25 @@ def list_images(root, others=None) -> list[str]:
     Links to folders are followed, except upwards, and each folder is listed once. Raises DataError for a folder that
     cannot be read.
     """
-    passed, found, listed = Counter(), [], set()
+    found, skipped, seen = [], Counter(), set()
     waiting = [os.fspath(root)] if os.path.isdir(root) else []
     while waiting:
         folder = waiting.pop()
-        if (here := os.path.realpath(folder)) in listed:
+        if (real := os.path.realpath(folder)) in seen:
             continue
-        listed.add(here)
+        seen.add(real)
         images, extensions, folders = look_into(folder)
         found += images
-        passed.update(extensions)
+        skipped.update(extensions)
         waiting += sorted(folders, reverse=True)  # taken from the end, so that of a folder's two names the first counts
     if others is None:
-        say_passed(root, len(found), passed)
+        report_others(root, len(found), skipped)
     else:
-        others.update(passed)
+        others.update(skipped)
     return sorted(found)
 
 
-def say_passed(root, images, others):
+def report_others(root, images, others):
     """Print a line about the files below `root` that are not images, if any; `others` counts their extensions."""
     if others:
         kinds = ", ".join(f"{count} {kind or 'without extension'}"
