@@ -92,7 +92,7 @@ def test_any_tree_of_images_serves_to_pretrain(tmp_path):
 
 
 def test_imagenet_is_pretrained_on_its_train_folder_alone(tmp_path):
-    """Else the validation images of a root with other names would be trained on."""
+    """Otherwise it might train on validation images, in a folder that is not named val."""
     make_tree(tmp_path, "imagenet_train/a/1.png", "imagenet_val/a/2.png")
     with pytest.raises(DataError, match=f"{tmp_path}/train is not a folder; --data folder --preset small"):
         load_images(arguments(data="imagenet", data_path=str(tmp_path)))
@@ -113,7 +113,7 @@ def test_trees_without_images_are_named(tmp_path):
 
 
 def test_a_data_path_is_never_ignored(tmp_path):
-    """--preset demo means --data fractals: with a --data-path that must not pass in silence (no silent fallback)."""
+    """--preset demo means --data fractals, which reads no --data-path: giving both is an error."""
     make_tree(tmp_path, "train/a/1.png", "val/a/1.png")
     with pytest.raises(DataError, match="--data-path"):
         load_sets(arguments(data="fractals", data_path=str(tmp_path), output=str(tmp_path)))
@@ -126,7 +126,7 @@ def few_fractals(monkeypatch):
 
 
 def test_fractals_need_no_path_and_suit_the_evaluation(tmp_path):
-    """They are drawn so large that the evaluation's resize to size / 0.875 leaves them alone."""
+    """They are drawn in the size to which evaluation resizes, size / 0.875, so that it does not change them."""
     train, val = load_sets(arguments(data="fractals", img_size=[28, 56], output=str(tmp_path)))
     assert train.images.shape == (6, 32, 64, 3) and val.images.shape == (4, 32, 64, 3)
     assert sorted(train.labels) == [0, 0, 0, 1, 1, 1] and train.classes == val.classes == [0, 1]
@@ -210,7 +210,7 @@ def test_wrong_counts_of_statistics_are_named(channels, mean, std, named):
 
 
 def test_statistics_travel_with_weights():
-    """Taken where nothing was said; the usual ones leave the arguments, so the run's identity, as they are."""
+    """They are taken if none were given. The usual ones change no argument, so the run's identity stays the same."""
     grey, usual = {"mean": [0.5] * 3, "std": [0.2] * 3}, dict(zip(("mean", "std"), map(list, STATISTICS[3])))
 
     def of(statistics, source="file"):

@@ -68,7 +68,7 @@ def test_names_need_not_be_utf8(tmp_path):
 # Listing
 
 def test_a_link_to_the_folder_above_the_listed_one_is_not_followed(tmp_path):
-    """From a class folder it would lead to all other classes, and out of train/ into val/."""
+    """From a class's folder, it would lead to all other classes, and from train/ to val/."""
     for place in ("train/a/1.png", "train/b/2.png", "val/a/3.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         saved(tmp_path / place, RANDOM)
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
 
 def test_links_are_followed_but_not_back_up(tmp_path):
-    """Nor round in circles: else each image would be found again below every turn."""
+    """Nor in circles: an image would be found again on each round."""
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for place in ("data/a/1.png", "elsewhere/2.png"):
@@ -198,7 +198,7 @@ def test_nothing_to_analyse_is_an_error(tmp_path):
 
 
 def test_fingerprints_of_before_are_those_of_today(tmp_path):
-    """Else finished runs would not be found. Written down when each class was still listed on its own."""
+    """If they changed, finished runs would not be found. They were recorded when classes were listed one by one."""
     root = tree(tmp_path, "train/b-1/2.png", "train/b/x/1.JPG", "train/b/0.jpeg", "train/a/3.tif", "val/a/1.webp",
                 "val/b/2.npy", "val/b-1/9.bmp")
     train, val = load_sets(arguments(root))

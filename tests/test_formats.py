@@ -1,4 +1,4 @@
-"""common/pretrained.py and common/pretrained.py: every layout is written from a real model's weights and read back.
+"""common/pretrained.py and common/filling.py: every layout is written from a real model's weights and read back.
 
 Outputs are compared, not only names. Where a number can be had otherwise (interpolation, a grey image, counts of
 tensors) it is. No network: the hub is replaced by timm building its model here.
@@ -238,7 +238,7 @@ def test_positions_are_resized_as_by_hand(tmp_path):
         expected = torch.cat([source.pos_embed.detach()[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
         for path in (own_file(tmp_path / "a.pt", source), saved(tmp_path / "b.pth", source.state_dict())):
             vit = build_vit(**{**SMALL, "img_size": size}, num_classes=5)
-            if grid == (8, 2) and path.name == "b.pth":  # which nothing in the file tells apart
+            if grid == (8, 2) and path.name == "b.pth":  # 8 x 2 or 4 x 4? Nothing in the file says
                 with pytest.raises(FormatError, match=r"16 patches, \(8, 2\) or \(4, 4\)"):
                     load_encoder(vit, read_weights(path))
                 continue
@@ -359,7 +359,7 @@ def test_another_size_or_kind_says_which_argument_to_change(tmp_path, settings, 
 
 
 def test_the_published_classifier_with_relative_positions_is_rebuilt(tmp_path):
-    """Of a file that holds tensors alone, heads included: a table has a column for each."""
+    """From a file of tensors alone. Even the number of heads is known: a table has a column for each head."""
     source = build_model("vit_demo_rpe", img_size=32, patch_size=8, num_classes=5, num_heads=6).eval()
     torch.nn.init.normal_(source.blocks[3].attn.relative_position_bias_table)
     again = load_model(saved(tmp_path / "a.pth", source.state_dict())).eval()
@@ -391,7 +391,7 @@ def test_the_head_is_dropped_or_kept(tmp_path):
 
 
 def test_a_second_head_stays_behind_or_is_asked_for(tmp_path):
-    """Of a distilled classifier: a start drops both heads, whatever the classes; an evaluation wants both."""
+    """A training that starts from a distilled classifier drops both heads; an evaluation needs both."""
     source = classifier()
     second = {"dist_norm.weight": torch.ones(96), "dist_norm.bias": torch.zeros(96),
               "head_dist.weight": torch.ones(5, 96), "head_dist.bias": torch.zeros(5)}
@@ -404,7 +404,7 @@ def test_a_second_head_stays_behind_or_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_r_s16_p8_224"])
 def test_what_is_no_plain_vit_is_said_to_be_none(name):
-    """A network without patches, and one whose patches a ResNet embeds."""
+    """A network without patches, and a hybrid, in which a ResNet embeds the patches."""
     state = timm.create_model(name).state_dict()
     weights = Weights(state, None, f"timm:{name}", "timm", [])
     with pytest.raises(FormatError, match=f"timm:{name} is no plain ViT"):
@@ -415,7 +415,7 @@ def test_what_is_no_plain_vit_is_said_to_be_none(name):
     (["cat", "dog"], ["cat", "dog"]), (("cat", "dog"), ["cat", "dog"]), ({"0": "cat", "1": "dog"}, ["cat", "dog"]),
     ([7, 9], ["7", "9"]), (None, None)])
 def test_class_names_of_a_timm_folder(tmp_path, monkeypatch, names, read):
-    """timm knows a list, a tuple or numbers to names."""
+    """timm allows a list, a tuple or a dict from number to name."""
     model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2, img_size=32)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
     monkeypatch.setattr(timm, "create_model", lambda *args, **settings: model)
@@ -423,7 +423,7 @@ def test_class_names_of_a_timm_folder(tmp_path, monkeypatch, names, read):
 
 
 def test_positions_of_a_foreign_file_that_is_not_square(tmp_path):
-    """20 patches are no square: they are those of the model, if it has as many; else the size must be given."""
+    """20 patches are not a square: they have the model's grid if it has 20 patches, else the size must be given."""
     source = classifier(img_size=(16, 80), patch_size=8)
     torch.save(source.state_dict(), tmp_path / "a.pth")
     weights, same = read_weights(tmp_path / "a.pth"), classifier(img_size=(16, 80), patch_size=8)
@@ -537,6 +537,6 @@ def test_an_unreachable_hub_says_how_to_get_the_file(monkeypatch):
 
 
 def test_leading_blocks_and_required_names_agree():
-    """keep_blocks of the depth requires all that a whole load requires."""
+    """With as many blocks as the model has, keep_blocks requires the same tensors as loading without it."""
     state = classifier().state_dict()
     assert set(leading_blocks(state, 12)) == {n for n in state if not n.startswith(("norm.", "fc_norm.", "head."))}

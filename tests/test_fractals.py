@@ -55,7 +55,7 @@ def test_seed_class_and_index_each_change_the_image():
 
 
 def test_version_guards_the_pixels():
-    """Grey levels of the quarters of three images: if they move, VERSION must, or old caches would be taken for new."""
+    """If the grey levels of three images' quarters change, VERSION must be increased, else old cache files are used."""
     images = draw_fractals(0, [0, 1, 2], [0, 1, 2], 16, 16)
     quarters = images.reshape(3, 2, 8, 2, 8, 3).mean(axis=(2, 4, 5)).reshape(3, 4)
     expected = {
@@ -85,7 +85,7 @@ def test_class_does_not_depend_on_which_was_made_first():
 
 
 def test_classes_contract_and_fill():
-    """The filling rate again, by a chaos game of one point with an exact choice of the maps."""
+    """Check the filling rate by another chaos game: one point, and maps with their exact probabilities."""
     for cls in (*range(6), fractals.DOWNSTREAM):
         maps = class_system(0, cls).astype(float)
         used = maps[np.any(maps != 0, axis=1)]

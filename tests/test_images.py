@@ -1,4 +1,4 @@
-"""common/images.py: every kind of image against pixels known by hand and Pillow's, one rule for listing files."""
+"""common/images.py: every kind of image is compared with pixels computed by hand and with Pillow's."""
 import os
 import struct
 import warnings
@@ -37,7 +37,7 @@ def saved(path, image, **how):
 
 
 def smooth(height, width, channels=3):
-    """A picture whose JPEG is no noise."""
+    """Return a smooth image, which JPEG compresses without visible errors."""
     waves = np.sin(np.arange(height)[:, None, None] / 9 + np.arange(width)[None, :, None] / 13 + np.arange(channels))
     return (127 + 100 * waves).astype(np.uint8)
 
@@ -121,7 +121,7 @@ def test_floats_and_bits_keep_their_range(tmp_path):
     (np.full((2, 3), 1.01), "tif"), (np.full((2, 3), 7, np.int32), "tif"), (np.full((2, 3), 40_000, np.int32), "tif"),
     (np.full((2, 3), 2**31 - 1, np.int32), "tif"), (np.full((2, 3), -1, np.int32), "tif")])
 def test_values_of_no_known_range_are_refused(tmp_path, array, suffix):
-    """Never a black or white image: no maximum of one image decides."""
+    """They are not scaled by the maximum of each image, nor clipped to black or white."""
     array = array.astype(np.float32) if array.dtype != np.int32 else array
     with pytest.raises(UnreadableImage, match="white.* 8 or 16 bits"):
         one_file(saved(tmp_path / f"a.{suffix}", Image.fromarray(array)), 1).read(0)
@@ -142,7 +142,7 @@ def test_floats_do_not_depend_on_the_brightest(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(tmp_path, orientation):
-    """The camera's rule: which visual side row 0 and column 0 of the stored image are."""
+    """EXIF says on which side of the scene the stored image's row 0 and column 0 are."""
     row, column = [("top", "left"), ("top", "right"), ("bottom", "right"), ("bottom", "left"),
                    ("left", "top"), ("right", "top"), ("right", "bottom"), ("left", "bottom")][orientation - 1]
     visual = np.kron(np.random.RandomState(3).randint(0, 256, (2, 3, 3)), np.ones((16, 16, 1))).astype(np.uint8)
@@ -161,7 +161,7 @@ def test_exif_orientation_is_undone(tmp_path, orientation):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_make_an_image_unreadable(tmp_path):
-    """ImageNet has some; the pixels are what counts."""
+    """ImageNet has such files, and their pixels are intact."""
     for exif in (b"Exif\0\0no tiff header here", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"):
         path = saved(tmp_path / "a.jpg", RANDOM, exif=exif)
         assert pixels(path).shape == RANDOM.shape
@@ -236,7 +236,7 @@ def test_arrays_are_read_like_files():
 # Two decoders, one meaning
 
 def as_pillow_reads_it(path):
-    """The whole way by Pillow alone."""
+    """Read an image by Pillow alone."""
     with Image.open(path) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
@@ -264,14 +264,14 @@ def test_every_decoder_turns_images_alike(tmp_path, orientation, suffix, fast):
 
 
 def test_orientation_in_xmp_alone_is_obeyed(tmp_path):
-    """Pillow reads it where EXIF has none."""
+    """Pillow takes the orientation from XMP if EXIF has none."""
     packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     path = saved(tmp_path / "a.jpg", smooth(20, 30), xmp=packet)
     assert pixels(path).shape == (30, 20, 3) and np.array_equal(pixels(path), as_pillow_reads_it(path))
 
 
 def test_an_odd_exif_tag_beside_the_orientation_does_no_harm(tmp_path):
-    """Pillow's exif_transpose writes all tags anew, and fails at one that it cannot write. PNG: the way by Pillow."""
+    """Pillow's exif_transpose rewrites all tags and fails if it cannot write one. A PNG is always decoded by Pillow."""
     exif = Image.Exif()
     exif[0x0112] = 6
     block = bytearray(exif.tobytes())
@@ -336,7 +336,7 @@ def test_a_png_is_read_whatever_lies_beside_its_pixels(tmp_path, case, turned):
 
 
 def test_images_above_pillows_limit_are_to_be_shrunk(tmp_path, monkeypatch):
-    """By a tool that can read them; and one that is turned is refused rather than read lying."""
+    """The message names the tool that can read them. One that needs rotation is refused too, not read unrotated."""
     plain, turned = tmp_path / "a/1.png", tmp_path / "a/2.jpg"
     plain.parent.mkdir()
     saved(plain, RANDOM)
@@ -352,7 +352,7 @@ def test_images_above_pillows_limit_are_to_be_shrunk(tmp_path, monkeypatch):
 
 
 def test_damaged_jpegs_are_read_as_pillow_reads_them_or_not_at_all(tmp_path):
-    """A byte changed anywhere."""
+    """One byte is changed, anywhere in the file."""
     rng, refused = np.random.RandomState(6), 0
     whole = bytearray(saved(tmp_path / "whole.jpg", smooth(40, 50)).read_bytes())
     for _ in range(300):
@@ -380,7 +380,7 @@ def test_pillow_alone_gives_the_same_pixels(tmp_path, monkeypatch):
 # Fingerprints
 
 def test_another_version_of_the_pixels_is_another_fingerprint(monkeypatch):
-    """So that no run goes on with pixels that it did not begin with."""
+    """So no run is continued with other pixels than it began with."""
     images = ImageSet("cifar10", RANDOM[None], None, [])
     before = images.fingerprint()
     monkeypatch.setattr(images_module, "PIXELS_VERSION", images_module.PIXELS_VERSION + 1)

@@ -73,7 +73,7 @@ def test_equals_the_straightforward_mae(size, patch, channels, ratio, depth):
 
 
 def test_epsilon_is_added_to_the_variance():
-    """A nearly flat patch, where the place of the epsilon and the N - 1 of the variance show: by hand in float64."""
+    """On a nearly flat patch the result depends on where epsilon is added, and on N - 1: compare with float64."""
     patch = torch.full((1, 8), 0.5)
     patch[0, 0] += 2e-3
     exact = patch.double()

@@ -1,4 +1,4 @@
-"""Weights as one meets them: wrapped, twice in a file, diverged, damaged, with other heads, tokens, sizes and names.
+"""Weights as one finds them: wrapped, twice in a file, diverged, damaged, with other heads, tokens, sizes and names.
 
 What is read is compared with the plain file of the same model, or with timm's own outputs; what cannot be is refused in
 one line that names the file and the reason.
@@ -48,7 +48,7 @@ def images(*size):
 # Wrappers of names, several models in a file
 
 def named_inside(*parts):
-    """A wrapper that adds to names as torch.compile ("_orig_mod") and others do."""
+    """Return a function that wraps a model so that its tensors' names begin with these parts, as in torch.compile."""
     def wrap(model):
         wrapper = model
         for part in reversed(parts):
@@ -95,7 +95,7 @@ def test_of_raw_and_averaged_weights_one_is_taken_and_named(tmp_path, capsys, ra
     {"head.mlp.0.weight": (64, 96), "head.last_layer.weight_g": (9, 1)}, {"mask_token": (1, 96)},
     {"head.0.running_mean": (96,), "head.1.weight": (10, 96), "head.1.bias": (10,)}])
 def test_what_lies_beside_an_encoder_hinders_no_script(tmp_path, beside):
-    """DINO's projector, DINOv2's mask token, the head of MAE's linear probe."""
+    """Beside an encoder lie DINO's projector, DINOv2's mask token or the head of MAE's linear probe."""
     model = classifier(num_classes=0, global_pool="token")
     path = saved(tmp_path / "a.pth", {**model.state_dict(), **{name: torch.ones(s) for name, s in beside.items()}})
     assert torch.equal(load_model(path).eval()(images()), model(images()))
@@ -133,7 +133,7 @@ def test_a_teacher_that_is_left_out_may_be_anything(tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_no_flipped_byte_is_read(tmp_path, ours):
-    """64 bytes anywhere, most of them in tensors: refused, or, in a file's padding, the same weights."""
+    """Flip 64 bytes anywhere: the file is refused, or, if they were padding, it gives the same weights."""
     model = classifier()
     path = own_file(tmp_path / "a.pt", model) if ours else saved(tmp_path / "a.pt", model.state_dict())
     raw, refused = path.read_bytes(), 0
@@ -218,7 +218,7 @@ TOKENS = {
 @torch.no_grad()
 @pytest.mark.parametrize("settings", TOKENS.values(), ids=TOKENS)
 def test_every_plain_vit_is_read_as_timm_reads_it(tmp_path, settings):
-    """From a foreign file and a timm folder, whole, into a training's network, and at another size."""
+    """From a foreign file and from a timm folder: as a whole, into a network to train, and at another image size."""
     kind = dict(img_size=32, patch_size=8, embed_dim=96, depth=12, num_heads=12, num_classes=5, **settings)
     model = noisy(timm.create_model("vit_tiny_patch16_224", **kind))
     save_for_hf(model, tmp_path / "timm", model_config=dict(model_args=kind), safe_serialization=True)
@@ -243,7 +243,7 @@ def by_hand(table, old, new, prefix):
 
 @pytest.mark.parametrize(("size", "grid"), [((64, 64), (8, 8)), ((24, 40), (3, 5)), ((64, 16), (8, 2))])
 def test_analyses_resize_positions_too(tmp_path, capsys, size, grid):
-    """Also to as many patches as before, 8 x 2 for 4 x 4, which timm 1.0.26 leaves as they are."""
+    """Also from 4 x 4 to 8 x 2: as many patches, which timm 1.0.26 would not resize."""
     model = classifier()
     loaded = load_model(own_file(tmp_path / "a.pt", model), img_size=size)
     assert torch.equal(loaded.pos_embed, by_hand(model.pos_embed, (4, 4), grid, 1))

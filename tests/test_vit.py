@@ -49,7 +49,7 @@ def test_reference_block(monkeypatch):
 
 @torch.no_grad()
 def test_logits_are_what_the_attention_takes_the_softmax_of():
-    """Attention put together from `attention_logits` and the values is the module's own output."""
+    """Attention computed from `attention_logits` and the values equals the module's own output."""
     attention = fill_by_name(demo().blocks[0].attn).eval()
     x = torch.randn(3, 17, 96, generator=torch.Generator().manual_seed(1))
     weights = attention_logits(attention, x).softmax(dim=-1)
@@ -62,7 +62,7 @@ def test_logits_are_what_the_attention_takes_the_softmax_of():
 # Sizes
 
 def test_published_parameter_counts():
-    """5.7M is what the paper says of ViT-Tiny. On the meta device nothing is drawn."""
+    """The paper gives 5.7M for ViT-Tiny. The meta device allocates and initialises nothing."""
     with torch.device("meta"):
         assert parameter_count(build_vit()) == 5_717_416
         assert parameter_count(build_vit(num_heads=3)) == 5_717_416
