@@ -199,12 +199,12 @@ def with_statistics(args, weights, keep_given=False):
         return args
     taken = {}
     for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():
-        if max(abs(a - b) for a, b in zip(ours, theirs[name])) > 1e-3:
-            if getattr(args, name) and keep_given:
-                continue
-            if getattr(args, name):
-                raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
-                                f"leave --{name} out to take theirs, or choose a teacher and weights that agree")
-            print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
-            taken[name] = theirs[name]
+        given = getattr(args, name)
+        if all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs[name])) or (given and keep_given):
+            continue
+        if given:
+            raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
+                            f"leave --{name} out to take theirs, or choose a teacher and weights that agree")
+        print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
+        taken[name] = theirs[name]
     return argparse.Namespace(**{**vars(args), **taken})

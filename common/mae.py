@@ -88,9 +88,9 @@ class MAE(nn.Module):
                  decoder_depth=None, decoder_heads=None, mask_ratio=0.75, norm_pix=True, decoder_block=None):
         super().__init__()
         dim, depth = model_size(model).values()
-        default = DECODERS[model]
-        decoder_dim, decoder_depth = decoder_dim or default[0], decoder_depth or default[1]
-        decoder_heads = decoder_heads or default[2]
+        default_dim, default_depth, default_heads = DECODERS[model]
+        decoder_dim, decoder_depth = decoder_dim or default_dim, decoder_depth or default_depth
+        decoder_heads = decoder_heads or default_heads
         self.config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
                            num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads, mask_ratio=mask_ratio, norm_pix=norm_pix)
@@ -150,7 +150,7 @@ class MAE(nn.Module):
         """
         patches = self.patchify(images)
         ids_shuffle = noise.argsort(dim=1)  # (B, L): the first K patches stay visible, the other M are masked
-        ids_visible, ids_masked = ids_shuffle.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
+        ids_visible, ids_masked = ids_shuffle[:, :self.num_visible], ids_shuffle[:, self.num_visible:]
         latent = self.forward_encoder(take(patches, ids_visible), ids_visible, states, self.decoder_block)
         pred = self.forward_decoder(latent, ids_shuffle, skip=self.num_visible)
         return self.loss(pred, take(patches, ids_masked))
