@@ -30,7 +30,7 @@ NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "ga
 
 @dataclass
 class Report:
-    """What load_encoder did; as a string, the lines to print."""
+    """The outcome of load_encoder; str() of it gives the lines to print."""
 
     weights: Weights
     matched: int  # number of tensors that were loaded
@@ -108,14 +108,14 @@ def leading_blocks(state, k):
 # The model from which the weights came
 
 def load_model(source, **overrides):
-    """Rebuild and fill, strictly, the model of a source (as for `read_weights`) or of Weights: an MAE or a ViT.
+    """Rebuild the model of a source (as for `read_weights`, or Weights), an MAE or a ViT, and load it strictly.
 
     For `timm:NAME` and timm folders it is timm's own model. Its attribute `statistics` holds the mean and std of the
-    images on which it was trained, or None.
+    images on which it was trained, or None. Assumptions and changes are printed.
 
-    overrides: settings of the model; None stands for not given. They say what a foreign file cannot say (num_heads,
+    overrides: settings of the model, None if not given. They say what a foreign file cannot say (num_heads,
     decoder_heads, norm_pix). mask_ratio and drop_path may be chosen freely, and for another img_size the positions are
-    resized; any other setting that contradicts the source raises FormatError. Assumptions and changes are printed.
+    resized. Raises FormatError if any other setting contradicts the source.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if "img_size" in given:
@@ -141,7 +141,7 @@ def load_model(source, **overrides):
 
 
 def rebuild(weights, given, notes):
-    """Build a model of ours for the Weights and fill it, strictly but for a projection head or an unused mask token."""
+    """Build the model of Weights from a file and load them strictly, without a projection head or unused mask token."""
     config = {**(weights.config or foreign_config(weights, given, notes)), **given}
     model = MAE(**config) if "decoder_dim" in config else build_model(**config)
     target, grid = model.state_dict(), patch_grid(model.config["img_size"], config["patch_size"])
@@ -168,7 +168,7 @@ def resize_timm(vit, weights, img_size, notes):
 def foreign_config(weights, given, notes):
     """Derive the settings of a foreign file from its shapes.
 
-    What shapes cannot tell is taken from the `given` settings, else assumed, which is added to `notes`.
+    What shapes cannot tell is taken from the `given` settings, else assumed; the assumptions are added to `notes`.
     """
     size, patch = given.get("img_size"), weights.state[shapes.STEM].shape[2]
     config = shapes.shape_config(weights.state, size and patch_grid(size, patch))

@@ -151,7 +151,7 @@ def interpret(content, source):
 
 
 def half_blocks(names):
-    """Find blocks of norm1 and qkv alone, and return their prefixes. In a D2-MAE, only the logits of one are used."""
+    """Return the prefixes of blocks that have norm1 and qkv alone, as D2-MAE's last (sec5_distill/decoupled.py)."""
     modules = defaultdict(set)
     for name in names:
         if match := re.fullmatch(r"(model\.blocks\.\d+\.)(.+)\.(?:weight|bias)", name):

@@ -153,7 +153,7 @@ def check_kind(weights, vit):
 
 
 def how_it_computes(vit):
-    """Describe the first block's norm and activation, which no tensor tells, as torch prints them."""
+    """Describe the first block's norm and activation, which no tensor tells, as torch prints the modules."""
     block = vit.blocks[0]
     return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
 
