@@ -7,7 +7,7 @@ from common.rows import overruled
 
 
 def accuracy_table(item, rows, demo, args):
-    """Runs the chosen rows and writes their top-1 beside the published one as <item>.json and .md; returns the rows."""
+    """Run the chosen rows, write <item>.json and <item>.md with measured and published top-1, and return the rows."""
     results, without = tables.run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
@@ -18,13 +18,16 @@ def accuracy_table(item, rows, demo, args):
 
 
 def with_changes(row, args):
-    """The row, with what the command line changes of its own settings in its name."""
+    """Return the row; settings of its own that the command line overrides are appended to its name."""
     words = overruled(row, args)
     return replace(row, name=f"{row.name} [{words}]") if words else row
 
 
 def summary(row, results, problem=None):
-    """A row of an accuracy table from its lines' results, one list per seed."""
+    """Summarise a row for the table's json file.
+
+    results: for each seed, the results of the row's command lines. problem: why the row was not run.
+    """
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
     status = "run" if results else "nothing to run" if not row.lines else problem or "not chosen"
@@ -34,7 +37,7 @@ def summary(row, results, problem=None):
 
 
 def duration(hours):
-    """Mean hours as text in the unit that suits them, or "" for nothing."""
+    """Format the mean of a list of hours in seconds, minutes or hours; "" for an empty list."""
     if not hours:
         return ""
     seconds = 3600 * statistics.mean(hours)

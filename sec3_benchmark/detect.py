@@ -6,8 +6,8 @@
     python sec3_benchmark/detect.py --dataset-path COCO --init RUN/weights.pt --eval-only    # evaluate and draw
 
 Mask R-CNN on ViTDet's pyramid, 184,375 iterations at batch 64 and 640 px. Published box / mask AP: from MAE-Tiny 39.9
-/ 35.4, from random weights 32.7 / 28.9. COCO is a folder with annotations/, train2017/ and val2017/, or one that holds
-it as coco/. --init reads any plain ViT that finetune.py reads. The run's folder gets predictions.png.
+/ 35.4, from random weights 32.7 / 28.9. COCO is a folder with annotations/, train2017/ and val2017/, or a folder with
+these in coco/. --init reads any plain ViT that finetune.py reads. predictions.png is drawn in the run's folder.
 """
 from pathlib import Path
 
@@ -35,19 +35,20 @@ from sec3_benchmark.detection.scenes import load_detection_sets
 from sec3_benchmark.detection.vitdet import SimplePyramid, TopDownPyramid, ViTBackbone
 from sec3_benchmark.evaluate import check_classes, check_readable
 
-NOT_OF_TABLES = ("img_size",)  # here the canvas: from a table by --set detect.img_size alone
+# A table's --img-size is that of the ViT, here it is the canvas: only --set detect.img_size changes it from a table
+NOT_OF_TABLES = ("img_size",)
 PRESETS = {
     "demo": dict(img_size=[96], window=4, channels=64, hidden=256,
                  anchors=64, rois=64, proposals=100, jitter=[0.75, 1.25], iterations=240, batch_size=8, base_lr=8e-3,
                  warmup_iterations=20, micro_batch=8, eval_every=0, keep_activations=True),
-    # for weights of the laptop and small pre-trainings: their patches and positions
+    # laptop and small take weights that were pre-trained with the same preset
     "laptop": dict(img_size=[192], window=6, channels=64, hidden=256, anchors=64, rois=64, proposals=100,
                    iterations=2000, batch_size=8, base_lr=4e-3, jitter=[0.5, 1.5], warmup_iterations=100),
     "small": dict(img_size=[256], iterations=3000, batch_size=16, base_lr=4e-4, jitter=[0.5, 1.5]),
 }
 PYRAMIDS = {"simple": SimplePyramid, "topdown": TopDownPyramid}
 BUILT_FROM = ("model", "patch_size", "num_heads", "in_chans", "img_size", "position_size", "window", "global_blocks",
-              "pyramid", "channels", "hidden", "anchors", "rois", "proposals")  # what a detector's file says of it
+              "pyramid", "channels", "hidden", "anchors", "rois", "proposals")  # saved with the weights, to rebuild it
 
 
 def build_parser():
@@ -91,13 +92,13 @@ def build_parser():
 
 
 def parse(parser, presets, argv=None):
-    """Return the settings of a command line; with --eval-only also those typed, `given`, to compare with the file."""
+    """Parse a command line. With --eval-only `given` holds the settings typed there, for comparison with the file's."""
     args = options.parse(parser, presets, argv=argv)
     return options.replaced(args, given=options.given(parser, argv)) if args.eval_only else args
 
 
 def build_detector(args, num_classes, weights=None):
-    """The detector of the command line, its ViT with `weights` if there are any."""
+    """Build the detector of the command line. Its ViT is initialised from `weights`, if there are any."""
     vit = build_vit(args.model, img_size=args.position_size, patch_size=args.patch_size, in_chans=args.in_chans,
                     num_classes=0, num_heads=args.num_heads, drop_path=args.drop_path,
                     **tokens_of(weights, args.model, args.position_size, args.patch_size))
@@ -114,7 +115,7 @@ def build_detector(args, num_classes, weights=None):
 
 
 def schedule(args, images):
-    """The learning rate as a function of the step. Prints the arithmetic."""
+    """Return the learning rate as a function of the step, and print how its peak is computed."""
     peak, per_epoch = args.base_lr * args.batch_size / 64, steps_per_epoch(images, args.batch_size)
     print0(f"{len(images)} images, {args.iterations} iterations are {args.iterations / per_epoch:.1f} epochs; "
            f"peak lr {peak:.3g} = {args.base_lr:g} x {args.batch_size} / 64")
@@ -131,7 +132,7 @@ class Detection(Method):
         if distributed.world_size() > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # only `topdown` has batch norm
         if compiled:
-            self.model.backbone.compile()  # what follows has other shapes in every step
+            self.model.backbone.compile()  # only this part: tensor shapes in the others change from step to step
         self.forward = compile_and_distribute(self.model, device, dtype, compiled=False)
 
     def loss(self, batch, step):
@@ -141,7 +142,10 @@ class Detection(Method):
 
 
 def read_detector(source):
-    """The Weights of a run of this script, heads and all; `config` holds BUILT_FROM and "detector_classes"."""
+    """Read the weights.pt of a run of this script as Weights whose `config` has BUILT_FROM and "detector_classes".
+
+    Raises FormatError for any other file.
+    """
     content = read_file(Path(source))
     config, state = own_config(content) or {}, content.get("model") or {}
     if "detector_classes" not in config:
@@ -150,9 +154,9 @@ def read_detector(source):
 
 
 def as_built(args, weights):
-    """Return settings with which the detector is built as its file says. Raises UserError for another value on the
-    command line. Only --proposals may differ: no weight depends on it, whereas tables of relative positions have the
-    size of the image.
+    """Return settings that rebuild the detector of the file. Raises UserError if the command line contradicts them.
+
+    Only --proposals may differ, as no weight's shape depends on it.
     """
     own = {name: value for name, value in weights.config.items()
            if name in args and (name != "proposals" or name not in args.given)}
@@ -164,7 +168,10 @@ def as_built(args, weights):
 
 
 def resolve_backbone(args, weights):
-    """Return settings in which the weights' own words about their ViT count; --img-size is the canvas."""
+    """Return settings in which those of the ViT that were not given are filled in from the weights.
+
+    The ViT's image size becomes --position-size; --img-size stays the canvas. Raises UserError for relative positions.
+    """
     config = weights and weights.config
     if config and config["model"] not in (None, *SIZES):
         raise UserError(f"--init {args.init} has relative positions ({config['model']}): detect.py takes a plain ViT, "
@@ -174,7 +181,7 @@ def resolve_backbone(args, weights):
 
 
 def evaluate_only(args, device):
-    """AP of a trained detector, which says itself how it is built; its pictures go to detect/eval-<weights>-<data>/."""
+    """Measure the AP of a trained detector, rebuilt from its file, and draw into detect/eval-<weights>-<data>/."""
     weights = read_detector(args.init)
     args = as_built(args, weights)
     num_classes = weights.config["detector_classes"]
@@ -198,7 +205,7 @@ def print_ap(result):
 
 
 def main(args):
-    """Runs or continues the training; returns {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
+    """Run or continue the training; return {"box_ap", "mask_ap", "best_box_ap", "checkpoint", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     if args.jitter[0] > args.jitter[1]:
         raise UserError(f"--jitter {args.jitter[0]} {args.jitter[1]}: the smallest scale, then the largest")
@@ -219,7 +226,7 @@ def main(args):
             print_ap(run.result)
             return run.result
         for images in [val_set] if args.on_bad_image == "skip" else [val_set, train_set]:
-            check_readable(images, run, args, device)  # and of the size for which its outlines were drawn
+            check_readable(images, run, args, device)  # also compares each image's size with its annotations'
         run.classes = train_set.classes
         seed_everything("weights", args.seed)
         model = build_detector(args, len(train_set.classes), weights).to(device)

@@ -1,6 +1,6 @@
-"""What Tables 4 and 5 and Figure 4 share: each set's transfer settings, the published numbers, rows and columns.
+"""Shared by Tables 4 and 5 and Figure 4: transfer settings of each data set, published numbers, rows and columns.
 
-The sets themselves, and what --dataset-path must hold: sec3_benchmark/downstream_sets.py.
+The data sets themselves, and the files expected in --dataset-path, are in sec3_benchmark/downstream_sets.py.
 """
 import shlex
 from contextlib import suppress
@@ -16,8 +16,8 @@ from common.pretrained import HubError, read_weights
 from common.rows import Row
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
 
-# What differs from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
-# published source (scripts/transfer.sh, equal for every initialisation); all the others are ours and not tuned.
+# Differences from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
+# published source (scripts/transfer.sh, equal for every initialisation). The others are ours and not tuned.
 SETTINGS = {
     "cifar100": dict(epochs=50, warmup_epochs=10, lr=0.1, layer_decay=0.75),
     "flowers": dict(lr=0.1),  # CIFAR-100's rate; 300 epochs are 900 steps here
@@ -29,13 +29,13 @@ SETTINGS = {
     "fractals-large": dict(epochs=5, warmup_epochs=1, lr=0.1, eval_every=5),
 }
 
-COCO = "coco"  # not transfer.py's but detect.py's: a column each for box and mask AP; ROOT/coco/, see detect.py
+COCO = "coco"  # trained by detect.py instead of transfer.py on ROOT/coco/; two columns, box and mask AP
 COCO_AP = {"coco-box": "box_ap", "coco-mask": "mask_ap"}
 TITLES = {**{name: about["title"] for name, about in SETS.items()}, "coco-box": "COCO box AP",
           "coco-mask": "COCO mask AP"}
 
-# Tables 4 and 5: top-1, COCO box and mask AP (ICML slides; COCO also on the authors' code page); on ImageNet as in
-# Table 1, which has no row of random weights.
+# Tables 4 and 5: top-1 and COCO AP (ICML slides; COCO also on the authors' code page). ImageNet is from Table 1, which
+# has no row for random weights.
 PUBLISHED_COLUMNS = (*SETS, *COCO_AP, "imagenet")
 PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
     "random": (30.2, 26.1, 9.4, 6.8, 42.7, 58.7, 32.7, 28.9),
@@ -45,26 +45,27 @@ PUBLISHED = {row: dict(zip(PUBLISHED_COLUMNS, values)) for row, values in {
     "dino": (95.6, 89.3, 73.6, 84.5, 84.7, 58.7, 41.4, 36.7, 77.2),
     "simmim": (77.2, 68.9, 55.9, 70.4, 77.7, 60.8, 39.3, 34.8, 77.9),
     "dmae": (95.2, 89.1, 79.2, 87.5, 85.0, 63.6, 42.3, 37.4, 78.4),  # 37.3 in a later version of the code page
-    "d2mae": (*[None] * len(SETS), 42.5, 37.5, 78.7),  # the follow-up's code page, which has no other of these sets
+    "d2mae": (*[None] * len(SETS), 42.5, 37.5, 78.7),  # the follow-up's code page, which has none of SETS
 }.items()}
 
-MOCO_FINETUNING = "--layer-decay 0.75"  # what the authors change in finetune.py for MoCo-v3's weights (Tables 1, 3, 5)
+MOCO_FINETUNING = "--layer-decay 0.75"  # the authors' only change for fine-tuning MoCo-v3's weights (Tables 1, 3, 5)
 TRANSFER = "sec3_benchmark/transfer.py --init {previous}"
 
 
 def row(key, name, before):
-    """Return a row that begins with the script `before`, which leaves a classifier or an encoder to transfer."""
+    """Make a row that runs the script `before` and transfers the weights that it leaves."""
     return Row(key, name, PUBLISHED[key], [before, TRANSFER])
 
 
-ROWS = [  # of both tables, each of which has one more
+ROWS = [  # in both tables; each adds one of its own
     row("supervised", "supervised (DeiT-Tiny)", "sec3_benchmark/finetune.py"),
     row("mocov3", "MoCo-v3", "sec3_benchmark/pretrain_mocov3.py"),
     row("mae", "MAE", "sec3_benchmark/pretrain_mae.py"),
     row("dino", "DINO", "appendix/pretrain_dino.py"),
     row("simmim", "SimMIM", "appendix/pretrain_simmim.py"),
 ]
-UNFIT = {("simmim", COCO)}  # its pre-training has relative positions, detect.py is for plain ViTs; a file may be one
+# SimMIM is pre-trained with relative positions, and detect.py takes plain ViTs. Weights given by --models may be plain.
+UNFIT = {("simmim", COCO)}
 
 
 def add_datasets(parser):
@@ -82,8 +83,10 @@ def add_models(parser):
 
 
 def with_models(rows, args):
-    """Return the rows, those in --models starting from the weights given there, with a row for each other name in it;
-    and settings whose --rows are these, beside those that it names.
+    """Apply --models: return (rows, settings).
+
+    A row named there is replaced by the transfer of the given weights; any other name becomes a new row. In the
+    settings, --rows lists these rows too.
     """
     models = options.parse_pairs(args.models, "--models")
     known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
@@ -97,14 +100,16 @@ def with_models(rows, args):
 
 
 def settings_told(args, script):
-    """Return the names of the settings that the command line gives a script of a row."""
+    """Return the names of the settings that a table's command line gives a script, directly or by --set."""
     set_names = [text.partition("=")[0].partition(".") for text in args.set]
     return {*args.given, *(key.replace("-", "_") for stage, _, key in set_names if stage == Path(script).stem)}
 
 
 def scratch_settings(loaded, told):
-    """Return settings with which a start from random weights is the same network as {name: Weights}: their shape and
-    normalisation, but for those that the command line tells. {} without weights, or if these do not say.
+    """Return the settings that give a training from random weights the same network as the loaded weights.
+
+    loaded: {name: Weights}. The result has the network's shape and normalisation, without the settings named in `told`;
+    it is {} if no weights state them. Raises UserError if the weights are of different networks.
     """
     networks = {}
     for name, weights in loaded.items():
@@ -124,7 +129,7 @@ def scratch_settings(loaded, told):
 
 
 def random_like(row, args):
-    """Return the row of random weights, where it is to be run: the same network as the files of --models, if any."""
+    """Return the row of random weights; if it is to be run, with the same network as the weights in --models."""
     files = options.parse_pairs(args.models, "--models")
     if not {row.key, "all"} & set(args.rows or ()) - files.keys():
         return row
@@ -133,14 +138,17 @@ def random_like(row, args):
         if args.dry_run and not Path(file).exists():
             print0(f"# {file} is not read in a dry run: what it says of its network the random row here does not know")
             continue
-        with suppress(HubError):  # its own row will say so
+        with suppress(HubError):  # the row of these weights reports it
             loaded[name] = read_weights(file)
     network = scratch_settings(loaded, settings_told(args, "transfer.py"))
     return replace(row, lines=[shlex.join([*shlex.split(row.lines[-1]), *options.to_argv(network)])])
 
 
 def chosen_sets(args):
-    """The names of --datasets, or the preset's. Each is looked at now rather than after a long pre-training."""
+    """Return the names in --datasets, or those of the preset.
+
+    Each data set is checked here rather than after a long pre-training: raises UserError or DataError.
+    """
     names = args.datasets or {"demo": [*FRACTALS], "paper": [*SETS]}.get(args.preset)
     if not names:
         raise UserError(f"--preset {args.preset} needs --datasets: some of {', '.join(SETS)}, or folders that lie in "
@@ -156,7 +164,7 @@ def chosen_sets(args):
 
 
 def require_coco(args):
-    """Raises DataError if --dataset-path lacks a part of COCO; the demo's scenes and a dry run need none."""
+    """Raise DataError if --dataset-path lacks a part of COCO. The demo's generated scenes and a dry run need none."""
     needed = ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017")
     absent = [name for name in needed if not (Path(args.dataset_path or "") / COCO / name).exists()]
     if args.preset != "demo" and not args.dry_run and absent:
@@ -165,8 +173,9 @@ def require_coco(args):
 
 
 def cells(rows, names, asked=()):
-    """Return rows that end with transfer.py as rows for tables.run_rows in each column, with the data set of that name.
-    That nothing is to be run of a row asked for by name is an error.
+    """Return the table's cells: for each row and data set a row for tables.run_rows, without those in UNFIT.
+
+    rows: end with transfer.py. Raises UserError if a row whose key is in `asked` has no cell that can run.
     """
     found = [cell(row, name) for row in rows for name in names
              if (row.key, name) not in UNFIT or len(row.lines) == 1]
@@ -178,7 +187,10 @@ def cells(rows, names, asked=()):
 
 
 def cell(row, name):
-    """Return the row with its transfer to one data set; to COCO it is detect.py, whose canvas is no size of the ViT."""
+    """Return the row with its transfer to one data set.
+
+    On COCO, transfer.py is replaced by detect.py, where --position-size is the ViT's image size.
+    """
     *before, last = row.lines
     if name == COCO:
         last = last.replace("transfer.py", "detect.py").replace("--img-size", "--position-size")
@@ -188,7 +200,7 @@ def cell(row, name):
 
 
 def measured(cells):
-    """{column: [top-1 or AP for each seed]} from {data set: [results of the stages, for each seed]}."""
+    """Return {column: [top-1 or AP for each seed]} of the cells {data set: [results of the stages, for each seed]}."""
     found = {name: [stages[-1]["top1"] for stages in seeds] for name, seeds in cells.items() if name != COCO}
     return found | {column: [stages[-1][key] for stages in cells[COCO]]
                     for column, key in COCO_AP.items() if COCO in cells}
@@ -199,7 +211,7 @@ def title(name):
 
 
 def summary(row, cells):
-    """A row of such a table from its cells: {data set: [results of the stages, for each seed]}, empty if not run."""
+    """Summarise a row for the table's json file; cells as in `measured`, with empty lists if the row was not run."""
     def values(key):
         return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
     return {"key": row.key, "name": row.name, "published": row.published, "note": row.note,
@@ -209,17 +221,17 @@ def summary(row, cells):
 
 
 def beside(published, measured):
-    """A cell: the published number / ours, over seeds."""
+    """Format the content of a cell: the published number / ours over seeds."""
     return f"{'-' if published is None else published} / {report.mean_std(measured) if measured else 'not run'}"
 
 
 def column(name):
-    """A column of such a table for report.write_table; a row's "published" and "measured" are dicts by column."""
+    """Return the function that formats this column of a row of `summary`, for report.write_table."""
     return lambda row: beside(row["published"].get(name), row["measured"].get(name))
 
 
 def columns(names):
-    """All of them, COCO's always among them."""
+    """Return {title: function of a row} of all columns, for report.write_table. COCO's are always included."""
     names = [*(name for name in names if name != COCO), *COCO_AP]
     return {"initialisation": lambda row: row["name"], **{title(name): column(name) for name in names},
             "seeds": lambda row: row["seeds"] or ""}

@@ -2,7 +2,7 @@
 
 --dataset-path ROOT contains them all, each in the folder that torchvision uses (`holds` in SETS). Any other set NAME is
 read from ROOT/NAME/train/<class>/ and ROOT/NAME/test/<class>/, or val/ if there is no test/. The name `folder` means
-ROOT itself. The two fractal sets are generated; their classes occur in no pre-training.
+ROOT itself. The two fractal sets are generated, with classes that no pre-training uses.
 """
 import argparse
 import json
@@ -59,7 +59,8 @@ def flowers(root, train, download):
 
 
 def pets(root, train, download):
-    """Read Pets with breeds as labels; training uses trainval. torchvision's class takes no loader: private lists."""
+    """Read Pets with breeds as labels; training uses trainval."""
+    # torchvision's class takes no loader, so its private lists are the only way not to open the images
     dataset = tv.OxfordIIITPet(root, "trainval" if train else "test", download=download)
     return [str(path) for path in dataset._images], dataset._labels, dataset.classes
 
@@ -71,13 +72,13 @@ def aircraft(root, train, download):
 
 
 def cars(root, train, download):
-    """Read Cars; it cannot be downloaded."""
+    """Read Cars, which torchvision cannot download."""
     dataset = tv.StanfordCars(root, "train" if train else "test", loader=str)
     return *samples(dataset), dataset.classes
 
 
 def cifar100(root, train, download):
-    """Read CIFAR-100; images are one array."""
+    """Read CIFAR-100; its images are one array."""
     dataset = tv.CIFAR100(root, train, download=download)
     return dataset.data, dataset.targets, dataset.classes
 
@@ -135,7 +136,10 @@ def official_set(name, root, train, args):
 
 
 def folder_sets(name, root, args):
-    """Load train/ and test/ (or else val/) of ROOT/NAME, or of ROOT for the name `folder`. Raises DataError."""
+    """Load [training set, test set] from the folders of ROOT/NAME, or of ROOT for the name `folder`.
+
+    The test set is test/, or val/ if there is no test/. Raises DataError.
+    """
     place = Path(root) if name == "folder" else Path(root) / name
     test = "test" if (place / "test").is_dir() else "val"
     if not (place / "train").is_dir() or not (place / test).is_dir():
@@ -147,7 +151,7 @@ def folder_sets(name, root, args):
 
 
 def check_path(name, root):
-    """Raise DataError if the name is a path, or if --dataset-path is given for a generated set or else missing."""
+    """Raise DataError for a path as name, for --dataset-path with a generated set, and for any other set without it."""
     if Path(name).name != name or name == "..":
         raise DataError(f"--dataset {name}: the name of a folder in --dataset-path, not a path; for that folder itself "
                         f"give it as --dataset-path, and --dataset folder")

@@ -10,8 +10,9 @@ from common.vit import pair
 def erasing_box(size, probability, area=(0.02, 1 / 3), min_aspect=0.3):
     """Sample the box to erase in an image of `size` (H, W): int64 (4,), top, left, height, width; zeros for none.
 
-    The box has a share U(area) of the image and an aspect ratio h/w log-uniform in (min_aspect, 1 / min_aspect). After
-    10 boxes that do not fit, none. Rule and random numbers (Python's generator) are those of timm's RandomErasing.
+    The box has a share U(area) of the image and an aspect ratio h/w log-uniform in (min_aspect, 1 / min_aspect). If 10
+    samples do not fit, nothing is erased. Rule and random numbers (Python's generator) are those of timm's
+    RandomErasing.
     """
     height, width = pair(size)
     if random.random() >= probability:

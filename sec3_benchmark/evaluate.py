@@ -16,11 +16,14 @@ from common.measures import hits
 from common.memory import keep_decoded
 from common.watch import progress
 
-READABLE = set()  # fingerprints of the sets that this process has checked to be readable
+READABLE = set()  # fingerprints of the sets that this process has found readable
 
 
 def say_unreadable(images, indices):
-    """Print how many images were left out as unreadable, and the first names. Raises DataError if all were."""
+    """Print how many images were left out as unreadable, and the names of the first 20. Raises DataError if all were.
+
+    indices: of the unreadable images.
+    """
     names = ", ".join(images.where(int(index)) for index in indices[:20]) + ", ..." * (len(indices) > 20)
     if len(indices) == len(images):
         raise DataError(f"none of {len(images)} images could be read: {names}")
@@ -50,7 +53,7 @@ def accuracy(model, loader, device, mean, std) -> dict:
 
 
 def count_classes(images) -> int:
-    """Return the number of classes of the training images. Raise UserError for a single one, which teaches nothing."""
+    """Return the number of classes of the training images. Raises UserError for one class: nothing could be learnt."""
     if len(images.classes) < 2:
         raise UserError(f"{images.name} has one class, {images.classes[0]}, so that there is nothing to tell apart: a "
                         f"training needs at least two")
@@ -58,7 +61,7 @@ def count_classes(images) -> int:
 
 
 def check_classes(weights, images):
-    """Raise UserError if weights that name their classes have other classes, or another order, than the images."""
+    """Raise UserError if the weights name as many classes as the images have, but not the same, or in another order."""
     theirs, ours = weights.classes, [str(name) for name in images.classes]
     if theirs and len(theirs) == len(ours) and theirs != ours:
         first = next(pair for pair in zip(theirs, ours) if pair[0] != pair[1])
@@ -67,14 +70,14 @@ def check_classes(weights, images):
 
 
 def decode_only(image):
-    """Transform that keeps nothing of an image: for a loader that only checks whether the images can be decoded."""
+    """Discard the image: the transform of a loader that only checks whether images can be decoded."""
     return {}
 
 
 def check_readable(images, run, args, device):
-    """Raise UnreadableImage on every rank if an image cannot be read: before training, not at its first evaluation.
+    """Raise UnreadableImage on every rank if an image cannot be read, before training rather than hours into it.
 
-    Every rank reads its share. Skipped for a resumed run, which has done it before, and for the sets in READABLE.
+    Each rank reads its share. Nothing is read for a resumed run, which did it at its start, or for a set in READABLE.
     """
     keep_decoded(images, args.keep_decoded)
     if not images.from_files or steps_saved(run.folder) or (name := images.fingerprint()) in READABLE:
@@ -113,8 +116,9 @@ def share_of_rank(images, args, device):
 
 @torch.inference_mode()
 def answered_right(model, images, args, device):
-    """Return which images the classifier answers right, (images,) of 1 and 0, or of `hits` where scores are tied. On
-    every rank.
+    """Compute which images are classified correctly: (images,), 1 or 0, on every rank.
+
+    Where scores are tied it is the chance of a correct answer (common.measures.hits).
     """
     model.eval()
     mean, std = (values.to(device) for values in statistics(args))

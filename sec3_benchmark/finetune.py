@@ -34,13 +34,13 @@ from sec3_benchmark.randaugment import train_transform
 READS = "labels"
 PRESETS = {
     "demo": dict(data="fractals", epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_min=0.5, eval_every=1),
-    # so short a training learns most from little augmentation: from scratch on 22,500 images of 50 classes 36.6 %, and
-    # with crops from 0.08 and RandAugment, as the recipe has them, 31.2 % even after 20 epochs
+    # So short a training does best with little augmentation. From scratch on 22,500 images of 50 classes it reaches
+    # 36.6 %; with the recipe's RandAugment and crops from 0.08 it reaches 31.2 %, even after 20 epochs.
     "laptop": dict(data="folder", epochs=15, batch_size=64, base_lr=4e-3, warmup_epochs=2, crop_min=0.35,
                    randaugment="none", eval_every=5),
     "small": dict(data="folder", epochs=100, batch_size=256),
 }
-RECIPES = {  # what each changes from the defaults below
+RECIPES = {  # differences from the defaults below
     "impr": {},
     "ori": dict(randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1),
 }
@@ -51,7 +51,7 @@ def build_parser():
 
 
 def add_arguments(parser, models=MODELS):
-    """The arguments of every supervised training on ImageNet; returns the parser."""
+    """Add the arguments of every supervised training on ImageNet; return the parser."""
     options.add_data(parser)
     options.add_model(parser, models)
     group = parser.add_argument_group("start")
@@ -85,7 +85,7 @@ def add_arguments(parser, models=MODELS):
 
 
 class TrainViews:
-    """An image -> its augmented view; with random erasing also the box and the seed of the noise that fills it."""
+    """Transform an image to its augmented view; with random erasing also return the box and the seed of its noise."""
 
     def __init__(self, args):
         randaugment = None if args.randaugment == "none" else args.randaugment
@@ -101,18 +101,18 @@ class TrainViews:
 
 
 class Supervised(Method):
-    """Cross-entropy against labels mixed by mixup and cutmix, or smoothed ones where neither is used."""
+    """Cross-entropy against labels mixed by mixup and cutmix or, if neither is used, against smoothed labels."""
 
     def __init__(self, model, args, num_classes):
         super().__init__(model)
         self.smoothing, self.mixup = args.smoothing, None
-        if args.mixup or args.cutmix:  # the smoothing is then part of the mixed labels
+        if args.mixup or args.cutmix:  # Mixup then smooths the labels too
             self.smoothing = 0.0
             self.mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing,
                                num_classes=num_classes)
 
     def mixed(self, batch):
-        """Images (B, C, H, W) and labels of a batch, erased and mixed as the recipe says."""
+        """Erase and mix a batch as the recipe says: images (B, C, H, W) and labels, (B,) or if mixed (B, classes)."""
         images, target = batch["image"], batch["label"]
         if "host_erase_box" in batch:
             erase(images, batch["host_erase_box"], batch["host_erase_seed"])
@@ -132,7 +132,7 @@ class Supervised(Method):
 
 
 def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0, build=build_model):
-    """The ViT of the command line with what `--init` and `--keep-blocks` put into it."""
+    """Build the ViT of the command line; load `weights` (--init) into it, or their first --keep-blocks blocks."""
     if args.keep_blocks is not None and weights is None:
         raise UserError("--keep-blocks needs --init, the weights whose blocks to keep")
     vit = build(args.model, img_size=args.img_size, patch_size=args.patch_size, in_chans=args.in_chans,
@@ -144,7 +144,7 @@ def build_classifier(args, num_classes, weights, keep_head=False, drop_path=0.0,
 
 
 def evaluate_only(args, device, build):
-    """Accuracy of --init on the validation images; a file of ours says what model it holds, of what images."""
+    """Measure the accuracy of --init on the validation images. Our own files say what model they hold."""
     weights = read_weights(args.init)
     args = options.resolve(args, weights, (*options.SHAPE, "global_pool"))
     [val_set] = load_sets(args, splits=("val",))
@@ -156,18 +156,20 @@ def evaluate_only(args, device, build):
 
 
 def in_words(result):
-    """The accuracy of a run."""
+    """Format the accuracy of a run."""
     return f"top-1 {result['top1']:.2f} after the last epoch (best {result['best_top1']:.2f})"
 
 
 def main(args):
-    """Runs or continues the training; returns {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
+    """Run or continue the training; return {"top1", "top5", "best_top1", "checkpoint", "seconds", ...}."""
     return train_classifier(args, "finetune", build_classifier, Supervised)
 
 
 def train_classifier(args, script, build, method, fingerprints=None):
-    """The run of a supervised `method(model, args, classes)` on what `build(args, classes, weights)` gives;
-    `fingerprints` of what else it reads.
+    """Run or continue a supervised training of `script`, and return its result as `main` does.
+
+    build(args, num_classes, weights): makes the model. method(model, args, num_classes): makes its loss. fingerprints:
+    of what the run reads besides images and --init; they are part of its identity.
     """
     device = distributed.start_process_group(args.device)
     if args.eval_only and not args.init:

@@ -43,8 +43,8 @@ class GaussianBlur:
 def view_transform(size, scale=(0.08, 1.0), *, blur, solarize, sigma=2.0):
     """Build the transform of one view: uint8 tensor (C, H, W) -> contiguous uint8 tensor (C, *size).
 
-    blur, solarize: probabilities. The order is that of the paper's code; the official MoCo-v3 applies greyscale before
-    blur, and flips last too.
+    blur, solarize: probabilities. The order is that of the paper's code; in the official MoCo-v3's, greyscale comes
+    before blur.
     """
     return Compose([RandomResizedCrop(size, scale, interpolation="bilinear"), to_pillow, colour_jitter(),
                     GaussianBlur(blur, sigma), RandomGrayscale(p=0.2), RandomSolarize(threshold=128, p=solarize),

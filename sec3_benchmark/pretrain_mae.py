@@ -18,7 +18,7 @@ from sec3_benchmark import subsets
 READS = "images"
 PRESETS = {
     "demo": dict(data="fractals", epochs=10, batch_size=32, base_lr=8e-3, warmup_epochs=1),
-    # for some 20,000 images, on a CPU: half the width; as below, small batches, hence a higher base rate than 1.5e-4
+    # for some 20,000 images, on a CPU; here and below, small batches need a higher base rate than the paper's 1.5e-4
     "laptop": dict(data="folder", epochs=30, batch_size=64, base_lr=4e-3, warmup_epochs=3),
     # for some 10,000 to 100,000 images
     "small": dict(data="folder", epochs=400, batch_size=256, base_lr=1e-3, warmup_epochs=20),
@@ -41,7 +41,7 @@ class MAEMethod(Method):
 
 
 def main(args):
-    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    """Run or continue the pre-training; return {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args, images = subsets.pretraining_images(options.resolve(args))
     name = f"{args.data}-{args.model}-{args.epochs}ep"

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 sec3_benchmark/pretrain_mocov3.py --data-path IMAGENET  # the paper: 400 epochs
 
 Both encoders, their heads and the predictor end up in outputs/pretrain_mocov3/<run>/weights.pt, under the official
-names; finetune.py --init takes the base encoder from it. The loss starts near 4 T ln(batch), where no key is found.
+names; finetune.py --init takes the base encoder from it. The loss starts near 4 T ln(batch), that of random guesses.
 """
 from functools import partial
 
@@ -26,10 +26,10 @@ READS = "images"
 PRESETS = {
     "demo": dict(data="fractals", epochs=2, batch_size=128, base_lr=2e-3, warmup_epochs=1, mlp_dim=256, out_dim=64,
                  blur_sigma=0.5),
-    # for some 20,000 images, on a CPU; heads half as wide, as the encoder
+    # for some 20,000 images, on a CPU; the heads are half as wide as the paper's, like the encoder
     "laptop": dict(data="folder", epochs=8, batch_size=128, base_lr=1e-3, warmup_epochs=1, mlp_dim=2048, out_dim=128,
                    blur_sigma=0.45),
-    # the batch is a quarter of the paper's, so is the number of keys; the blur shrinks with the image
+    # batch and number of keys are a quarter of the paper's; the blur shrinks with the image
     "small": dict(data="folder", epochs=400, batch_size=256, base_lr=5e-4, warmup_epochs=20, blur_sigma=0.6),
 }
 
@@ -39,7 +39,7 @@ def build_parser():
     options.add_data(parser)
     subsets.add_argument(parser)
     options.add_model(parser)
-    # From 2: the one key of a batch of 1 leaves nothing to tell apart; of a single number the norm leaves its sign
+    # --batch-size and --out-dim are at least 2: one image has no negatives; one number, normalised, is only a sign
     group = parser.add_argument_group("momentum contrast")
     group.add_argument("--temperature", type=Float(1e-6), default=0.2, help="T of the contrastive loss")
     group.add_argument("--momentum", type=Float(0, 1), default=0.99,
@@ -65,7 +65,7 @@ def build_parser():
 
 
 class MoCoViews:
-    """An image -> its two views: the first always blurred, the second seldom, but sometimes solarised."""
+    """Transform an image to two views: the first is always blurred, the second rarely blurred, sometimes solarised."""
 
     def __init__(self, args):
         if args.in_chans not in (1, 3):
@@ -78,7 +78,7 @@ class MoCoViews:
 
 
 class MoCoMethod(Method):
-    """The loss couples all images of a step, by batch norm and by the keys: it is no sum over micro-batches."""
+    """MoCo-v3's loss. Batch norm and keys couple all images of a step, so it is not a sum over micro-batches."""
 
     def __init__(self, model, args, total_steps):
         super().__init__(model)
@@ -86,25 +86,26 @@ class MoCoMethod(Method):
         self.momentum = partial(half_cosine, total_steps=total_steps, start=args.momentum)
 
     def prepare(self, device, dtype, compiled):
-        """No DistributedDataParallel: it averages in the backward pass, and here there are several in a step."""
+        """Prepare the encoders without DistributedDataParallel, which averages in each of a step's backward passes."""
         set_fused_attention(self.model, device, dtype)
         self.encode = torch.compile(class_tokens) if compiled else class_tokens
 
     def accumulate(self, step, engine):
-        """The gradients of this rank's whole batch at once, whatever the number of micro-batches.
+        """Compute the gradients of this rank's whole batch, as if it were one micro-batch; return the loss.
 
-        With several, no activations of the encoder are kept: the first pass computes its class tokens without gradient,
-        heads and loss give each token its gradient, and a second pass encodes each micro-batch again to pass it on.
+        With several micro-batches, the encoder's activations of only one are in memory at a time: a first pass computes
+        all class tokens without gradient, heads and loss then give the gradient of each token, and a second pass
+        encodes each micro-batch again to backpropagate it.
         """
         several, base = engine.accumulation > 1, self.model.base_encoder
         self.model.update_momentum_encoder(self.momentum(step))  # before the keys
         batches = (engine.batch(step, micro) for micro in range(engine.accumulation))
         images = [torch.cat([batch["view1"], batch["view2"]]) for batch in batches]
 
-        # First pass: the class tokens of all images, heads and loss on all of them at once.
+        # First pass: class tokens one micro-batch at a time, then heads and loss on all of them at once.
         with engine.autocast(), torch.no_grad():
             key_tokens = [self.encode(self.model.momentum_encoder, views) for views in images]
-        # Autocast remembers weights that it cast, without their gradient if there was none: one context for each pass.
+        # Autocast caches the weights that it casts; those cast without gradient must not be reused: new contexts below.
         with engine.autocast(), torch.set_grad_enabled(not several):
             tokens = [self.encode(base, views) for views in images]
         if several:
@@ -116,24 +117,24 @@ class MoCoMethod(Method):
         loss = symmetric_loss(*queries, *keys, self.temperature)
         engine.backward(loss)
 
-        if several:  # second pass: with gradient now, one micro-batch at a time
+        if several:  # second pass, with gradient, one micro-batch at a time
             for views, token in zip(images, tokens):
                 with engine.autocast():
                     encoded = self.encode(base, views)
                 encoded.backward(token.grad)
 
         average_gradients(self.model)
-        engine.log(loss=loss * engine.accumulation)  # log() takes a micro-batch's, this is the whole batch's
+        engine.log(loss=loss * engine.accumulation)  # log() expects one micro-batch's loss and divides
         return loss.detach()
 
 
 def by_view(tokens):
-    """Of each micro-batch (2b, D), the first view's rows first, to all rows of each view: two of (N, D)."""
+    """Separate the views: micro-batches (2b, D), each with its first view's rows first -> two tensors (N, D)."""
     return torch.cat([token.unflatten(0, (2, -1)) for token in tokens], dim=1).unbind()
 
 
 def average_gradients(model):
-    """Mean over ranks, in one message, before the scaler looks for overflow: all ranks then decide alike."""
+    """Average the gradients over ranks in one message, before the scaler checks for overflow: so all ranks agree."""
     if distributed.world_size() == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
@@ -149,13 +150,13 @@ def build_moco(args):
 
 
 def decay_everything(model, weight_decay):
-    """One group of all trainable parameters: the paper's code exempts none, vectors and biases included."""
+    """Put all trainable parameters in one group: the paper's code exempts none from decay, not even biases."""
     names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad])
     return [{"params": list(parameters), "names": list(names), "lr_scale": 1.0, "weight_decay": weight_decay}]
 
 
 def main(args):
-    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    """Run or continue the pre-training; return {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args, images = subsets.pretraining_images(options.resolve(args))
     views = MoCoViews(args)

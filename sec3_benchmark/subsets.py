@@ -1,12 +1,12 @@
-"""Which images to pre-train on (Table 3): a part of a labelled data set, drawn or listed in a file.
+"""Subsets of a labelled data set for pre-training (Table 3), drawn at random or listed in a file.
 
-    --subset 1%      balanced: floor(1 % of the images), every class alike but for one image; 1% lies inside 10%
-    --subset lt      long-tailed: ImageNet-LT's profile, laid over the classes at random
+    --subset 1%      balanced: floor(1 % of the images), class sizes differ by at most one; 1% is contained in 10%
+    --subset lt      long-tailed: ImageNet-LT's class sizes, assigned to the classes at random
     --subset FILE    the images that FILE names, one a line, in either of the two official forms:
                      n01440764_10043.JPEG (SimCLR, MSN, suncet) or train/n01440764/n01440764_190.JPEG 0 (ImageNet-LT)
 
-suncet names its files by the fraction WITHOUT labels: its 99percent.txt lists 1 % of ImageNet. A drawn subset is a
-function of the labels and SEED alone, not of a run's seed, as an official list would be.
+suncet names its files by the fraction WITHOUT labels: its 99percent.txt lists 1 % of ImageNet. A drawn subset depends
+on the labels and SEED alone, not on a run's --seed. So it is fixed, as an official list would be.
 """
 import os
 import re
@@ -23,8 +23,8 @@ from common.images import DataError
 from common.optim import steps_per_epoch
 
 SEED = 0
-# ImageNet-LT's 1,000 counts (115,846 images) are a draw from 5 + 554 x Pareto of power 6, at most 1,280, in a data set
-# whose largest class has 1,300 images. Our fit; mean, median and quantiles are held against the counts in the tests.
+# Our fit to ImageNet-LT's 1,000 class sizes (115,846 images): samples of 5 + 554 x Pareto of power 6, at most 1,280,
+# from a data set whose largest class has 1,300 images. The tests compare mean, median and quantiles with the true ones.
 TAIL_POWER, TAIL_LEAST, TAIL_SCALE, TAIL_MOST, TAIL_LARGEST_CLASS = 6, 5, 554, 1280, 1300
 LINE = re.compile(r"(?P<path>.*[^/]/[^/\s]+)(?:\s+\d+)?|(?P<prefix>[^/\s]+)_[^/_\s]+\.\w+")
 
@@ -39,8 +39,10 @@ def add_argument(parser):
 
 
 def pretraining_images(args):
-    """Return new settings and the images of --data, --subset and --pretrain-path. These enter a run's identity by their
-    images, and --equal by the number of epochs.
+    """Return (settings, images) of a pre-training on --data, its --subset, or --pretrain-path.
+
+    In the settings, epochs and warm-up follow --equal. --equal and --pretrain-path are cleared: the number of epochs
+    and the fingerprint of the images stand for them in a run's identity.
     """
     if args.subset is None and args.pretrain_path is None:
         images = load_images(args)
@@ -59,8 +61,9 @@ def pretraining_images(args):
 
 
 def equal_iterations(args, whole, part):
-    """Return the epochs on the ImageSet `part` that are as many steps as --epochs on `whole`, to the nearest epoch, and
-    the warm-up that keeps its share of them.
+    """Return {"epochs", "warmup_epochs"} on the ImageSet `part` for as many steps as --epochs on `whole`.
+
+    Both are rounded; the warm-up keeps its share of the epochs.
     """
     ratio = steps_per_epoch(whole, args.batch_size) / steps_per_epoch(part, args.batch_size)
     epochs = max(1, round(args.epochs * ratio))
@@ -68,7 +71,8 @@ def equal_iterations(args, whole, part):
 
 
 def part_of(images, subset, seed=SEED):
-    """The ImageSet's part `subset` ("1%", "lt" or a list file), in the order of the whole."""
+    """Select the part `subset` ("1%", "lt" or a list file) of an ImageSet, in the order of the whole. Raises DataError.
+    """
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", subset)
     if percent:
         chosen = draw(images.labels, balanced(class_sizes(images), float(percent[1]) / 100, seed, images), seed)
@@ -84,7 +88,8 @@ def part_of(images, subset, seed=SEED):
 
 
 def describe(images):
-    """What a table says of a set: how many images, in how many classes, smallest, median and largest class."""
+    """Describe an ImageSet: {"images", "classes", "images_per_class": [min, median, max]}; without labels only images.
+    """
     if images.labels is None:
         return {"images": len(images)}
     sizes = class_sizes(images)
@@ -99,10 +104,12 @@ def class_sizes(images):
 # Drawn subsets
 
 def balanced(sizes, fraction, seed, images):
-    """Images to take of each class (C,): floor(fraction * all) in total, spread evenly, the remainder one each over
-    classes in random order. On ImageNet 811 x 13 + 189 x 12 and 116 x 129 + 884 x 128, as in the official lists.
+    """Compute how many images to take of each class (C,) for a balanced subset of floor(fraction * all) images.
+
+    Random classes get one image more, so that the total is exact. On ImageNet this gives 811 x 13 + 189 x 12 and
+    116 x 129 + 884 x 128, as in the official lists. Raises DataError for a class with too few images.
     """
-    # a hair above, since 0.29 * 100 is 28.999999999999996
+    # 1e-6 is added since 0.29 * 100 is 28.999999999999996
     each, remainder = divmod(int(fraction * sizes.sum() + 1e-6), len(sizes))
     counts = np.full(len(sizes), each)
     counts[np.random.default_rng(seed).permutation(len(sizes))[:remainder]] += 1
@@ -116,8 +123,10 @@ def balanced(sizes, fraction, seed, images):
 
 
 def long_tailed(sizes, seed):
-    """Images to take of each class (C,): quantiles of ImageNet-LT's law, scaled by the largest class, in random order
-    of the classes; at least one, at most what the class has.
+    """Compute how many images to take of each class (C,) for a long-tailed subset.
+
+    Quantiles of ImageNet-LT's distribution, scaled by the largest class, are assigned to the classes in random order.
+    Each class gives at least one image and at most all it has.
     """
     share = (np.arange(len(sizes)) + 0.5) / len(sizes)  # of the classes that are larger than this one
     profile = np.minimum(TAIL_MOST, TAIL_LEAST + TAIL_SCALE * (share ** (-1 / TAIL_POWER) - 1))
@@ -128,8 +137,10 @@ def long_tailed(sizes, seed):
 
 
 def draw(labels, counts, seed):
-    """Indices, ascending: of class c the first counts[c] in an order that depends on the seed and c alone. Hence a
-    draw with smaller counts lies inside one with larger counts.
+    """Draw counts[c] images of each class c: their indices, ascending.
+
+    They are the first in an order that depends on the seed and c alone. So a draw with smaller counts is contained in
+    one with larger counts.
     """
     orders = (np.random.default_rng((seed, c)).permutation(np.flatnonzero(labels == c))[:n]
               for c, n in enumerate(counts))
@@ -139,7 +150,7 @@ def draw(labels, counts, seed):
 # Official lists
 
 def read_list(path):
-    """Paths, each with the class's folder in it, of a list in either official form."""
+    """Read the paths of a list in either official form; all include the class's folder. Raises DataError."""
     names = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         match = LINE.fullmatch(line.strip())
@@ -152,7 +163,7 @@ def read_list(path):
 
 
 def listed(images, path):
-    """Indices, ascending, of the images that a list names; all of them must be there."""
+    """Return the indices, ascending, of the images that a list names. Raises DataError if one is missing or twice."""
     if not images.from_files:
         raise DataError(f"--subset {path}: a list needs image files in class folders, and {images.name} has none; "
                         f"choose a percentage or lt")
@@ -172,14 +183,15 @@ def listed(images, path):
 
 
 def named(name, images, candidates):
-    """Return the candidate, an index, whose path agrees with a list's entry on most parts from the end, at least up to
-    the folder of its class; None if there is none.
+    """Return the candidate, an index, whose path shares most of its last parts with a list's entry `name`.
+
+    They must share everything from the folder of the image's class on; None if no candidate does.
     """
     def agreement(index):
         path, entry = images.images[index].split("/"), name.split("/")
         parts = len(os.path.commonprefix([path[::-1], entry[::-1]]))
         of_class = str(images.classes[images.labels[index]]) in path[-parts:-1]
-        return of_class * parts, -len(path)  # a/1.png is in class a itself rather than in a folder a of it
+        return of_class * parts, -len(path)  # the shortest path of equals: for a/1.png that, rather than a/a/1.png
 
     best = max(candidates, key=agreement, default=None)
     return None if best is None or not agreement(best)[0] else best

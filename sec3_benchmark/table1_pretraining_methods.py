@@ -67,7 +67,7 @@ def build_parser():
 
 
 def main(args):
-    """Runs the chosen rows and writes table1.json and table1.md; returns the rows."""
+    """Run the chosen rows; write table1.json and table1.md; return the rows."""
     return accuracy_table("table1", ROWS, DEMO, args)
 
 

@@ -5,10 +5,10 @@
     python sec3_benchmark/table2_sota_networks.py --preset paper --imagenet DIR --real-labels real.json \\
         --imagenet-v2 DIR --checkpoints mae-300=outputs/finetune/RUN/weights.pt
 
-The paper borrows throughput from timm; here every network is measured, under the one protocol that the table states.
-Others' accuracies are published ones. Nothing is downloaded: throughput does not depend on the weights. The paper's
-claim: MAE-Tiny-FT, 78.5 with 5.7 M parameters and no change of architecture, is on par with networks designed to be
-light. Writes table2.json, table2.md and table2.png.
+The paper takes throughput from timm. Here every network is measured under one protocol, which the table states.
+Accuracies of other networks are the published ones. Nothing is downloaded: throughput does not depend on the weights.
+The paper's claim: MAE-Tiny-FT, 78.5 with 5.7 M parameters and no change of architecture, is on par with networks
+designed to be light. Writes table2.json, table2.md and table2.png.
 """
 import gc
 import statistics
@@ -72,7 +72,7 @@ def build_parser():
 
 @torch.inference_mode()
 def batch_seconds(model, images, dtype, warmup, repeats, clock=time.perf_counter):
-    """Seconds of each of `repeats` forward passes, after `warmup` that do not count; waits for the device each time."""
+    """Time `repeats` forward passes after `warmup` untimed ones: a list of seconds. Waits for the device each time."""
     seconds = []
     for _ in range(warmup + repeats):
         began = clock()
@@ -85,7 +85,7 @@ def batch_seconds(model, images, dtype, warmup, repeats, clock=time.perf_counter
 
 
 def throughput(model, px, args, device):
-    """{"images_per_second" (of the median batch), "slowest", "fastest"} of a network, in eval mode on random images."""
+    """Measure a network in eval mode on random images: {"images_per_second" (median batch), "slowest", "fastest"}."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.eval().to(device, memory_format=layout)
     images = torch.randn(args.batch_size, 3, px, px).to(device, memory_format=layout)
@@ -98,7 +98,7 @@ def throughput(model, px, args, device):
 
 
 def measure(network, chosen, args, device):
-    """{"status", "params", and if chosen the throughput} of one network; without parameters if it cannot be built."""
+    """Measure one network: {"status", "params"} and, if chosen, its throughput; only "status" if it cannot be built."""
     model, problem = build_network(network)
     if problem:
         return {"status": problem}
@@ -116,7 +116,7 @@ def measure(network, chosen, args, device):
 
 
 def measure_all(wanted, args, device):
-    """{key: measurement} of every row, those of one network alike. Rank 0 measures alone, the others wait."""
+    """Measure each network of the rows once: {row's key: result of `measure`}. Rank 0 measures, other ranks wait."""
     results = {}
     for network in NETWORKS if distributed.is_main() else []:
         what = network.ours or network.key
@@ -130,7 +130,7 @@ def measure_all(wanted, args, device):
 
 
 def checkpoints(args):
-    """--checkpoints as {row's key: file}."""
+    """Parse --checkpoints to {row's key: file}. Raises UserError, also if it does not go with the other arguments."""
     ours, given = [n.key for n in NETWORKS if n.ours], options.parse_pairs(args.checkpoints, "--checkpoints")
     for key, file in given.items():
         if key not in ours:
@@ -146,7 +146,7 @@ def checkpoints(args):
 
 
 def evaluate_all(given, args, device):
-    """{key: {"top1", "real", "v2"}} of the rows whose checkpoints are given."""
+    """Evaluate the given checkpoints {row's key: file}: {row's key: {"top1", "real", "v2"}}. Raises UserError."""
     if not given:
         return {}
     val = imagenet_variants.imagenet_val(args.imagenet) if args.imagenet else None
@@ -167,7 +167,7 @@ def evaluate_all(given, args, device):
 
 
 def protocol(args, device):
-    """How throughput was measured, in words."""
+    """Describe in words how throughput is measured."""
     dtype = choose_precision(args.precision, device)
     precision = f"mixed precision {str(dtype).removeprefix('torch.')}" if dtype else "float32"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -221,7 +221,7 @@ def measure_rows(args):
     device = distributed.start_process_group(args.device)
     given = checkpoints(args)
     wanted = args.rows or (DEMO if args.preset == "demo" else ["all"])
-    accuracy = evaluate_all(given, args, device)  # first, as its arguments may be wrong
+    accuracy = evaluate_all(given, args, device)  # first, so that a wrong argument is found at once
     measured = measure_all(wanted, args, device)
     published = ("params", "top1", "real", "v2", "nhwc", "nchw")
     rows = [{"key": n.key, "name": n.name, "marks": n.marks, "ours": bool(n.ours), "px": n.px, "note": n.note,

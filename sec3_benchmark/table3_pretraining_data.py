@@ -5,9 +5,9 @@
     torchrun --nproc-per-node=8 sec3_benchmark/table3_pretraining_data.py --data-path IMAGENET --in21k IN21K \\
         --lists 1%=1percent.txt 10%=10percent.txt lt=ImageNet_LT_train.txt
 
-Every row is fine-tuned on all of the labelled data. The paper's claim: MAE hardly minds fewer images or a long-tailed
-choice of classes, MoCo-v3 does, and neither gains from IN21K. No source gives the table's numbers, nor how long was
-trained on the parts: here as many iterations as on all of the data, so a hundred times the epochs on 1 %
+Every row is fine-tuned on all of the labelled data. The paper's claim: fewer images or long-tailed classes hardly hurt
+MAE, but they hurt MoCo-v3, and neither gains from IN21K. No source gives the table's numbers, or how long the
+pre-training on a part was. Here it has as many iterations as on all of the data, so a hundred times the epochs on 1 %
 (--equal epochs: as many epochs). Without an official list a part is drawn (sec3_benchmark/subsets.py).
 """
 import shlex
@@ -27,13 +27,13 @@ METHODS = {  # name, script, what its fine-tuning changes
     "mae": ("MAE", "sec3_benchmark/pretrain_mae.py", ""),
     "mocov3": ("MoCo-v3", "sec3_benchmark/pretrain_mocov3.py", f" {MOCO_FINETUNING}"),
 }
-DATA = {"1": "1%", "10": "10%", "lt": "lt", "full": None, "in21k": None}  # and the --subset of each
+DATA = {"1": "1%", "10": "10%", "lt": "lt", "full": None, "in21k": None}  # pre-training data -> its --subset
 NAMES = {"1": "1 %", "10": "10 %", "lt": "long-tailed", "full": "all", "in21k": "IN21K"}
 DEMO = tuple(f"{method}-{data}" for method in METHODS for data in ("10", "full"))
 ROWS = [Row(f"{method}-{data}", f"{name}, {NAMES[data]}", None,
             [script + (f" --subset {subset}" if subset else ""),
              f"sec3_benchmark/finetune.py --init {{previous}}{tuning}"],
-            presets=("laptop", "small", "paper") if data == "1" else options.PRESET_NAMES,  # of the demo too few
+            presets=("laptop", "small", "paper") if data == "1" else options.PRESET_NAMES,  # too few in the demo
             extra={"method": name, "part": data})
         for method, (name, script, tuning) in METHODS.items() for data, subset in DATA.items()]
 
@@ -51,7 +51,7 @@ def build_parser():
 
 
 def official_lists(args):
-    """--lists as {part: file}."""
+    """Parse --lists to {part: file}. Raises UserError for a part that has no list."""
     lists, parts = options.parse_pairs(args.lists, "--lists"), [part for part in DATA.values() if part]
     if wrong := [part for part in lists if part not in parts]:
         raise UserError(f"--lists {wrong[0]}={lists[wrong[0]]}: the parts with a list are {', '.join(parts)}")
@@ -59,7 +59,7 @@ def official_lists(args):
 
 
 def with_data(row, args, lists):
-    """Return the row as it is run with these data, without lines where they are not given."""
+    """Return the row with its pre-training data on the command line, or without lines if they are not given."""
     pretraining, tuning = row.lines
     part = row.extra["part"]
     if part == "full":
@@ -74,15 +74,16 @@ def with_data(row, args, lists):
 
 
 def without(row, args, problem):
-    """Return the row, not to be run, for a reason that the table prints; an error where --rows names it."""
+    """Return the row without lines, as it cannot be run, and with the reason. Raises UserError if --rows names it."""
     if row.key in (args.rows or (DEMO if args.preset == "demo" else ())):
         raise UserError(f"--rows {row.key} {problem}")
     return replace(row, lines=[], extra={**row.extra, "problem": problem})
 
 
 def described(row, args, full):
-    """Return the row with what the table says of its data; without lines where a part cannot be drawn or has
-    no whole batch.
+    """Return the row with a description of its data, or without lines if a part cannot be drawn or has no full batch.
+
+    full: all images of --data. Raises UserError for a bad list.
     """
     script, words = words_of(row.lines[0], args, 0)
     asked = options.resolve(scripts.settings_of(script, words))
@@ -108,7 +109,7 @@ def described(row, args, full):
 
 
 def check_share(row, subset, share):
-    """A list of 1 % must hold about 1 %: suncet's file names give the part without labels."""
+    """Raise UserError if a list of 1 % or 10 % does not hold about that share, as suncet's file names mislead."""
     wanted = {"1": 0.01, "10": 0.1}.get(row.extra["part"])
     if wanted and not 0.8 * wanted < share < 1.25 * wanted:
         raise UserError(f"{row.name}: {subset} holds {100 * share:.2g} % of the images. suncet names its lists by the "
@@ -116,7 +117,10 @@ def check_share(row, subset, share):
 
 
 def planned(args):
-    """Return all rows as they are run, with what is known of their data; a mistake in any of them is found here."""
+    """Return all rows as they will be run, the chosen ones with a description of their data.
+
+    A mistake in any row raises UserError here, before the first is run.
+    """
     lists = official_lists(args)
     rows = [with_data(row, args, lists) for row in ROWS]
     chosen = tables.chosen(rows, args, DEMO)

@@ -50,7 +50,10 @@ def measured(row):
 
 
 def gaps(rows, accuracy):
-    """{row name: {data set: [top-1 - the supervised row's, for each seed]}}; `accuracy` is one of the two above."""
+    """Compute {row's name: {data set: [top-1 - the supervised row's top-1, for each seed]}}, without random weights.
+
+    accuracy: `published` or `measured`.
+    """
     supervised = next(accuracy(row) for row in rows if row["key"] == "supervised")
     found = {row["name"]: {name: [ours - theirs for ours, theirs in zip(values, supervised[name])]
                            for name, values in accuracy(row).items() if values and supervised.get(name)}
@@ -70,7 +73,10 @@ def draw(rows):
 
 
 def panel(axis, heading, gap, sizes, colours):
-    """Draw one half of it, the smallest set first; the bars are standard deviations over seeds."""
+    """Draw one panel, the smallest data set first; bars are standard deviations over seeds.
+
+    gap: result of `gaps`. sizes: {data set: number of training images}. colours: {row's name: colour}.
+    """
     axis.set(title=heading, xlabel="data set and its training images", ylabel="top-1 minus supervised (points)")
     axis.axhline(0, color="black", linewidth=0.8)
     if not gap:

@@ -5,8 +5,8 @@
     python sec3_benchmark/transfer.py --dataset cifar100 --dataset-path ROOT       # from random weights
     python sec3_benchmark/transfer.py --preset small --dataset NAME --dataset-path ROOT --init FILE   # any folder
 
-The defaults are the authors' class defaults; what a data set changes stands in SETTINGS of sec3_benchmark/downstream.py
-and gives way to the command line. Published from MAE-Tiny: CIFAR-100 78.9; from a supervised DeiT-Tiny 85.8.
+The defaults are the authors' class defaults. SETTINGS in sec3_benchmark/downstream.py has what differs for a data set;
+the command line overrides both. Published on CIFAR-100: 78.9 from MAE-Tiny, 85.8 from a supervised DeiT-Tiny.
 """
 import argparse
 
@@ -32,14 +32,14 @@ from sec3_benchmark.layer_decay import layer_groups
 PRESETS = {
     "demo": dict(dataset="fractals-large", batch_size=64, crop_min=0.5),
     "laptop": dict(dataset="folder", epochs=30, warmup_epochs=3, batch_size=64, lr=0.1, crop_min=0.35),
-    # for some 1,000 to 10,000 images: a few steps make an epoch of 512
+    # for some 1,000 to 10,000 images, which are only a few steps at the paper's batch of 512
     "small": dict(dataset="folder", epochs=100, warmup_epochs=10, batch_size=128, lr=0.1),
 }
 RECIPES = SETTINGS  # by --dataset
 
 
 class InsteadOfPeak(argparse.Action):
-    """--base-lr takes the place of the peak that the preset or the data set's recipe has."""
+    """The argparse action of --base-lr, which overrides the --lr of the preset or of the data set's recipe."""
 
     def __call__(self, parser, namespace, value, flag=None):
         namespace.base_lr, namespace.lr = value, None
@@ -78,20 +78,22 @@ def build_parser():
 
 
 def schedule(args, images):
-    """The learning rate as a function of the step; its base is per 512 images."""
+    """Return the learning rate as a function of the step; --base-lr is per 512 images."""
     return warmup_cosine(args, images, args.min_lr, per=512, peak=args.lr)
 
 
 class CrossEntropy(Method):
-    """Plain labels: this recipe has neither mixup nor smoothing."""
+    """Cross-entropy against plain labels: this recipe has neither mixup nor label smoothing."""
 
     def loss(self, batch, step):
         return F.cross_entropy(self.forward(batch["image"]).float(), batch["label"]), {}
 
 
 def sgd(groups, momentum):
-    """Nesterov SGD in its fused form, which can skip an update without asking the device. The momentum starts as
-    zeros, which changes no step: torch would leave it uninitialised if the very first update is skipped (fp16).
+    """Build fused Nesterov SGD, the only variant that can skip an update without a device sync.
+
+    Momentum buffers are created here, as zeros, which changes no update: torch would leave them uninitialised if fp16's
+    scaler skipped the first one.
     """
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=True, fused=True)
     for group in optimizer.param_groups:
@@ -101,7 +103,7 @@ def sgd(groups, momentum):
 
 
 def main(args):
-    """Runs or continues the training; returns {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
+    """Run or continue the training; return {"top1", "best_top1", "train_images", "checkpoint", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     weights = read_weights(args.init) if args.init else None
     args = options.resolve(args, weights)

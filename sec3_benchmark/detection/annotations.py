@@ -1,8 +1,8 @@
-"""Reading a COCO annotation file: all that training and evaluation use of it is checked here, before the first step.
+"""Reads a COCO annotation file and checks everything in it that training and evaluation use, before the first step.
 
-pycocotools, which draws the outlines and measures, checks nothing: a corner far outside the image crashes the process,
-and so do run lengths that do not fill the image, or it never ends. `FIELDS` lists what a field must be; the first entry
-that is otherwise ends in a DataError that names it. Objects that are no targets are counted aloud.
+pycocotools, which draws the outlines and measures AP, checks nothing: a corner far outside the image crashes the
+process, and run lengths that do not fill the image crash it or never end. `FIELDS` lists what each field must be; the
+first entry that differs raises a DataError that names it. Objects that cannot be targets are counted, and printed.
 """
 import json
 import math
@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from common.distributed import print0
 from common.images import DataError
 
-FARTHEST = 100_000  # px from the origin to a corner: drawing an outline takes memory in proportion to its length
+FARTHEST = 100_000  # px, of a corner from the origin: drawing an outline takes memory in proportion to its length
 LARGEST = 1e10  # px, of an object: pycocotools ignores what is larger
 CROWD, NO_OUTLINE, OUTSIDE, UNLISTED = (
     "crowds", "without an outline (background to the training)", "without a pixel in their image",
@@ -29,16 +29,16 @@ def is_number(value):
 
 
 def are_coordinates(values):
-    """Return whether a list holds only numbers, none of them NaN or far away. Fast: COCO has 80 million of them."""
+    """Return whether a list holds only numbers, none NaN or far away. It must be fast: COCO has 80 million of them."""
     return (set(map(type, values)) <= {int, float} and -FARTHEST <= min(values) and max(values) <= FARTHEST
             and math.isfinite(sum(values)))  # min and max can pass over a NaN
 
 
 def is_inside(value):
-    """Return whether it is a file's name, of a place below the folder of the images."""
+    """Return whether a value is a file's name or path that stays inside the folder of the images."""
     try:
         path = PurePosixPath(os.fsdecode(os.fsencode(value)))
-    except (TypeError, UnicodeEncodeError):  # no text; half a character
+    except (TypeError, UnicodeEncodeError):  # no text; a lone surrogate
         return False
     return "\0" not in value and path.parts != () and not path.is_absolute() and ".." not in path.parts
 
@@ -57,7 +57,7 @@ FIELDS = {  # of each kind of entry: field -> (test, what it must be)
         "segmentation": (lambda value: isinstance(value, (list, dict)), "polygons or run lengths")},
 }
 UNIQUE = ("id", "file_name")
-MEASURED = ("bbox", "area", "segmentation")  # what an object needs to be evaluated; to be trained on, an outline
+MEASURED = ("bbox", "area", "segmentation")  # an object needs all to be evaluated, only an outline to be trained on
 
 
 def is_absent(value):
@@ -78,7 +78,7 @@ def check_fields(entry, kind):
 # Outlines
 
 def check_polygons(polygons, height, width):
-    """Return whether any of an object's polygons reaches into the image. Raises ValueError if they cannot be drawn."""
+    """Return whether one of an object's polygons reaches into the image. Raises ValueError if one cannot be drawn."""
     inside = False
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) % 2 or len(polygon) == 2:
@@ -107,8 +107,8 @@ def check_run_lengths(segmentation, height, width):
 def decode_counts(text):
     """Decode compressed run lengths to a list. Raises ValueError for text that pycocotools would read beyond its end.
 
-    Each number has 5 bits a character, lowest first, with a sign and a mark that more follow; from the fourth on it is
-    the difference to the last but one.
+    Each character holds 5 bits of a number, lowest first, and a bit that says whether more follow. Numbers are signed;
+    from the fourth on, each is the difference to the last but one.
     """
     counts, value, shift = [], 0, 0
     for character in text:
@@ -129,7 +129,7 @@ def decode_counts(text):
 # Files
 
 def read_json(path):
-    """Read a file's COCO dictionary, in any of json's encodings. Raises DataError if it is none."""
+    """Read a file's COCO dictionary, in any of json's encodings. Raises DataError for anything else."""
     try:
         content = json.loads(path.read_bytes())
     except UnicodeDecodeError as error:
@@ -147,7 +147,9 @@ def read_json(path):
 
 
 def check_each(path, kind, entries, check):
-    """Return check(entry) for each of a file's images, categories or annotations. Raises DataError for the first fault.
+    """Call `check` on each of a file's images, categories or annotations, and list the results.
+
+    check: raises ValueError for a faulty entry; the first becomes a DataError that names it. kind: key in FIELDS.
     """
     results = []
     for number, entry in enumerate(entries):
@@ -160,7 +162,8 @@ def check_each(path, kind, entries, check):
 
 
 def by_id(path, kind, entries):
-    """Return {id: entry} of a file's images or categories, all of whose ids are numbers or all text."""
+    """Check a file's images or categories; return {id: entry}. Raises DataError unless ids are all numbers or all text.
+    """
     found, taken = {}, set()
 
     def add(entry):
@@ -184,7 +187,10 @@ def check_type(number, known, field):
 
 
 def check_object(one, images, categories, evaluated):
-    """Check an annotation and remove its flat polygons. Return CROWD, NO_OUTLINE, OUTSIDE, UNLISTED, or "" if none."""
+    """Check an annotation; return CROWD, NO_OUTLINE, OUTSIDE or UNLISTED if it is no target, else "".
+
+    Sets a missing "iscrowd" to 0 and removes polygons with fewer than three corners. Raises ValueError.
+    """
     check_fields(one, "annotations")
     if one["category_id"] not in categories:
         raise ValueError(f"has category_id {reprlib.repr(one['category_id'])}, and the file's {len(categories)} "
@@ -207,7 +213,7 @@ def check_object(one, images, categories, evaluated):
 
 
 def number_objects(annotations):
-    """Number all objects anew unless their ids are unique numbers other than 0, which pycocotools takes for "none"."""
+    """Renumber all objects unless their ids are unique numbers other than 0, which pycocotools reads as "none"."""
     numbers = [one.get("id") for one in annotations]
     if not all(map(is_number, numbers)) or 0 in numbers or len(set(numbers)) < len(numbers):
         for number, one in enumerate(annotations, 1):
@@ -218,8 +224,8 @@ def read_annotations(path, evaluated):
     """Read an annotation file: a COCO dictionary in which pycocotools can draw and measure every object.
 
     Objects get unique ids and an "iscrowd", and polygons with fewer than three corners are removed. evaluated: every
-    object must have a box, an area and an outline, and one must be no crowd. Prints how many objects are no targets.
-    Raises DataError.
+    object must have a box, an area and an outline, and at least one must not be a crowd. Prints how many objects are no
+    targets. Raises DataError.
     """
     content = read_json(path)
     annotations = content["annotations"]

@@ -26,7 +26,7 @@ def detect_all(model, images, args, device, rank=0, world=1):
     model.eval()
     mean, std = (values.to(device) for values in statistics(args))
     views = DetectionViews(args.img_size, None)
-    batch_size = min(args.micro_batch, 8)  # at 640 px an image takes some 0.4 GB
+    batch_size = min(args.micro_batch, 8)  # an image of 640 px takes about 0.4 GB
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
     categories, found = list(images.categories), []
     for batch in on_device(progress(loader, "detecting"), device, mean, std):
@@ -46,7 +46,7 @@ def evaluator(model, images, args, device):
 
     def evaluate():
         parts = [detect_all(model, images, args, device, rank, world)]
-        if world > 1:  # only rank 0 gets them: the masks of 5,000 images are large
+        if world > 1:  # gather on rank 0 only: the masks of 5,000 images are large
             mine, parts = parts[0], [None] * world
             torch.distributed.gather_object(mine, parts if rank == 0 else None)
         result = average_precision(images.coco, images.ids, sum(parts, [])) if rank == 0 else None

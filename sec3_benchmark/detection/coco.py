@@ -1,4 +1,4 @@
-"""COCO data for detect.py (Appendix A.5): images with annotated objects, large-scale jitter.
+"""COCO data for detect.py (Appendix A.5): images with annotated objects, augmented by large-scale jitter.
 
 A data set is a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/; the annotation files
 define the splits. Category ids are mapped to labels 1, 2, ... in ascending order. Segmentations are polygons or run
@@ -24,7 +24,7 @@ from common.images import DataError, ImageSet, UnreadableImage
 from common.vit import pair
 from sec3_benchmark.detection.annotations import read_annotations
 
-RAGGED = ("boxes", "labels", "masks")  # one row per object, of which images have different numbers
+RAGGED = ("boxes", "labels", "masks")  # these have one row per object, and the number of objects differs by image
 
 
 # Images and objects
@@ -32,7 +32,7 @@ RAGGED = ("boxes", "labels", "masks")  # one row per object, of which images hav
 def index_coco(dataset):
     """Index a COCO dictionary with pycocotools, silently."""
     coco = COCO()
-    coco.dataset = {"info": {}, **dataset}  # some versions of pycocotools need it
+    coco.dataset = {"info": {}, **dataset}  # some versions of pycocotools need "info"
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -48,7 +48,7 @@ class CocoSet(ImageSet):
     coco: COCO = None  # pycocotools' index, only of a set for evaluation
 
     def read(self, index):
-        """Read (uint8 tensor (C, H, W), annotations). Raises UnreadableImage, also if the sizes do not agree."""
+        """Read (uint8 tensor (C, H, W), annotations). Raises UnreadableImage, also for a size other than annotated."""
         image, (entry, annotations) = super().read(index), json.loads(self.entries[index])
         height, width = image.shape[1:]
         if (height, width) != (entry["height"], entry["width"]):
@@ -74,7 +74,7 @@ def coco_set(name, images, coco, ids, in_chans, keep_index) -> CocoSet:
 
 
 def training_objects(annotations):
-    """Return the annotations that are no crowds and have an outline, polygons or run lengths."""
+    """Return the annotations that are not crowds and have an outline, either polygons or run lengths."""
     return [one for one in annotations if not one.get("iscrowd") and one.get("segmentation")]
 
 
@@ -89,7 +89,7 @@ def object_mask(annotation, height, width):
 
 
 def load_coco(root, in_chans=3, splits=("train", "val")):
-    """Load the sets of these splits of a COCO folder, a list of CocoSets. Raises DataError.
+    """Load these splits of a COCO folder: a list of CocoSets. Raises DataError.
 
     Images without objects are left out of the training set and kept in the validation set.
     """
