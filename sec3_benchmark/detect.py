@@ -161,7 +161,8 @@ def as_built(args, weights):
     own = {name: value for name, value in weights.config.items()
            if name in args and (name != "proposals" or name not in args.given)}
     for name, theirs in own.items():
-        if name in args.given and not options.same_value(name, ours := getattr(args, name), theirs):
+        ours = getattr(args, name)
+        if name in args.given and not options.same_value(name, ours, theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
     return with_statistics(options.replaced(args, **own), weights)

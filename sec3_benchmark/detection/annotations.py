@@ -209,7 +209,11 @@ def check_object(one, images, categories, evaluated):
         outline = one["segmentation"] = [polygon for polygon in outline if len(polygon) >= 6]
     if evaluated and (lacking := [field for field in MEASURED if is_absent(one.get(field))]):
         raise ValueError(f"has no {' and no '.join(lacking)} (of three corners or more), so it cannot be measured")
-    return CROWD if one["iscrowd"] else NO_OUTLINE if not outline else "" if inside else OUTSIDE
+    if one["iscrowd"]:
+        return CROWD
+    if not outline:
+        return NO_OUTLINE
+    return "" if inside else OUTSIDE
 
 
 def number_objects(annotations):

@@ -30,9 +30,9 @@ def detect_all(model, images, args, device, rank=0, world=1):
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
     categories, found = list(images.categories), []
     for batch in on_device(progress(loader, "detecting"), device, mean, std):
-        sizes = [tuple(size) for size in batch["host_size"].tolist()]
-        for detection, index, size, original in zip(model(batch["image"], sizes), batch["index"].tolist(), sizes,
-                                                    batch["host_original"].tolist()):
+        sizes, originals = [tuple(size) for size in batch["host_size"].tolist()], batch["host_original"].tolist()
+        detections = model(batch["image"], sizes)
+        for index, detection, size, original in zip(batch["index"].tolist(), detections, sizes, originals):
             found += to_coco(detection, images.ids[index], size, original, categories)
     return found
 

@@ -135,28 +135,30 @@ class DetectionViews:
         if self.jitter:
             flip, scale = bool(torch.rand(()) < 0.5), float(torch.empty(()).uniform_(*self.jitter))
         scale *= min(side / length for side, length in zip(self.canvas, original))
-        size = [max(1, round(length * scale)) for length in original]
-        image = resize(image.flip(-1) if flip else image, size, "bilinear")
-        first = [int(torch.randint(max(0, length - side) + 1, ())) if self.jitter else 0
-                 for length, side in zip(size, self.canvas)]
-        seen = [min(length, side) for length, side in zip(size, self.canvas)]
+        resized = [max(1, round(length * scale)) for length in original]
+        image = resize(image.flip(-1) if flip else image, resized, "bilinear")
+        height, width = crop = [min(length, side) for length, side in zip(resized, self.canvas)]
+        top, left = [int(torch.randint(length - shown + 1, ())) if self.jitter else 0
+                     for length, shown in zip(resized, crop)]
         padded = torch.zeros(len(image), *self.canvas, dtype=torch.uint8)
-        padded[:, :seen[0], :seen[1]] = image[:, first[0]:first[0] + seen[0], first[1]:first[1] + seen[1]]
-        view = {"image": padded, "host_size": torch.tensor(seen), "host_original": torch.tensor(original)}
-        return {**view, **self.targets(annotations, original, size, first, seen, flip)} if self.jitter else view
+        padded[:, :height, :width] = image[:, top:top + height, left:left + width]
+        view = {"image": padded, "host_size": torch.tensor(crop), "host_original": torch.tensor(original)}
+        if self.jitter:
+            view.update(self.targets(annotations, original, resized, (top, left), crop, flip))
+        return view
 
-    def targets(self, annotations, original, size, first, seen, flip):
+    def targets(self, annotations, original, resized, corner, crop, flip):
         """Compute the visible objects' masks (n, H, W) bool on the canvas, boxes (n, 4), labels (n,) and count.
 
-        original, size, seen: (height, width) of the original image, after resizing, and of the crop, which starts at
-        `first` (row, column) of the resized image.
+        original, resized, crop: (height, width) of the original image, of the resized one, and of the crop from it,
+        whose first pixel is at `corner` (row, column).
         """
-        rows, columns = (((np.arange(start, start + shown) + 0.5) * length / new).astype(int).clip(max=length - 1)
-                         for start, shown, length, new in zip(first, seen, original, size))
+        rows, columns = (((np.arange(first, first + shown) + 0.5) * length / new).astype(int).clip(max=length - 1)
+                         for first, shown, length, new in zip(corner, crop, original, resized))
         columns = original[1] - 1 - columns if flip else columns
         masks = torch.zeros(len(annotations), *self.canvas, dtype=torch.bool)
         for mask, annotation in zip(masks, annotations):
-            mask[:seen[0], :seen[1]] = torch.from_numpy(object_mask(annotation, *original)[np.ix_(rows, columns)])
+            mask[:crop[0], :crop[1]] = torch.from_numpy(object_mask(annotation, *original)[np.ix_(rows, columns)])
         visible = masks.flatten(1).any(1)
         labels = torch.tensor([self.labels[one["category_id"]] for one in annotations], dtype=torch.int64)
         return {"masks": masks[visible], "boxes": tight_boxes(masks[visible]), "labels": labels[visible],

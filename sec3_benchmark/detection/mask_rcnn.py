@@ -66,10 +66,11 @@ class ProposalNetwork(RegionProposalNetwork):
         As in detectron2 both are divided by the number of anchors to sample, even if fewer were available.
         """
         positive, negative = (torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels))
-        sampled, asked = torch.cat([positive, negative]), self.fg_bg_sampler.batch_size_per_image * len(labels)
+        sampled, count = torch.cat([positive, negative]), self.fg_bg_sampler.batch_size_per_image * len(labels)
         labels, targets = torch.cat(labels), torch.cat(targets)
-        found = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], labels[sampled], reduction="sum")
-        return found / asked, F.l1_loss(deltas[positive], targets[positive], reduction="sum") / asked
+        entropy = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], labels[sampled], reduction="sum")
+        distance = F.l1_loss(deltas[positive], targets[positive], reduction="sum")
+        return entropy / count, distance / count
 
 
 class AlignedPool(nn.Module):
@@ -123,11 +124,13 @@ class ROIHeads(RoIHeads):
             proposals, matched, labels, box_targets = self.select_training_samples(proposals, targets)
             logits, deltas = self.classify(features, proposals)
             losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(box_targets))
-            inside = [torch.where(label > 0)[0] for label in labels]
-            boxes, matched, labels = ([one[i] for one, i in zip(all_, inside)] for all_ in (proposals, matched, labels))
+            positive = [torch.where(label > 0)[0] for label in labels]
+            boxes, matched, labels = ([values[i] for values, i in zip(by_image, positive)]
+                                      for by_image in (proposals, matched, labels))
             masks = self.masks(features, boxes, torch.cat(labels))
-            wanted = torch.cat([mask_targets(target["masks"], one, i, masks.shape[-1])
-                                for target, one, i in zip(targets, boxes, matched)])
+            wanted = torch.cat([mask_targets(target["masks"], own_boxes, indices, masks.shape[-1])
+                                for target, own_boxes, indices in zip(targets, boxes, matched)])
+            # without boxes the sum, 0, keeps the mask head in the graph: every parameter gets a gradient
             loss = F.binary_cross_entropy_with_logits(masks, wanted) if len(masks) else masks.sum()
             return [], {**losses, "loss_mask": loss}
         logits, deltas = self.classify(features, proposals)
@@ -173,13 +176,15 @@ class MaskRCNN(nn.Module):
         self.backbone, self.pyramid = backbone, pyramid
         head = ProposalHead(channels, len(RATIOS), conv_depth=2)
         self.rpn = ProposalNetwork(
-            Anchors(), head, 0.7, 0.3, anchors, 0.5, dict(training=2 * proposals, testing=proposals),
-            dict(training=proposals, testing=proposals), nms_thresh=0.7)
+            Anchors(), head, fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=anchors, positive_fraction=0.5,
+            pre_nms_top_n=dict(training=2 * proposals, testing=proposals),
+            post_nms_top_n=dict(training=proposals, testing=proposals), nms_thresh=0.7)
         patch_size = backbone.patch_embed.patch_size[0]
         self.roi_heads = ROIHeads(
             AlignedPool(7, patch_size), FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], LayerNorm2d),
-            FastRCNNPredictor(hidden, num_classes), 0.5, 0.5, rois, 0.25, (10.0, 10.0, 5.0, 5.0),
-            score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, mask_roi_pool=AlignedPool(14, patch_size),
+            FastRCNNPredictor(hidden, num_classes), fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois,
+            positive_fraction=0.25, bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,
+            detections_per_img=100, mask_roi_pool=AlignedPool(14, patch_size),
             mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes))
         init_heads(self.roi_heads)

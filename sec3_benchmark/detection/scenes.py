@@ -39,12 +39,14 @@ def draw_scene(rng, textures, height, width):
         masks, labels = np.zeros((count, height, width), bool), rng.integers(len(SHAPES), size=count)
         full_area = np.zeros(count)
         for i, label in enumerate(labels):
+            is_inside = list(SHAPES.values())[label]
             radius = rng.uniform(*RADIUS) * min(height, width)
             centre = rng.uniform(radius, np.array([height, width]) - radius)
             turn = rng.uniform(-np.pi / 6, np.pi / 6)
             down, right = (y - centre[0]) / radius, (x - centre[1]) / radius
             u, v = np.cos(turn) * right - np.sin(turn) * down, np.sin(turn) * right + np.cos(turn) * down
-            masks[:i] &= ~(shape := list(SHAPES.values())[label](u, v))
+            shape = is_inside(u, v)
+            masks[:i] &= ~shape
             masks[i], full_area[i] = shape, shape.sum()
             filling = 0.3 * textures[rng.integers(len(textures))] + rng.uniform(60, 178, 3)
             image = np.where(shape[..., None], filling, image)
