@@ -30,7 +30,12 @@ def summary(row, results, problem=None):
     """
     final = [stages[-1] for stages in results]
     pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
-    status = "run" if results else "nothing to run" if not row.lines else problem or "not chosen"
+    if results:
+        status = "run"
+    elif row.lines:
+        status = problem or "not chosen"
+    else:
+        status = "nothing to run"
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
             "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}

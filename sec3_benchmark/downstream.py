@@ -13,7 +13,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.images import DataError
 from common.pretrained import HubError, read_weights
-from common.rows import Row
+from common.rows import Row, settings_set
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
 
 # Differences from transfer.py's defaults, which are the authors' class defaults. Only CIFAR-100's settings are in a
@@ -89,20 +89,21 @@ def with_models(rows, args):
     settings, --rows lists these rows too.
     """
     models = options.parse_pairs(args.models, "--models")
-    known, keys = {row.key: row for row in rows}, {row.name: row.key for row in rows}
+    by_key, key_of = {row.key: row for row in rows}, {row.name: row.key for row in rows}
     for name, file in models.items():
-        if name not in known and name in keys:
-            raise UserError(f"--models {name}={file}: {name} is the title of a row; write {keys[name]}={file}")
-        row = known.get(name, Row(name, name, {}, [TRANSFER]))
-        known[name] = replace(row, note=f"weights given: {'/'.join(Path(file).parts[-2:])}",
-                              lines=[row.lines[-1].replace("{previous}", shlex.quote(file))])
-    return list(known.values()), options.replaced(args, rows=[*(args.rows or []), *models]) if models else args
+        if name not in by_key and name in key_of:
+            raise UserError(f"--models {name}={file}: {name} is the title of a row; write {key_of[name]}={file}")
+        row = by_key.get(name, Row(name, name, {}, [TRANSFER]))
+        by_key[name] = replace(row, note=f"weights given: {'/'.join(Path(file).parts[-2:])}",
+                               lines=[row.lines[-1].replace("{previous}", shlex.quote(file))])
+    if models:
+        args = options.replaced(args, rows=[*(args.rows or []), *models])
+    return list(by_key.values()), args
 
 
 def settings_told(args, script):
     """Return the names of the settings that a table's command line gives a script, directly or by --set."""
-    set_names = [text.partition("=")[0].partition(".") for text in args.set]
-    return {*args.given, *(key.replace("-", "_") for stage, _, key in set_names if stage == Path(script).stem)}
+    return {*args.given, *settings_set(script, args)}
 
 
 def scratch_settings(loaded, told):
@@ -111,27 +112,30 @@ def scratch_settings(loaded, told):
     loaded: {name: Weights}. The result has the network's shape and normalisation, without the settings named in `told`;
     it is {} if no weights state them. Raises UserError if the weights are of different networks.
     """
-    networks = {}
-    for name, weights in loaded.items():
-        if weights.config:
-            usual = channel_statistics(weights.config["in_chans"])
-            says = {**{key: weights.config.get(key) for key in options.SHAPE},
-                    **{key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}}
-            networks[name] = {key: value for key, value in says.items() if value is not None and key not in told}
-    first = next(iter(networks.values()), {})
+    networks = {name: network_settings(weights, told) for name, weights in loaded.items() if weights.config}
+    first_name, first = next(iter(networks.items()), ("", {}))
     for name, network in networks.items():
-        if other := [key for key in {**first, **network} if first.get(key) != network.get(key)]:
-            raise UserError(f"--models: the start from random weights is one network for all, and "
-                            f"{next(iter(networks))} and {name} differ in "
-                            + ", ".join(f"{key} ({first.get(key)}, {network.get(key)})" for key in other)
-                            + ": run them apart")
+        differing = [key for key in {**first, **network} if first.get(key) != network.get(key)]
+        if differing:
+            values = ", ".join(f"{key} ({first.get(key)}, {network.get(key)})" for key in differing)
+            raise UserError(f"--models: the start from random weights is one network for all, and {first_name} and "
+                            f"{name} differ in {values}: run them apart")
     return first
+
+
+def network_settings(weights, told):
+    """Return shape and unusual normalisation of the weights' network, where known and not in `told`."""
+    usual = channel_statistics(weights.config["in_chans"])
+    shape = {key: weights.config.get(key) for key in options.SHAPE}
+    unusual = {key: value for key, value in (weights.statistics or {}).items() if value != usual[key]}
+    return {key: value for key, value in {**shape, **unusual}.items() if value is not None and key not in told}
 
 
 def random_like(row, args):
     """Return the row of random weights; if it is to be run, with the same network as the weights in --models."""
     files = options.parse_pairs(args.models, "--models")
-    if not {row.key, "all"} & set(args.rows or ()) - files.keys():
+    asked = set(args.rows or ()) - files.keys()
+    if not asked & {row.key, "all"}:
         return row
     loaded = {}
     for name, file in files.items():
@@ -178,7 +182,7 @@ def cells(rows, names, asked=()):
     rows: end with transfer.py. Raises UserError if a row whose key is in `asked` has no cell that can run.
     """
     found = [cell(row, name) for row in rows for name in names
-             if (row.key, name) not in UNFIT or len(row.lines) == 1]
+             if (row.key, name) not in UNFIT or len(row.lines) == 1]  # one line: no pre-training, weights are given
     for row in rows:
         if row.key in (asked or ()) and row.key not in {one.key for one in found}:
             raise UserError(f"--rows {row.key}: detect.py takes plain ViTs, and this row's has relative positions; "
@@ -199,35 +203,34 @@ def cell(row, name):
     return replace(row, name=f"{row.name} {name}", column=name, lines=[*before, last])
 
 
-def measured(cells):
-    """Return {column: [top-1 or AP for each seed]} of the cells {data set: [results of the stages, for each seed]}."""
-    found = {name: [stages[-1]["top1"] for stages in seeds] for name, seeds in cells.items() if name != COCO}
-    return found | {column: [stages[-1][key] for stages in cells[COCO]]
-                    for column, key in COCO_AP.items() if COCO in cells}
+def measured(results):
+    """Return {column: [top-1 or AP for each seed]} from {data set: [results of the stages, for each seed]}."""
+    found = {name: [stages[-1]["top1"] for stages in seeds] for name, seeds in results.items() if name != COCO}
+    if COCO in results:
+        found |= {column: [stages[-1][key] for stages in results[COCO]] for column, key in COCO_AP.items()}
+    return found
 
 
 def title(name):
     return TITLES.get(name, name)
 
 
-def summary(row, cells):
-    """Summarise a row for the table's json file; cells as in `measured`, with empty lists if the row was not run."""
+def summary(row, results):
+    """Summarise a row for the table's json file; results as in `measured`, with empty lists if it was not run."""
     def values(key):
-        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in cells.items()}
+        return {name: [stages[-1][key] for stages in seeds if key in stages[-1]] for name, seeds in results.items()}
     return {"key": row.key, "name": row.name, "published": row.published, "note": row.note,
-            "measured": measured(cells), "best_epoch": values("best_top1"), "run": values("run"),
-            "seconds": values("seconds"), "seeds": max(map(len, cells.values())),
+            "measured": measured(results), "best_epoch": values("best_top1"), "run": values("run"),
+            "seconds": values("seconds"), "seeds": max(map(len, results.values())),
             "train_images": {name: sizes[0] for name, sizes in values("train_images").items() if sizes}}
 
 
-def beside(published, measured):
-    """Format the content of a cell: the published number / ours over seeds."""
-    return f"{'-' if published is None else published} / {report.mean_std(measured) if measured else 'not run'}"
-
-
 def column(name):
-    """Return the function that formats this column of a row of `summary`, for report.write_table."""
-    return lambda row: beside(row["published"].get(name), row["measured"].get(name))
+    """Return the function that formats this column of a row of `summary`: the published number / ours over seeds."""
+    def text(row):
+        theirs, ours = row["published"].get(name), row["measured"].get(name)
+        return f"{'-' if theirs is None else theirs} / {report.mean_std(ours) if ours else 'not run'}"
+    return text
 
 
 def columns(names):

@@ -80,7 +80,10 @@ def check_readable(images, run, args, device):
     Each rank reads its share. Nothing is read for a resumed run, which did it at its start, or for a set in READABLE.
     """
     keep_decoded(images, args.keep_decoded)
-    if not images.from_files or steps_saved(run.folder) or (name := images.fingerprint()) in READABLE:
+    if not images.from_files or steps_saved(run.folder):
+        return
+    fingerprint = images.fingerprint()
+    if fingerprint in READABLE:
         return
     loader = eval_loader(images, decode_only, 256, args.workers, device, distributed.rank(), distributed.world_size())
     problem = None
@@ -91,7 +94,7 @@ def check_readable(images, run, args, device):
         problem = str(error)
     if problems := list(filter(None, distributed.gather(problem))):
         raise UnreadableImage(problems[0])
-    READABLE.add(name)
+    READABLE.add(fingerprint)
 
 
 def evaluator(model, images, args, device):

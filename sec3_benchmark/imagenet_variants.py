@@ -29,8 +29,8 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     FloatingPointError for scores that are not finite.
     """
     statistics = getattr(model, "statistics", None)
-    mean, std = (255 * torch.tensor(values, device=device) for values in (statistics.values() if statistics else
-                                                                          STATISTICS[3]))
+    mean, std = statistics.values() if statistics else STATISTICS[3]
+    mean, std = 255 * torch.tensor(mean, device=device), 255 * torch.tensor(std, device=device)
     loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size, workers, device,
                          distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)
@@ -80,7 +80,7 @@ def real_top1(best, numbers, lists):
     if not 1 <= min(numbers) <= max(numbers) <= len(lists):
         raise DataError(f"ReaL has {len(lists)} lists, for the images 1 to {len(lists)}; these have the numbers "
                         f"{min(numbers)} to {max(numbers)}: give all of real.json")
-    scored = [(int(guess) in lists[number - 1]) for guess, number in zip(best, numbers) if lists[number - 1]]
+    scored = [int(guess) in lists[number - 1] for guess, number in zip(best, numbers) if lists[number - 1]]
     if not scored:
         raise DataError("no image has a ReaL label: give the real.json of these validation images")
     return 100 * sum(scored) / len(scored), len(scored)

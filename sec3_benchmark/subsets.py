@@ -115,8 +115,10 @@ def balanced(sizes, fraction, seed, images):
     counts[np.random.default_rng(seed).permutation(len(sizes))[:remainder]] += 1
     short = np.flatnonzero(counts > sizes)
     if counts.sum() == 0 or len(short):
-        why = f"class {images.classes[short[0]]} has {sizes[short[0]]} images of the {counts[short[0]]} needed, " \
-              f"{len(short)} classes are too small" if len(short) else "that is less than one image"
+        why = "that is less than one image"
+        if len(short):
+            why = (f"class {images.classes[short[0]]} has {sizes[short[0]]} images of the {counts[short[0]]} needed, "
+                   f"{len(short)} classes are too small")
         raise DataError(f"{images.name}: no class-balanced {100 * fraction:g}% of {sizes.sum()} images in {len(sizes)} "
                         f"classes: {why}. Choose another percentage")
     return counts
@@ -142,9 +144,9 @@ def draw(labels, counts, seed):
     They are the first in an order that depends on the seed and c alone. So a draw with smaller counts is contained in
     one with larger counts.
     """
-    orders = (np.random.default_rng((seed, c)).permutation(np.flatnonzero(labels == c))[:n]
-              for c, n in enumerate(counts))
-    return np.sort(np.concatenate(list(orders)))
+    drawn = [np.random.default_rng((seed, c)).permutation(np.flatnonzero(labels == c))[:count]
+             for c, count in enumerate(counts)]
+    return np.sort(np.concatenate(drawn))
 
 
 # Official lists
@@ -167,11 +169,11 @@ def listed(images, path):
     if not images.from_files:
         raise DataError(f"--subset {path}: a list needs image files in class folders, and {images.name} has none; "
                         f"choose a percentage or lt")
-    alike = defaultdict(list)  # images by the last two parts of their paths
+    by_end = defaultdict(list)  # the last two parts of a path -> indices
     for index, file in enumerate(images.images):
-        alike[tuple(file.split("/")[-2:])].append(index)
+        by_end[tuple(file.split("/")[-2:])].append(index)
     names = read_list(path)
-    chosen = [named(name, images, alike[tuple(name.split("/")[-2:])]) for name in names]
+    chosen = [best_match(name, images, by_end[tuple(name.split("/")[-2:])]) for name in names]
     different = {name if index is None else index for name, index in zip(names, chosen)}
     if len(different) != len(names) or not names:
         raise DataError(f"{path} names {len(names)} images, {len(names) - len(different)} of them twice: no such list "
@@ -182,7 +184,7 @@ def listed(images, path):
     return np.sort(chosen)
 
 
-def named(name, images, candidates):
+def best_match(name, images, candidates):
     """Return the candidate, an index, whose path shares most of its last parts with a list's entry `name`.
 
     They must share everything from the folder of the image's class on; None if no candidate does.

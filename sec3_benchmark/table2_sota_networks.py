@@ -119,12 +119,12 @@ def measure_all(wanted, args, device):
     """Measure each network of the rows once: {row's key: result of `measure`}. Rank 0 measures, other ranks wait."""
     results = {}
     for network in NETWORKS if distributed.is_main() else []:
-        what = network.ours or network.key
+        model = network.ours or network.key
         chosen = "all" in wanted or network.key in wanted
-        if results.get(what, {}).get("status", "not chosen") == "not chosen":
-            results[what] = measure(network, chosen, args, device)
+        if model not in results or results[model]["status"] == "not chosen":
+            results[model] = measure(network, chosen, args, device)
             if chosen:
-                print0(f"{what}: " + ", ".join(f"{k} {v:,.0f}" for k, v in results[what].items() if k != "status"))
+                print0(f"{model}: " + ", ".join(f"{k} {v:,.0f}" for k, v in results[model].items() if k != "status"))
     results = distributed.broadcast_object(results)
     return {network.key: results[network.ours or network.key] for network in NETWORKS}
 

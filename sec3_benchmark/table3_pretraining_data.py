@@ -65,7 +65,7 @@ def with_data(row, args, lists):
     if part == "full":
         return row
     if part == "in21k" and not args.in21k:
-        return without(row, args, "needs --in21k DIR")
+        return unavailable(row, args, "needs --in21k DIR")
     if part == "in21k":
         pretraining = f"{pretraining} --pretrain-path {shlex.quote(args.in21k)}"
     elif DATA[part] in lists:
@@ -73,7 +73,7 @@ def with_data(row, args, lists):
     return replace(row, lines=[f"{pretraining} --equal {args.equal}", tuning])
 
 
-def without(row, args, problem):
+def unavailable(row, args, problem):
     """Return the row without lines, as it cannot be run, and with the reason. Raises UserError if --rows names it."""
     if row.key in (args.rows or (DEMO if args.preset == "demo" else ())):
         raise UserError(f"--rows {row.key} {problem}")
@@ -93,18 +93,22 @@ def described(row, args, full):
     except UserError as error:
         if not drawn:  # a list that was given
             raise
-        return without(row, args, f"cannot be drawn: {error}")
+        return unavailable(row, args, f"cannot be drawn: {error}")
     if len(part) < asked.batch_size:
-        return without(row, args, f"has {len(part)} images, fewer than one batch of {asked.batch_size}: --set "
-                                  f"{Path(script).stem}.batch_size=N changes it, for all rows of its method")
-    if asked.subset and not drawn:
+        return unavailable(row, args, f"has {len(part)} images, fewer than one batch of {asked.batch_size}: --set "
+                                      f"{Path(script).stem}.batch_size=N changes it, for all rows of its method")
+    if not asked.subset:
+        how = "all"
+    elif drawn:
+        how = f"drawn, seed {subsets.SEED}"
+    else:
+        how = f"list {Path(asked.subset).name}"
         check_share(row, asked.subset, len(part) / len(full))
-    longer = subsets.equal_iterations(asked, full, part) if asked.equal == "iterations" else {}
-    epochs = longer.get("epochs", asked.epochs)
+    epochs = asked.epochs
+    if asked.equal == "iterations":
+        epochs = subsets.equal_iterations(asked, full, part)["epochs"]
     about = {**subsets.describe(part), "epochs": epochs,
-             "iterations": epochs * steps_per_epoch(part, asked.batch_size),
-             "chosen": "all" if not asked.subset else f"drawn, seed {subsets.SEED}" if drawn else
-                       f"list {Path(asked.subset).name}"}
+             "iterations": epochs * steps_per_epoch(part, asked.batch_size), "chosen": how}
     return replace(row, extra={**row.extra, "data": about})
 
 

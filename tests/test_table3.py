@@ -281,7 +281,7 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
     assert {line.get("--subset") for line in dry_run(folder, capsys, "all")} == {"10%", None}  # the others are left out
     args = options.replaced(arguments(folder), rows=None, preset="demo")  # its own rows are asked for too
     with pytest.raises(UserError, match="--rows mae-10 has too few"):
-        table3.without(table3.ROWS[1], args, "has too few")
+        table3.unavailable(table3.ROWS[1], args, "has too few")
     assert not (folder / "out").exists()
 
 
