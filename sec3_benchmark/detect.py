@@ -59,14 +59,15 @@ def build_parser():
     options.add_model(parser)
     group = parser.add_argument_group("start")
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained ViT, a file or timm:NAME; default: none")
-    group.add_argument("--eval-only", action="store_true", help="evaluate --init, a detector's weights.pt, and leave")
+    group.add_argument("--eval-only", action="store_true", help="evaluate --init, a detector's weights.pt, and exit")
     group = parser.add_argument_group("detector (Appendix A.5)")
-    group.add_argument("--position-size", type=Int(1), nargs="+", metavar="PX", help="image size of the table of "
-                       "positions, which is resized at each forward; default: as the weights say, else 224")
-    group.add_argument("--window", type=Int(1), default=14, help="patches a side, in all but the global blocks")
-    group.add_argument("--global-blocks", type=Int(0), nargs="+", default=[2, 5, 8, 11], help="counted from 0")
+    group.add_argument("--position-size", type=Int(1), nargs="+", metavar="PX", help="image size of the position "
+                       "embedding, which is resized in each forward pass; default: as the weights say, else 224")
+    group.add_argument("--window", type=Int(1), default=14, help="side of the attention windows, in patches")
+    group.add_argument("--global-blocks", type=Int(0), nargs="+", default=[2, 5, 8, 11],
+                       help="blocks without windows, counted from 0")
     group.add_argument("--pyramid", choices=tuple(PYRAMIDS), default="simple",
-                       help="topdown: Li et al. 2021, its batch norm sees a micro-batch (of all GPUs)")
+                       help="topdown: Li et al. 2021, with batch norm over a micro-batch (of all GPUs)")
     group.add_argument("--channels", type=Int(1), default=256, help="of the pyramid and of the heads")
     group.add_argument("--hidden", type=Int(1), default=1024, help="width of the box head's fully connected layer")
     group.add_argument("--anchors", type=Int(2), default=256, help="sampled per image for the proposal loss")
@@ -77,12 +78,12 @@ def build_parser():
     group.add_argument("--iterations", type=Int(1), default=184_375, help="the paper's 100 epochs of 118,000 images")
     group.add_argument("--batch-size", type=Int(1), default=64, help="global, over all ranks and accumulation steps")
     group.add_argument("--base-lr", type=Float(0), default=1e-4, help="per 64 images: the peak is base * batch / 64")
-    group.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x0.1 at 24/27 and 26/27")
-    group.add_argument("--warmup-iterations", type=Int(0), default=250, help="linear from a thousandth")
+    group.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x0.1 after 24/27, 26/27")
+    group.add_argument("--warmup-iterations", type=Int(0), default=250, help="linear, from a thousandth of the rate")
     group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on norms and positions; on biases too")
     group.add_argument("--drop-path", type=Float(0, 1), default=0.0, help="at the last block, linear from 0; 0: off")
     group.add_argument("--jitter", type=Float(0.01), nargs=2, default=[0.1, 2.0], metavar=("MIN", "MAX"),
-                       help="scale of a training image, in images that just fit")
+                       help="range of a training image's scale; at 1 the image just fits into --img-size")
     group.add_argument("--clip-grad", type=Float(0), default=0.0, help="largest gradient norm; 0: off")
     group.add_argument("--eval-every", type=Int(0), default=10, help="epochs; 0: only at the end")
     group.add_argument("--draw", type=Int(0), default=8, help="validation images in predictions.png; 0: none")

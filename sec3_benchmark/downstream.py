@@ -78,8 +78,8 @@ def add_datasets(parser):
 
 def add_models(parser):
     parser.add_argument("--models", nargs="+", action="extend", default=[], metavar="NAME=CHECKPOINT",
-                        help="transfer these weights, of one of the rows or of a new one, and pre-train nothing for "
-                             "them; other rows run only if --rows names them")
+                        help="transfer the weights in CHECKPOINT as row NAME, one of the rows or a new one, instead of "
+                             "pre-training; other rows run only if --rows names them")
 
 
 def with_models(rows, args):
@@ -140,7 +140,7 @@ def random_like(row, args):
     loaded = {}
     for name, file in files.items():
         if args.dry_run and not Path(file).exists():
-            print0(f"# {file} is not read in a dry run: what it says of its network the random row here does not know")
+            print0(f"# {file} is not read in a dry run: settings that it would give the random row are missing here")
             continue
         with suppress(HubError):  # the row of these weights reports it
             loaded[name] = read_weights(file)

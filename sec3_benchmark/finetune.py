@@ -58,7 +58,7 @@ def add_arguments(parser, models=MODELS):
     group.add_argument("--init", metavar="CHECKPOINT", help="pre-trained weights, a file or timm:NAME; default: none")
     group.add_argument("--keep-blocks", type=Int(0), metavar="K",
                        help="keep blocks 1..K of --init (Figure 2); 0: nothing")
-    group.add_argument("--eval-only", action="store_true", help="evaluate --init, head included, and leave")
+    group.add_argument("--eval-only", action="store_true", help="evaluate --init, head included, and exit")
     group = parser.add_argument_group("recipe (Appendix A.1)")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="impr", help="ori: DeiT's stronger augmentation")
     group.add_argument("--epochs", type=Int(1), default=300)
@@ -68,7 +68,7 @@ def add_arguments(parser, models=MODELS):
     group.add_argument("--warmup-epochs", type=Int(0), default=5, help="linear from 0")
     group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on vectors, positions, class token")
     group.add_argument("--layer-decay", type=Float(0, 1), default=0.85,
-                       help="also from scratch, as in the authors' command")
+                       help="of the learning rate, per layer from top to bottom; also from scratch, as the authors do")
     group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08, help="smallest area of a random crop")
     group.add_argument("--randaugment", default="rand-m10-mstd0.5-inc1", help="timm's notation; none: off")
     group.add_argument("--erasing", type=Float(0, 1), default=0.0, help="probability of random erasing; 0: off")

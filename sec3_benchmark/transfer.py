@@ -50,7 +50,8 @@ def build_parser():
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cifar100", metavar="NAME",
                        help=f"{', '.join([*SETS, *FRACTALS])}; or a folder in --dataset-path; or `folder`, that itself")
-    group.add_argument("--dataset-path", metavar="ROOT", help="where it lies, see sec3_benchmark/downstream_sets.py")
+    group.add_argument("--dataset-path", metavar="ROOT", help="folder with the data set, see sec3_benchmark/"
+                       "downstream_sets.py")
     options.add_images(group)
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("start")
@@ -67,7 +68,8 @@ def build_parser():
     group.add_argument("--warmup-epochs", type=Int(0), default=20, help="linear from 0")
     group.add_argument("--momentum", type=Float(0.001, 1), default=0.9, help="of SGD, Nesterov's")
     group.add_argument("--weight-decay", type=Float(0), default=0.0, help="not on vectors, positions, class token")
-    group.add_argument("--layer-decay", type=Float(0, 1), default=0.75, help="from random weights too")
+    group.add_argument("--layer-decay", type=Float(0, 1), default=0.75, help="of the learning rate, per layer from top "
+                       "to bottom; also from random weights")
     group.add_argument("--clip-grad", type=Float(0), default=1.0, help="largest gradient norm; 0: off")
     group.add_argument("--crop-min", type=Float(0.001, 1), default=0.08, help="smallest area of a random crop")
     group.add_argument("--global-pool", choices=("avg", "token"), help="avg, the default: patch tokens, then fc_norm")
