@@ -52,7 +52,7 @@ FRACTAL_TEST = 50  # images per class to test on
 # Each reader maps (root, train, download) to (images, labels, class names)
 
 def flowers(root, train, download):
-    """Read Flowers-102; training uses train + val, which torchvision splits."""
+    """Read Flowers-102; training uses train and val, which torchvision keeps apart."""
     splits = ("train", "val") if train else ("test",)
     parts = [tv.Flowers102(root, split, loader=str, download=download) for split in splits]
     return *samples(*parts), tv.Flowers102.classes

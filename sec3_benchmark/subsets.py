@@ -71,8 +71,7 @@ def equal_iterations(args, whole, part):
 
 
 def part_of(images, subset, seed=SEED):
-    """Select the part `subset` ("1%", "lt" or a list file) of an ImageSet, in the order of the whole. Raises DataError.
-    """
+    """Select a subset ("1%", "lt" or a list file) of an ImageSet, in the order of the whole. Raises DataError."""
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", subset)
     if percent:
         chosen = draw(images.labels, balanced(class_sizes(images), float(percent[1]) / 100, seed, images), seed)
@@ -88,8 +87,7 @@ def part_of(images, subset, seed=SEED):
 
 
 def describe(images):
-    """Describe an ImageSet: {"images", "classes", "images_per_class": [min, median, max]}; without labels only images.
-    """
+    """Count an ImageSet: {"images"} and, with labels, {"classes", "images_per_class": [min, median, max]}."""
     if images.labels is None:
         return {"images": len(images)}
     sizes = class_sizes(images)
@@ -185,9 +183,9 @@ def listed(images, path):
 
 
 def best_match(name, images, candidates):
-    """Return the candidate, an index, whose path shares most of its last parts with a list's entry `name`.
+    """Return the candidate, an index, whose path has the longest common ending with `name`, an entry of a list.
 
-    They must share everything from the folder of the image's class on; None if no candidate does.
+    The ending must include the folder of the image's class. Returns None if no candidate has such an ending.
     """
     def agreement(index):
         path, entry = images.images[index].split("/"), name.split("/")

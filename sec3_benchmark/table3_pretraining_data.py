@@ -153,7 +153,7 @@ def draw(rows):
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = {parts.index(row["part"]): row["measured"] for row in rows if row["method"] == method}
         axes.plot(list(mine), [sum(values) / len(values) for values in mine.values()], ("-", "--")[number],
-                  marker="_" if max(map(len, mine.values())) > 1 else None, markersize=14,  # a mean
+                  marker="_" if max(map(len, mine.values())) > 1 else None, markersize=14,  # at the mean
                   linewidth=1, color=report.COLOURS[number], label=method)
         for place, values in mine.items():
             axes.scatter([place] * len(values), values, s=14, marker="os"[number], color=report.COLOURS[number])

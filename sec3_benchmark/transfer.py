@@ -39,7 +39,7 @@ RECIPES = SETTINGS  # by --dataset
 
 
 class InsteadOfPeak(argparse.Action):
-    """The argparse action of --base-lr, which overrides the --lr of the preset or of the data set's recipe."""
+    """Argparse action of --base-lr: overrides the peak, --lr, of the preset or of the data set's recipe."""
 
     def __call__(self, parser, namespace, value, flag=None):
         namespace.base_lr, namespace.lr = value, None

@@ -162,8 +162,7 @@ def check_each(path, kind, entries, check):
 
 
 def by_id(path, kind, entries):
-    """Check a file's images or categories; return {id: entry}. Raises DataError unless ids are all numbers or all text.
-    """
+    """Check a file's images or categories, whose ids must be all numbers or all text; return {id: entry}."""
     found, taken = {}, set()
 
     def add(entry):
