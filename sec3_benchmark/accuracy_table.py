@@ -8,17 +8,17 @@ from common.rows import overruled
 
 def accuracy_table(item, rows, demo, args):
     """Run the chosen rows, write <item>.json and <item>.md with measured and published top-1, and return the rows."""
-    results, without = tables.run_rows(rows, args, demo, script=item)
+    results, unavailable = tables.run_rows(rows, args, demo, script=item)
     if args.dry_run:
         return []
-    summaries = [summary(with_changes(row, args), results.get(row.key, []), without.get(row.key)) for row in rows]
+    summaries = [summary(with_changes(row, args), results.get(row.key, []), unavailable.get(row.key)) for row in rows]
     about = "\n".join(f"- {row['name']}: {row['note']}" for row in summaries if row["note"] and row["measured"])
     report.write_table(item, args, COLUMNS, summaries, notes=[about, tables.NOTES[args.preset]])
     return summaries
 
 
 def with_changes(row, args):
-    """Return the row; settings of its own that the command line overrides are appended to its name."""
+    """Return the row, with those of its settings that the command line overrides appended to its name."""
     words = overruled(row, args)
     return replace(row, name=f"{row.name} [{words}]") if words else row
 
@@ -29,16 +29,14 @@ def summary(row, results, problem=None):
     results: for each seed, the results of the row's command lines. problem: why the row was not run.
     """
     final = [stages[-1] for stages in results]
-    pretrain = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
+    hours = [stages[0]["seconds"] / 3600 for stages in results if len(stages) > 1]
     if results:
         status = "run"
-    elif row.lines:
-        status = problem or "not chosen"
     else:
-        status = "nothing to run"
+        status = problem or ("not chosen" if row.lines else "nothing to run")
     return {"name": row.name, "published": row.published, "note": row.note, **row.extra, "status": status,
             "measured": [result["top1"] for result in final], "best_epoch": [result["best_top1"] for result in final],
-            "pretrain_hours": pretrain, "seeds": len(final), "run": [result["run"] for result in final]}
+            "pretrain_hours": hours, "seeds": len(final), "run": [result["run"] for result in final]}
 
 
 def duration(hours):

@@ -170,9 +170,8 @@ def measure(args):
     results, _ = tables.run_rows(planned_rows, args, DEMO, script="table3")
     if args.dry_run:
         return []
-    rows = [summary(with_changes(row, args), results.get(row.key, [])) for row in planned_rows]
-    for row in rows:
-        row["status"] = row.get("problem", row["status"])
+    rows = [summary(with_changes(row, args), results.get(row.key, []), row.extra.get("problem"))
+            for row in planned_rows]
     equal = f"Pre-trained for equal {args.equal}, fine-tuned on all of the data. No source gives the paper's numbers."
     report.write_table("table3", args, COLUMNS, rows, notes=[equal, tables.NOTES[args.preset]])
     return rows

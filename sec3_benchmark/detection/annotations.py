@@ -239,7 +239,8 @@ def read_annotations(path, evaluated):
     if evaluated and not kinds[""] + kinds[OUTSIDE]:
         raise DataError(f"{path} has no object that is no crowd: there is nothing to measure")
     reported = (OUTSIDE, UNLISTED) if evaluated else (CROWD, NO_OUTLINE, OUTSIDE, UNLISTED)
-    if said := [f"{kinds[kind]:,} {kind}" for kind in reported if kinds[kind]]:
-        print0(f"{path.name}: {len(annotations):,} objects; {'not to be found' if evaluated else 'no training targets'}"
-               f": {', '.join(said)}")
+    counts = ", ".join(f"{kinds[kind]:,} {kind}" for kind in reported if kinds[kind])
+    if counts:
+        what = "not to be found" if evaluated else "no training targets"
+        print0(f"{path.name}: {len(annotations):,} objects; {what}: {counts}")
     return content
