@@ -32,7 +32,7 @@ def left_half():
 
 
 def coco():
-    """Two images, two categories, two objects an image: polygons, compressed and plain run lengths."""
+    """Return two images, two categories, two objects an image: polygons, compressed and plain run lengths."""
     outlines = [[SQUARE], compressed(left_half()), {"size": [HEIGHT, WIDTH], "counts": [2, 3, 1995]}, [SQUARE, SQUARE]]
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in (8, 2)],
@@ -100,7 +100,7 @@ WRONG = [  # kind, number, field, value; of the message what comes after the ent
 
 @pytest.mark.parametrize(("kind", "number", "field", "value", "message"), WRONG)
 def test_a_field_that_cannot_be_right_is_named(tmp_path, kind, number, field, value, message):
-    """File, entry, field and value, and what is to be done; in a file for training as in one for evaluation."""
+    """The error names file, entry, field, value and remedy, in a file for training and in one for evaluation."""
     content = coco()
     name = repr(content[kind][number]["id"]) if field != "id" else ".*"
     content[kind][number][field] = value
@@ -132,7 +132,7 @@ def test_what_is_absent_can_be_trained_on_but_not_measured(tmp_path, capsys, fie
 
 
 def usual(content):
-    """Changes that other people's files have, all of which can be trained on and measured."""
+    """Yield changes that other people's files have; all of these can be trained on and measured."""
     first, *others = content["annotations"]
     yield "as it is", lambda: None
     yield "numbers as floats", lambda: first.update(image_id=8.0, category_id=3.0, id=11.0, iscrowd=0.0)
@@ -162,7 +162,7 @@ def test_perfect_answers_to_a_usual_file_are_perfect(tmp_path, name):
 
 
 def test_compressed_run_lengths_are_those_of_the_mask():
-    """Against runs counted in the mask itself: blobs, noise, and long runs, whose numbers take several characters."""
+    """The reference is runs counted in the mask: blobs, noise, and long runs, whose numbers need several characters."""
     rng = np.random.RandomState(0)
     for share in (0.0, 0.001, 0.02, 0.5, 0.98, 1.0):
         for shape in ((1, 1), (7, 5), (40, 50), (300, 400)):
@@ -216,7 +216,7 @@ def test_they_are_counted_aloud(tmp_path, capsys):
 
 
 def test_objects_outside_are_those_without_a_pixel(tmp_path, capsys):
-    """Against drawing them: rectangles anywhere around the image, edges on whole pixels."""
+    """The reference is drawn: rectangles anywhere around the image, with edges on whole pixels."""
     rng, content, drawn = np.random.RandomState(0), coco(), 0
     one = content["annotations"][0]
     content["annotations"] = []

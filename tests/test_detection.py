@@ -34,7 +34,7 @@ from tests.helpers import assert_close
 
 
 def small_vit(img_size=(40, 56), **settings):
-    """vit_demo with patches of 8 px and four blocks; the rest are left away for speed."""
+    """Build vit_demo with patches of 8 px and, for speed, only four blocks."""
     torch.manual_seed(0)
     vit = build_vit("vit_demo", img_size=img_size, patch_size=8, num_classes=0, **settings)
     vit.blocks = vit.blocks[:4]
@@ -52,7 +52,7 @@ def random_tables(module):
 # Backbone
 
 def slow_attention(attention, tokens, grid, window):
-    """GridAttention, query by query: (B, H * W, D)."""
+    """Compute GridAttention query by query: (B, H * W, D)."""
     (H, W), (h, w), d = grid, window, attention.head_dim
     out = torch.zeros_like(tokens)
     for b, top, left in itertools.product(range(len(tokens)), range(0, H, h), range(0, W, w)):
@@ -76,7 +76,7 @@ def slow_attention(attention, tokens, grid, window):
 @pytest.mark.parametrize(("window", "used"), [(3, (3, 3)), (None, (4, 5)), (5, (4, 5))])
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_with_decomposed_positions_is_the_loop_over_windows_and_queries(window, used, fused):
-    """A grid of 4 x 5 fills neither of the 3 x 3 windows at its edges: zeros take part there."""
+    """A grid of 4 x 5 does not fill the 3 x 3 windows at its edges: zeros take part there."""
     attention = random_tables(GridAttention(small_vit().blocks[0].attn, (4, 5), window).double())
     attention.fused_attn = fused
     assert attention.window == used
@@ -103,7 +103,7 @@ def test_a_window_as_large_as_the_grid_with_zero_tables_is_the_plain_block():
 
 
 def test_the_backbone_gives_a_checkpoints_own_features_at_its_own_size(tmp_path):
-    """Against timm's model without class token; positions of the class token and its own entry are gone."""
+    """The reference is timm's model without class token and without the class token's position."""
     source = build_vit("vit_demo", img_size=(40, 56), patch_size=8, num_classes=3)
     torch.save({"model": source.state_dict(), "config": source.config}, tmp_path / "vit.pt")
     vit = build_vit("vit_demo", img_size=(40, 56), patch_size=8, num_classes=0)
@@ -143,7 +143,7 @@ def test_blocks_that_are_recomputed_give_the_same_gradients():
 
 @pytest.mark.parametrize("pyramid", [SimplePyramid, TopDownPyramid])
 def test_pyramid_shapes_and_strides(pyramid):
-    """Strides 4 to 64 for patches of 16 px: an image of 256 x 192."""
+    """The strides are 4 to 64 for patches of 16 px, on an image of 256 x 192."""
     levels = pyramid(24, 8)([torch.randn(2, 24, 16, 12)] * (4 if pyramid is TopDownPyramid else 1))
     assert {name: tuple(level.shape) for name, level in levels.items()} == {
         "p2": (2, 8, 64, 48), "p3": (2, 8, 32, 24), "p4": (2, 8, 16, 12), "p5": (2, 8, 8, 6), "p6": (2, 8, 4, 3)}
@@ -152,7 +152,7 @@ def test_pyramid_shapes_and_strides(pyramid):
 # Anchors, pooling, losses
 
 def test_anchors_are_detectron2s():
-    """32 px at stride 4 to 512 px at stride 64, ratios 1/2, 1, 2, centred on multiples of the stride, not rounded."""
+    """They have 32 px at stride 4 to 512 px at stride 64 and ratios 1/2, 1, 2; centres are multiples of the stride."""
     images = ImageList(torch.zeros(2, 3, 128, 192), [(128, 192)] * 2)
     features = [torch.zeros(2, 1, 128 // s, 192 // s) for s in (4, 8, 16, 32, 64)]
     anchors = Anchors()(images, features)
@@ -167,7 +167,7 @@ def test_anchors_are_detectron2s():
 
 
 def slow_pool(feature, box, scale, size):
-    """ROIAlign, aligned, of one box (4,) in a map (C, h, w), sample by sample."""
+    """Compute aligned ROIAlign of one box (4,) in a map (C, h, w), sample by sample."""
     x1, y1, x2, y2 = (v * scale - 0.5 for v in box)
     out = np.zeros((feature.shape[0], size, size))
     steps = [max(1, math.ceil((b - a) / size)) for a, b in ((y1, y2), (x1, x2))]
@@ -180,7 +180,7 @@ def slow_pool(feature, box, scale, size):
 
 
 def bilinear(feature, y, x):
-    """The map (C, h, w) between its pixels; beyond the outermost centres their value, a pixel further nothing."""
+    """Interpolate the map (C, h, w); beyond the outermost centres it is constant for a pixel, then 0."""
     h, w = feature.shape[1:]
     if not (-1 <= y <= h and -1 <= x <= w):
         return np.zeros(feature.shape[0])
@@ -278,7 +278,7 @@ def target(*boxes):
 @pytest.mark.parametrize("targets", [(target((5, 5, 30, 40)), target()), (target(), target())],
                          ids=["one image empty", "both empty"])
 def test_images_without_objects_have_finite_losses_and_reach_every_parameter(targets):
-    """Every parameter must have its gradient, else ranks would wait for each other."""
+    """Without a gradient for every parameter, ranks would wait for each other."""
     model = small_detector().train()
     losses = model(torch.randn(2, 3, 64, 64), [(64, 64), (50, 64)], list(targets))
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_class", "loss_box", "loss_mask"}

@@ -34,7 +34,7 @@ def one(number, image, category, outline, crowd=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four images of 40 x 50 px: objects of two kinds and a crowd; none; a crowd alone; an object without outline."""
+    """Write four images of 40 x 50 px: two objects and a crowd; nothing; only a crowd; an object without outline."""
     (tmp_path / "annotations").mkdir()
     images = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 50} for i in (8, 2, 5, 6)]
     annotations = [one(1, 8, 90, RECTANGLE), one(2, 8, 3, LENGTHS), one(3, 8, 3, LENGTHS, crowd=1),
@@ -98,7 +98,7 @@ def test_annotations_that_cannot_be_right_are_named(folder, old, new, message):
 
 
 def rewritten(folder, split, change):
-    """The annotation file of a split with change(annotations) done to it."""
+    """Apply change(annotations) to the annotation file of a split; return the folder."""
     path = folder / "annotations" / f"instances_{split}2017.json"
     content = json.loads(path.read_text())
     change(content["annotations"])
@@ -109,7 +109,7 @@ def rewritten(folder, split, change):
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [1, 1, 2, 1], [None] * 4, ["a", "b", "c", "d"], [[1], 2, 3, 4],
                                      [10**400, 1, 2, 3]])
 def test_perfect_answers_are_perfect_however_objects_are_numbered(folder, numbers):
-    """pycocotools takes number 0 for "no match", and of objects with one number it keeps the last."""
+    """pycocotools reads number 0 as "no match", and keeps only the last of several objects with one number."""
     def renumber(annotations):
         annotations[1] |= {"image_id": 2, "segmentation": [[10, 25, 30, 25, 30, 38, 10, 38]], "bbox": [10, 25, 20, 13]}
         for one, number in zip(annotations, numbers):
@@ -145,7 +145,7 @@ def test_a_flat_polygon_beside_a_good_one_is_passed_over(folder):
 
 
 def test_what_pycocotools_can_measure_is_not_refused(folder):
-    """An area of 0, and objects of images that the file does not list."""
+    """That is an area of 0, and objects on images that the file does not list."""
     def change(annotations):
         annotations[0]["area"] = 0.0
         annotations.append({"id": 77, "image_id": 999, "category_id": 3})
@@ -169,7 +169,7 @@ def test_masks_of_polygons_and_run_lengths():
 # Jitter
 
 def rectangle_scene(height, width, top, left, bottom, right):
-    """A white rectangle on black, as an image and its annotation."""
+    """Return a white rectangle on black, as an image and its annotation."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[top:bottom, left:right] = 255
     return tensor(pixels), [scenes.annotation(1, 0, pixels[..., 0] > 0, 4)]
@@ -177,7 +177,7 @@ def rectangle_scene(height, width, top, left, bottom, right):
 
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (64, 64)])
 def test_jitter_moves_objects_with_their_pixels_and_draws_their_boxes_anew(size):
-    """Flip, scale and crop: the mask is where the image is white, the box just around it."""
+    """After flip, scale and crop the mask is where the image is white, and the box just encloses it."""
     views, seen, kept, flipped = DetectionViews(64, {5: 7}, (0.3, 2.0)), [], 0, 0
     for seed in range(60):
         seed_everything("sample", seed)
@@ -264,7 +264,7 @@ def test_shapes(name, area):
 # Average precision
 
 def ground_truth(size=(100, 120)):
-    """Two images with squares of 20 px, two categories; the second has a crowd too."""
+    """Index two images with squares of 20 px in two categories; the second image also has a crowd."""
     squares = [(0, 1, 10, 10), (0, 2, 60, 30), (1, 1, 40, 50), (1, 2, 70, 10)]
     annotations = []
     for number, (image, category, left, top) in enumerate(squares, 1):
@@ -290,8 +290,9 @@ def answers(coco, shift=0):
 
 @pytest.mark.parametrize(("shift", "ap", "ap75"), [(0, 100, 100), (2, 70, 100), (4, 40, 0), (12, 0, 0)])
 def test_average_precision_of_known_answers(shift, ap, ap75):
-    """A shift of 2 of 20 pixels is an IoU of 18/22: right at 0.5, 0.55, ..., 0.8, so at 7 of 10 thresholds. A shift of
-    4 is 16/24: right at 4. Of 12: 8/32, never.
+    """A shift of 2 in 20 pixels gives IoU 18/22, right at thresholds 0.5, 0.55, ..., 0.8, which are 7 of 10.
+
+    A shift of 4 gives 16/24, right at 4 thresholds; a shift of 12 gives 8/32, right at none.
     """
     coco = ground_truth()
     result = average_precision(coco, [0, 1], answers(coco, shift))
@@ -314,7 +315,7 @@ def test_no_answers_wrong_categories_and_crowds():
 
 
 def test_detections_go_back_to_the_original_image():
-    """What a perfect detector would say of the resized view is a perfect answer on the original."""
+    """A perfect detection on the resized view is a perfect answer on the original."""
     coco, found = ground_truth((100, 120)), []
     for image_id in (0, 1):
         pixels, annotations = torch.zeros(3, 100, 120, dtype=torch.uint8), training_objects(coco.imgToAnns[image_id])

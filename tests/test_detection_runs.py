@@ -53,7 +53,7 @@ def weights(result):
 # The recipe
 
 def test_the_paper_preset_is_the_papers_recipe():
-    """Appendix A.5 as released: no layer decay, weight decay 0.05, no drop path, 640 px, unlike ViTDet-B."""
+    """Appendix A.5 as released differs from ViTDet-B: no layer decay, weight decay 0.05, no drop path, 640 px."""
     args = vars(settings_of(detect, {"dataset_path": "COCO"}))
     expected = dict(preset="paper", model="vit_tiny", num_heads=12, patch_size=16, img_size=[640], window=14,
                     global_blocks=[2, 5, 8, 11], position_size=[224], channels=256, hidden=1024, anchors=256, rois=512,
@@ -70,7 +70,7 @@ def test_the_step_schedule():
 
 
 def test_the_papers_detector_and_what_decays(few_scenes):
-    """ViT-Tiny/16 at 640 px: tables of 27 and 79 offsets; every bias decays, norms and positions do not."""
+    """ViT-Tiny/16 at 640 px has tables of 27 and 79 offsets. Every bias decays; norms and positions do not."""
     args = settings_of(detect, {"dataset_path": "COCO"})
     with torch.device("meta"):
         model = MaskRCNN(*detector_parts(args), 81, {})
@@ -136,8 +136,7 @@ def test_a_run_leaves_pictures_and_is_evaluated_from_its_file(few_scenes, tmp_pa
 
 
 def test_an_evaluated_detector_is_built_as_its_file_says(tmp_path):
-    """What is asked for besides is an error, but for the number of proposals; presets and defaults are not asked for.
-    """
+    """Another value on the command line is an error, except for --proposals. Presets and defaults do not count."""
     args = settings(tmp_path)
     model = detect.build_detector(args, 4)
     statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
@@ -208,7 +207,7 @@ def test_impossible_wishes_are_refused(tmp_path):
 # Tables 4 and 5
 
 def fake_run(script, words=()):
-    """Results as the scripts give them, and no run."""
+    """Return results as the scripts would, without a run."""
     name = Path(script).stem
     found = {"box_ap": 12.5, "mask_ap": 10.5} if name == "detect" else \
         {"top1": 50.0, "best_top1": 51.0, "train_images": 7}
@@ -220,7 +219,7 @@ calls = []
 
 
 def test_the_coco_columns(tmp_path, monkeypatch):
-    """Where --datasets names coco, detect.py takes transfer.py's place, from the same weights."""
+    """For `coco` in --datasets, detect.py replaces transfer.py and starts from the same weights."""
     monkeypatch.setattr(scripts, "run", fake_run)
     words = ["--rows", "random", "mae", "--datasets", "fractals-small", "coco", "--output", str(tmp_path),
              "--device", "cpu", "--set", "detect.iterations=7", "detect.warmup_iterations=2"]
@@ -245,7 +244,7 @@ def test_the_coco_columns(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_evaluate_every_image_once(tmp_path):
-    """On COCO files in a folder coco/, one image without objects, one of them with a crowd alone."""
+    """The data are COCO files in a folder coco/; one image has no objects, another only a crowd."""
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
     rng = np.random.RandomState(0)

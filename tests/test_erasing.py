@@ -12,7 +12,7 @@ from tests.helpers import ks_uniform
 
 
 def seed_all(seed):
-    """What the loader does before each sample."""
+    """Seed all generators as the loader does before each sample."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -41,7 +41,7 @@ class Known(torch.nn.Module):
 
 
 def case(count, classes, seed=0):
-    """A model, its images, and what is to be found: top1, top5, loss by counting in NumPy."""
+    """Return a model, its images, and the expected top1, top5 and loss, counted in NumPy."""
     rng = np.random.RandomState(seed)
     logits, labels = rng.standard_normal((count, classes)).astype(np.float32), rng.randint(0, classes, count)
     logits[np.arange(count), labels] += 1
@@ -62,7 +62,7 @@ def measure(model, images, batch_size=4, rank=0, world=1):
 @pytest.mark.parametrize(("count", "classes", "batch_size"), [(26, 9, 4), (26, 9, 26), (26, 9, 100), (12, 5, 4),
                                                               (11, 3, 4), (7, 2, 1), (3, 1, 2)])
 def test_accuracy_is_the_count_by_hand(count, classes, batch_size):
-    """Also where the last batch is smaller, and where there are no five classes to be among."""
+    """Also if the last batch is smaller, and if there are fewer than five classes."""
     model, images, expected = case(count, classes)
     found = measure(model.train(), images, batch_size)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -70,13 +70,13 @@ def test_accuracy_is_the_count_by_hand(count, classes, batch_size):
     if classes <= 5:
         assert found["top5"] == 100
     if classes == 9:
-        assert 0 < found["top1"] < found["top5"] < 100  # else the count could not tell them apart
+        assert 0 < found["top1"] < found["top5"] < 100  # otherwise the test could not tell them apart
 
 
 @pytest.mark.parametrize(("classes", "levels"), [(1, 1), (3, 1), (7, 1), (7, 2), (7, 3), (4, 2), (6, 100)])
 @pytest.mark.parametrize("k", [1, 5])
 def test_ties_are_worth_their_chance(classes, levels, k):
-    """Against all orders in which tied classes can be ranked; a few levels of scores make many ties."""
+    """The reference is all orders in which tied classes can be ranked; few levels of scores make many ties."""
     rng = np.random.RandomState(0)
     scores, labels = rng.randint(0, levels, (9, classes)).astype(np.float32), rng.randint(0, classes, 9)
     orders = list(itertools.islice(itertools.permutations(range(classes)), 5040))
@@ -88,7 +88,7 @@ def test_ties_are_worth_their_chance(classes, levels, k):
 
 @pytest.mark.parametrize("label", [0, 2, 8])
 def test_a_classifier_that_says_nothing_has_the_accuracy_of_chance(label):
-    """Although all images are of one class, be it the first."""
+    """Even if all images are of one class, also the first."""
     model, images, _ = case(26, 9)
     model.table[:], images.labels[:] = 3.0, label
     assert measure(model, images) == pytest.approx(
@@ -97,7 +97,7 @@ def test_a_classifier_that_says_nothing_has_the_accuracy_of_chance(label):
 
 @pytest.mark.parametrize(("value", "at"), [(math.nan, 0), (math.nan, 4), (math.inf, 0), (math.inf, 4), (-math.inf, 4)])
 def test_scores_that_are_not_finite_have_no_accuracy(value, at):
-    """Of one image among 26, of class 4: such a score would rank anywhere, and the loss would be no number."""
+    """One image of 26, of class 4, has such a score: its rank would be arbitrary, and the loss not a number."""
     model, images, _ = case(26, 9)
     model.table[25, at], images.labels[25] = value, 4
     with pytest.raises(FloatingPointError, match="not finite on some of 26 images"):
@@ -114,7 +114,7 @@ def test_losses_are_summed_in_float32_whatever_the_model_gives():
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_add_up_to_the_whole(world, monkeypatch):
-    """Each rank's sums, caught before they are added, give the single process's result; 11 images do not divide."""
+    """The ranks' sums, caught before they are added, give one process's result; 11 images do not divide evenly."""
     model, images, expected = case(11, 9)
     sums = []
     monkeypatch.setattr(evaluate.distributed, "all_sum", lambda tensor: sums.append(tensor.clone()) or tensor)
@@ -126,7 +126,7 @@ def test_ranks_add_up_to_the_whole(world, monkeypatch):
 
 
 def test_the_evaluators_view_is_the_centre_of_the_resized_image():
-    """32 px from images of 48 x 64: bicubic to 36 x 48, the central 32 x 32, ImageNet's mean and std."""
+    """For 32 px, images of 48 x 64 are resized (bicubic) to 36 x 48, cropped to the centre, and normalised."""
     rng = np.random.RandomState(0)
     array, seen = rng.randint(0, 256, (5, 48, 64, 3), dtype=np.uint8), []
 
@@ -150,7 +150,7 @@ def test_the_evaluators_view_is_the_centre_of_the_resized_image():
 # From images to accuracy
 
 def make_folder(root, channels=3, size=(40, 36), count=6):
-    """train/ and val/ with two classes of noise, bright and dark, so that a class can be learned."""
+    """Write train/ and val/ with two classes of noise, bright and dark, so that a class can be learned."""
     rng = np.random.RandomState(0)
     for split in ("train", "val"):
         for cls, level in (("bright", 120), ("dark", 0)):
@@ -170,7 +170,7 @@ def only_val(tmp_path, data):
 
 
 def settings(tmp_path, data, **more):
-    """One epoch of the narrow model: three steps of four images."""
+    """Return the settings of one epoch of the narrow model: three steps of four images."""
     return {"preset": "demo", "data": "folder", "data_path": str(data), "output": str(tmp_path / "outputs"),
             "epochs": 1, "warmup_epochs": 0, "batch_size": 4, "device": "cpu", "precision": "fp32", "workers": 0,
             "base_lr": 1e-2, "log_every": 1, **more}
@@ -211,7 +211,7 @@ def test_pretrain_finetune_evaluate(tmp_path, channels, img_size, patch):
 
 
 def test_other_classes_are_not_evaluated_as_if_they_were_the_same(tmp_path, folder):
-    """One class called otherwise comes elsewhere in the order, and the accuracy would be another's."""
+    """A renamed class can move in the order, and the accuracy would be of other labels."""
     trained = stage(FINETUNE, settings(tmp_path, folder, img_size=[32], patch_size=8))
     (folder / "val" / "bright").rename(folder / "val" / "light")
     with pytest.raises(UserError, match="other classes .*: bright there is dark here"):
@@ -219,7 +219,7 @@ def test_other_classes_are_not_evaluated_as_if_they_were_the_same(tmp_path, fold
 
 
 def test_an_unreadable_validation_image_is_found_before_the_training(tmp_path, folder, monkeypatch):
-    """Else it would be after the epochs up to the first evaluation, and a mended folder is another set."""
+    """Otherwise it would be found at the first evaluation, and a corrected folder is another set, hence another run."""
     (folder / "val" / "dark" / "3.png").write_bytes(b"no image")
     monkeypatch.setattr(finetune, "train", lambda *args, **more: pytest.fail("it was trained"))
     with pytest.raises(UnreadableImage, match="val/dark/3.png could not be read"):
@@ -227,7 +227,7 @@ def test_an_unreadable_validation_image_is_found_before_the_training(tmp_path, f
 
 
 def test_bright_and_dark_can_be_learned(tmp_path, folder):
-    """The chain learns: a few epochs tell the two classes apart on images it has not seen."""
+    """The whole chain learns: a few epochs tell the two classes apart on unseen images."""
     result = stage(FINETUNE, settings(tmp_path, folder, img_size=[16], patch_size=8, epochs=8,
                                                        base_lr=0.1, layer_decay=1.0, mixup=0.0, randaugment="none"))
     assert result["top1"] == 100 and result["last"]["val_loss"] < 0.5
@@ -262,7 +262,7 @@ def test_keep_blocks_keeps_what_it_says(tmp_path, folder):
 
 
 def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeypatch, capsys):
-    """By content: a copy of the images and of the weights is the same run, not trained again; other weights are not."""
+    """A copy of images and weights has the same content and is the same run; other weights are another run."""
     def stages(data, init=None):
         common = settings(tmp_path, data, img_size=[16], patch_size=8)
         first = stage(PRETRAIN, common)
@@ -285,7 +285,7 @@ def test_the_same_data_elsewhere_find_the_finished_run(tmp_path, folder, monkeyp
 
 
 def test_the_worker_count_changes_no_weight(tmp_path, folder):
-    """Through the whole loop: two runs of the older recipe, with 0 and 2 workers, end in the same bytes."""
+    """Two runs of the original recipe through the whole loop, with 0 and 2 workers, end in the same bytes."""
     states = []
     for workers in (0, 2):
         common = settings(tmp_path / str(workers), folder, img_size=[16], patch_size=8, workers=workers, epochs=2)
@@ -295,7 +295,7 @@ def test_the_worker_count_changes_no_weight(tmp_path, folder):
 
 
 def test_a_skipped_image_is_reported_by_the_run(tmp_path):
-    """One unreadable file in a hundred: replaced, counted in the result, listed beside it. By default it stops."""
+    """One unreadable file in 100 is replaced, counted in the result and listed in a file. By default the run stops."""
     data = make_folder(tmp_path / "data", size=(8, 8), count=50)
     (data / "train" / "dark" / "7.png").write_bytes(b"no image")
     common = settings(tmp_path, data, img_size=[16], patch_size=8, batch_size=50)

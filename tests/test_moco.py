@@ -50,8 +50,8 @@ TINY = {"embed_dim": 16, "depth": 2}
 MODEL = dict(model="vit_demo", img_size=8, patch_size=4, num_heads=2, mlp_dim=24, out_dim=12)
 IMAGES, BATCH, PER_EPOCH, EPOCHS = 35, 16, 2, 3
 T = 0.2
-# A key's bias and a shift before batch norm leave the loss as it is: their gradients are rounding, of which AdamW makes
-# steps as large as any, and the mean follows the shift. Where two ways of computing are compared, they are left out.
+# A key's bias and a shift before batch norm do not change the loss. Their gradients are rounding errors, which AdamW
+# turns into steps of normal size, and the running mean follows the shift. So comparisons leave them out.
 WITHOUT_EFFECT = ("qkv.bias", "encoder.norm.bias", "encoder.head.1.running_mean")
 
 
@@ -94,7 +94,7 @@ def test_tinys_heads_have_the_papers_sizes():
 
 
 def test_names_are_the_public_ones():
-    """Of moco-v3's builder: three linear layers without bias, batch norms, the last without scale and shift."""
+    """As in moco-v3's builder: three linear layers without bias, batch norms, the last without scale and shift."""
     counts = ("running_mean", "running_var", "num_batches_tracked")
     norm = [f"1.{name}" for name in ("weight", "bias", *counts)]
     projector = ["0.weight", *norm, "3.weight", *(f"4{name[1:]}" for name in norm), "6.weight",
@@ -109,7 +109,7 @@ def test_names_are_the_public_ones():
 
 
 def test_initial_values():
-    """PAPER: q, k and v each by itself (bound sqrt(6 / 384) at width 192), biases 0; heads keep PyTorch's default."""
+    """As in the paper: q, k, v separately (bound sqrt(6 / 384) at width 192), biases 0, heads by PyTorch's default."""
     SIZES["vit_demo"] = {"embed_dim": 192, "depth": 1}
     torch.manual_seed(0)
     moco = MoCo("vit_demo", img_size=32, mlp_dim=64, out_dim=32)
@@ -152,8 +152,9 @@ def test_what_is_trained():
 # Views
 
 def by_hand(image, size, blur, solarize):
-    """The authors' order: crop, jitter, blur, grey, flip, solarise. Crop, blur and flip are drawn by Python's
-    generator, the rest by torch's.
+    """Compute a view in the authors' order: crop, jitter, blur, grey, flip, solarise.
+
+    Crop, blur and flip use Python's generator, the others torch's.
     """
     image, done = crop_by_hand(image, size, (0.08, 1), "bilinear"), []
     if torch.rand(1) <= 0.8:
@@ -221,7 +222,7 @@ def pieces(batch, count):
 
 
 def one_step(moco, batches, step=0, dtype=None, scale=None):
-    """The loss of a step; its gradients are left in the model."""
+    """Run a step and return its loss; the gradients are left in the model."""
     args = SimpleNamespace(temperature=T, momentum=0.5, seed=0, batch_size=len(batches), micro_batch=1,
                            precision="fp32")
     method = MoCoMethod(moco, args, total_steps=10)
@@ -233,7 +234,7 @@ def one_step(moco, batches, step=0, dtype=None, scale=None):
 
 
 def apart(moco):
-    """As after some training: the momentum encoder is no copy, the norms are not at their start."""
+    """Perturb all parameters, as training would: encoders then differ, and norms are not at their initial values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in moco.parameters():
@@ -242,7 +243,7 @@ def apart(moco):
 
 
 def step_by_hand(moco, batch, step=0):
-    """The same from the paper's formulas, with plain modules: update, queries, keys, loss, backward."""
+    """Compute the same from the paper's formulas with plain modules: update, queries, keys, loss, backward."""
     m = 1 - 0.5 * (1 + math.cos(math.pi * step / 10)) * (1 - 0.5)
     with torch.no_grad():
         for name, parameter in moco.momentum_encoder.named_parameters():
@@ -263,7 +264,7 @@ def gradients(moco):
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3])
 def test_a_step_is_that_of_the_formulas_in_one_piece_or_several(micro_batches):
-    """Gradients, loss, running statistics, and the momentum encoder, which is updated before the keys."""
+    """Compared are gradients, loss, running statistics, and the momentum encoder, which is updated before the keys."""
     ours, batch = apart(tiny_moco()), batch_of(12)
     theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
     loss = one_step(ours, pieces(batch, micro_batches), step=3)
@@ -275,13 +276,13 @@ def test_a_step_is_that_of_the_formulas_in_one_piece_or_several(micro_batches):
         assert_close(ours.state_dict()[name], value, 1e-5)
     assert all(p.grad is None and not p.requires_grad for p in ours.momentum_encoder.parameters())
 
-    late = copy.deepcopy(before)  # with the keys of the encoder as it was, the loss is another
+    late = copy.deepcopy(before)  # without the update the keys, and so the loss, would differ
     late.update_momentum_encoder = lambda m: None
     assert abs(one_step(late, [batch], step=3) - loss) > 1e-4
 
 
 def test_micro_batches_under_autocast_and_a_loss_scale():
-    """Weights cast for the pass without gradient must not serve in the pass with one."""
+    """Weights cast for the pass without gradient must not be used in the pass with one."""
     batch, whole = batch_of(12), apart(tiny_moco())
     parts, scaled = copy.deepcopy(whole), copy.deepcopy(whole)
     one_step(whole, [batch], dtype=torch.bfloat16)
@@ -309,7 +310,7 @@ def toy_images():
 
 
 def train_here(output, **explicit):
-    """pretrain_mocov3.main on 35 images of noise, two steps an epoch; returns its result."""
+    """Run pretrain_mocov3.main on 35 images of noise, two steps an epoch; return its result."""
     SIZES["vit_demo"] = TINY
     subsets.pretraining_images = lambda args: (args, toy_images())
     row = {**MODEL, "preset": "demo", "img_size": [8], "batch_size": BATCH, "epochs": EPOCHS, "warmup_epochs": 1,
@@ -330,7 +331,7 @@ def weights(result):
 
 
 def norm_step():
-    """A batch norm, rows of large mean, and what the loss weighs them with."""
+    """Return a batch norm, rows of large mean, and weights of these rows in a loss."""
     generator = torch.Generator().manual_seed(0)
     x, weigh = 3 + 2 * torch.randn(2, 12, 5, generator=generator)
     norm = GlobalBatchNorm(5)
@@ -339,7 +340,7 @@ def norm_step():
 
 
 def on_one_of_two(rank, port, folder):
-    """What each of two gloo ranks does; it leaves its results in a file."""
+    """Run one of two gloo ranks; leave its results in a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -363,7 +364,7 @@ def on_one_of_two(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Both ranks' values, and the folder with their two runs."""
+    """Return the folder with the two runs, and both ranks' values."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -395,7 +396,7 @@ def test_keys_of_both_ranks_count_and_labels_follow_the_rank(two_ranks):
 
 
 def assert_nearly_the_same(ours, theirs):
-    """Both encoders, heads and running statistics, up to the order of float32 sums; weights moved by some 1e-3."""
+    """Compare encoders, heads and running statistics up to the order of float32 sums; weights moved by about 1e-3."""
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         if not name.endswith(WITHOUT_EFFECT):
@@ -444,7 +445,7 @@ def test_stopped_within_an_epoch_it_ends_in_the_same_bits(trained, monkeypatch):
 # What others read
 
 def public_file(path, moco):
-    """As moco-v3 and mae-lite leave it after distributed training."""
+    """Save the model as moco-v3 and mae-lite do after distributed training."""
     state = {f"module.{name}": value for name, value in moco.state_dict().items()}
     torch.save({"epoch": 300, "arch": "vit_tiny", "state_dict": state, "optimizer": {"state": {}}, "scaler": {}}, path)
     return path
@@ -477,7 +478,7 @@ def test_the_base_encoder_is_read_and_the_rest_is_left_out(tmp_path, write):
 
 
 def test_the_encoder_is_rebuilt_as_it_was_trained(tmp_path):
-    """For the analyses: token pooling with the trained norm, no classes."""
+    """The analyses need token pooling with the trained norm, and no classes."""
     moco = apart(tiny_moco()).eval()
     images = batch_of(4)["view1"]
     for model in (load_model(own_file(tmp_path / "own.pt", moco)),

@@ -55,8 +55,10 @@ class ReadsGrey(nn.Module):
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Validation images of 12 classes in an order of numbers that is not that of the files; label and grey agree for
-    all but every fifth."""
+    """Write validation images of 12 classes whose numbers are in another order than the files.
+
+    Label and grey value agree for four images in five.
+    """
     numbers = np.random.default_rng(0).permutation(36) + 1
     for place, number in enumerate(numbers):
         label = place // 3
@@ -79,7 +81,7 @@ def test_real_counts_a_prediction_in_the_list_and_skips_empty_lists():
 
 
 def test_real_goes_by_the_files_numbers_and_top1_by_the_folders(imagenet, tmp_path):
-    """Class 3's images alone are in doubt; one list in seven is empty. Counted file by file."""
+    """Only class 3's images have two ReaL labels, and one list in seven is empty. Expected: counted file by file."""
     val, lists, right = variants.imagenet_val(imagenet), [[]] * 36, []
     for file in val.images:
         number, label = int(Path(file).stem[-8:]), int(Path(file).parent.name[1:])
@@ -95,7 +97,7 @@ def test_real_goes_by_the_files_numbers_and_top1_by_the_folders(imagenet, tmp_pa
 
 
 def test_v2_reads_its_folders_as_numbers(tmp_path):
-    """Sorted as strings, 10 and 11 come before 2: torchvision's labels are wrong for all but the first two classes."""
+    """Sorted as strings, 10 and 11 come before 2: torchvision's labels are right for the first two classes only."""
     for label in range(12):
         for i in range(2):
             grey_image(tmp_path / f"v2/{label}/{i}.png", 10 * label)
@@ -142,7 +144,7 @@ def test_mistakes_about_the_variants_are_named(imagenet, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_no_answer(imagenet, value):
-    """The most likely of such scores is any class, and of some images it is the right one."""
+    """Their argmax may be any class, and so count as right for some images."""
     model = ReadsGrey(12)
     model.levels = torch.cat([torch.tensor([value]), model.levels[1:]])
     val = variants.imagenet_val(imagenet)
@@ -159,7 +161,7 @@ def test_parameters_are_the_published_ones(key):
 
 
 def test_ours_is_the_papers_vit_tiny():
-    """5,717,416 parameters, twelve heads, whichever way it was trained; DeiT-Tiny and its kin have three."""
+    """Ours has 5,717,416 parameters and twelve heads in every row; DeiT-Tiny and its kin have three heads."""
     for key in ("scratch", "mae-300", "mae-1000"):
         vit, _ = light_networks.build_network(NETWORKS[key])
         assert parameter_count(vit) == 5_717_416 and vit.blocks[0].attn.num_heads == 12
@@ -172,7 +174,7 @@ def test_ours_is_the_papers_vit_tiny():
 
 
 def test_daggers_are_where_timm_says_distilled():
-    """EdgeNeXt-S's weights come from the recipe called USI, which distils."""
+    """EdgeNeXt-S's weights come from the recipe called USI, which uses distillation."""
     for key, network in NETWORKS.items():
         if timm.is_model(key) and not network.ours:
             tag = timm.get_pretrained_cfg(key).tag or ""
@@ -264,7 +266,7 @@ def run_table(*argv):
 
 
 def test_the_table_from_command_line_to_picture(imagenet, tmp_path, monkeypatch, capsys):
-    """Rows of one network share its measurement; checkpoints are evaluated; numbers are drawn from the file."""
+    """Rows of one network share its measurement, checkpoints are evaluated, and the picture is drawn from the file."""
     kept = [NETWORKS[key] for key in ("resnet18", "deit_tiny_patch16_224", "edgevit", "scratch", "mae-300")]
     monkeypatch.setattr(table2, "NETWORKS", kept)
     for label in range(12):

@@ -21,7 +21,7 @@ OFFICIAL_LT = np.sort(json.loads((Path(__file__).parent / "imagenet_lt_class_cou
 
 
 def labelled(sizes):
-    """A set of files with so many images per class, named like ImageNet's; classes lie mixed."""
+    """Make an ImageSet with these numbers of images per class, named like ImageNet's files, in mixed order."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     files = [f"/d/train/n{label:08d}/n{label:08d}_{i}.JPEG" for i, label in enumerate(labels)]
     return ImageSet("toy", files, labels, [f"n{c:08d}" for c in range(len(sizes))])
@@ -34,7 +34,7 @@ def counts(images):
 # Drawn
 
 def test_balanced_draws_have_the_counts_of_the_official_lists():
-    """1,281,167 images: 12,811 = 811 x 13 + 189 x 12, and 128,116 = 116 x 129 + 884 x 128, whatever the class sizes."""
+    """Of 1,281,167 images, 12,811 = 811 x 13 + 189 x 12 and 128,116 = 116 x 129 + 884 x 128, for any class sizes."""
     sizes = np.full(1000, 1300)
     sizes[:33] -= 568
     sizes[33] -= 89
@@ -65,7 +65,7 @@ def test_a_share_that_is_no_binary_fraction_keeps_its_last_image():
 
 
 def test_pixels_and_labels_of_an_array_stay_together():
-    """Of the embedded data, which are an array: here each image shows its label."""
+    """The embedded data are an array; here each image shows its label."""
     labels = np.arange(200) % 4
     images = ImageSet("array", np.repeat(labels, 48).reshape(200, 4, 4, 3).astype(np.uint8), labels, list(range(4)))
     for subset in ("10%", "lt"):
@@ -75,9 +75,9 @@ def test_pixels_and_labels_of_an_array_stay_together():
 
 
 def test_the_long_tail_has_imagenet_lts_profile():
-    """Its law was drawn from, ours is its quantiles: so the sorted counts agree up to the noise of 1,000 draws."""
+    """ImageNet-LT's sizes are samples of a distribution and ours its quantiles: sorted, they agree up to noise."""
     ours = subsets.long_tailed(np.full(1000, 1300), seed=0)
-    assert (ours[:-1] < ours[1:]).any() and (ours[:-1] > ours[1:]).any()  # laid over the classes at random
+    assert (ours[:-1] < ours[1:]).any() and (ours[:-1] > ours[1:]).any()  # assigned to the classes at random
     ours = np.sort(ours)[::-1]
     assert OFFICIAL_LT.sum() == 115_846 and abs(ours.sum() - 115_846) < 0.01 * 115_846
     assert (ours.max(), ours.min()) == (OFFICIAL_LT.max(), OFFICIAL_LT.min()) == (1280, 5)
@@ -135,7 +135,7 @@ FILES = ["/d/train/a/0.png", "/d/train/a/day1/1.png", "/d/train/a/day2/1.png", "
     ("train/a/1.png", 5), ("a/1.png 0", 5), ("train/b/a/1.png", 3), ("b/a/1.png", 3),
     ("day1/1.png", None), ("train/c/day1/1.png", None), ("train/b/day2/1.png", None), ("train/b/0.png", None)])
 def test_a_list_takes_the_file_that_it_names_and_no_other(tmp_path, entry, taken):
-    """Folders inside classes may hold equal names."""
+    """Folders inside classes may contain files of equal names."""
     images = ImageSet("folder", FILES, np.array([0, 0, 0, 1, 1, 0]), ["a", "b"])
     (tmp_path / "list").write_text(entry + "\n")
     if taken is None:
@@ -189,7 +189,7 @@ def test_equal_iterations_are_as_many_steps_to_half_an_epoch(full, part, batch, 
 
 
 def test_one_percent_takes_a_hundred_times_the_epochs():
-    """12,811 images are 3 batches of 4,096 where all of ImageNet is 312: 104 times 400 epochs."""
+    """12,811 images are 3 batches of 4,096 and all of ImageNet is 312, so 400 epochs become 104 times as many."""
     args = SimpleNamespace(epochs=400, warmup_epochs=40, batch_size=4096)
     assert subsets.equal_iterations(args, range(1_281_167), range(12_811)) == \
         {"epochs": 41_600, "warmup_epochs": 4_160}
@@ -197,7 +197,7 @@ def test_one_percent_takes_a_hundred_times_the_epochs():
 
 @pytest.fixture
 def folder(tmp_path):
-    """train and val of two classes, 20 and 4 noisy images each; and ten images elsewhere, unlabelled."""
+    """Write train and val of two classes with 20 and 4 noisy images each, and ten unlabelled images elsewhere."""
     rng = np.random.RandomState(0)
     for split, count in (("data/train/n00000001", 20), ("data/train/n00000002", 20), ("data/val/n00000001", 4),
                          ("data/val/n00000002", 4), ("more/any", 10)):
@@ -240,14 +240,14 @@ def test_the_table_from_command_line_to_picture(folder, capsys):
 
 
 def dry_run(folder, capsys, *words):
-    """The pre-training commands that the table would run, as settings."""
+    """List the settings of the pre-training commands that a dry run prints."""
     table3.main(arguments(folder, "--dry-run", "--rows", *words))
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "pretrain_mae.py" in line]
     return [dict(zip(line, line[1:])) for line in lines]
 
 
 def test_a_dry_runs_commands_say_part_and_length(folder, capsys):
-    """--set gives the epochs on all of the data; the pre-training itself makes them as many iterations on a part."""
+    """--set gives the epochs on all of the data; the pre-training itself converts them for a part."""
     [part, full] = dry_run(folder, capsys, "mae-10", "mae-full")
     assert (part["--subset"], part["--equal"], part["--epochs"]) == ("10%", "iterations", "3")
     assert "--subset" not in full and "--equal" not in full and full["--epochs"] == "3"
@@ -286,7 +286,7 @@ def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
 
 
 def test_a_subset_is_part_of_a_runs_identity_by_its_images(folder):
-    """The same images, drawn or listed, are the same run."""
+    """The same images give the same run, whether they are drawn or listed."""
     def run(**settings):
         args = settings_of(pretrain_mae, {
             "preset": "demo", "data": "folder", "data_path": folder / "data", "img_size": [16], "patch_size": 8,

@@ -106,7 +106,7 @@ def make_cifar100(root):
 
 
 def make_inat18(root):
-    """Category 7 is the first of the annotations, then 3, then 0; the images stand in another order."""
+    """Write a tiny iNat18. Its annotations have category 7 first, then 3, then 0; the images are in another order."""
     folder = root / "inat2018"
     parts = {"train2018": [(11, 7), (10, 3), (13, 7), (12, 0)], "val2018": [(21, 0), (20, 7)]}
     found = []
@@ -129,7 +129,7 @@ CLASSES = {"flowers": 102, "pets": 2, "aircraft": 3, "cars": 3, "cifar100": 100,
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Makes a tiny official set at a place, with the counts that it has; checksums are not looked at."""
+    """Return a function that writes a tiny official set and sets the expected counts. Checksums are not compared."""
     for module in ("cifar", "flowers102"):
         monkeypatch.setattr(getattr(torchvision.datasets, module), "check_integrity",
                             lambda path, md5=None: os.path.isfile(path))
@@ -144,7 +144,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("name", SETS)
 def test_splits_and_labels_are_the_official_ones(tiny, tmp_path, name):
-    """Also traps 48 to 50: trainval where there is one, iNat18's classes in the order of the training annotations."""
+    """trainval is used where there is one; iNat18's classes are in the order of the training annotations."""
     for (images, labels), read in zip(tiny(name, tmp_path), load_downstream(asked(name, tmp_path)), strict=True):
         if isinstance(images, np.ndarray):
             assert np.array_equal(read.images, images)
@@ -249,7 +249,7 @@ def test_any_folder_is_a_set_by_its_name_or_as_the_path_itself(tmp_path):
 
 @pytest.mark.parametrize("name", ["/root/mine", "../mine", "mine/", ".."])
 def test_a_set_s_name_is_no_path(tmp_path, name):
-    """It names the run's folder too, which would then lie among the user's data."""
+    """The name is part of the run's folder too, which a path would put among the user's data."""
     with pytest.raises(DataError, match="the name of a folder in --dataset-path, not a path"):
         downstream_sets.check_path(name, str(tmp_path))
 
@@ -314,7 +314,7 @@ def test_every_set_is_in_both_literals():
 
 
 def rates(images, **settings):
-    """The rate at the start, after the warm-up, in the middle of the cosine, in the last step and after it."""
+    """Compute the rate at the start, after the warm-up, in the middle of the cosine, in the last step and after it."""
     args, images = resolved(preset="paper", dataset="anything", **settings), ImageSet("set", [""] * images, None, [])
     return [transfer.schedule(args, images)(step) for step in (0, 20 * 3, 160 * 3, 300 * 3 - 1, 300 * 3)]
 
@@ -379,7 +379,7 @@ def test_only_what_changes_the_result_identifies_a_run():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """transfer.main with a narrow model of two blocks on 16 + 16 images of noise: settings -> result."""
+    """Return a function settings -> result: transfer.main on 16 + 16 images of noise, a narrow model of two blocks."""
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 12, "depth": 2})
     monkeypatch.setitem(DECODERS, "vit_demo", (12, 1, 2))
     monkeypatch.setattr(report, "draw_curve", lambda *paths: None)  # half the time of such short runs
@@ -395,7 +395,7 @@ def small(tmp_path, monkeypatch):
 
 
 def checkpoint_of(kind, path):
-    """Weights as pre-training leaves them: MAE with its decoder; MoCo-v3 in its public layout."""
+    """Save weights as pre-training leaves them: MAE with its decoder, or MoCo-v3 in its public layout."""
     shape = dict(img_size=16, patch_size=8, num_heads=3)
     torch.manual_seed(3)
     model = MAE("vit_demo", decoder_heads=2, **shape) if kind == "mae" else \
@@ -424,7 +424,7 @@ def test_two_epochs_from_each_start_resume_exactly(small, tmp_path, monkeypatch,
 
 
 def test_what_the_checkpoint_gives_and_keep_blocks(small, tmp_path):
-    """At a rate of 0 the weights stay those that training started from."""
+    """At a learning rate of 0 the weights stay the initial ones."""
     init, state = checkpoint_of("mae", tmp_path / "init.pt")
     started = weights(small(init=init, lr=0.0, min_lr=0.0))
     for name, value in started.items():
@@ -477,7 +477,7 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 @pytest.fixture
 def table(small, tmp_path, monkeypatch):
-    """table4_transfer.main on two tiny folders, with MoCo-v3's stage replaced by a stub: words -> rows."""
+    """Return a function words -> rows: table4_transfer.main on two tiny folders, with a stub for MoCo-v3's script."""
     make_folder(tmp_path / "more", count=12)
     stub = ModuleType("sec3_benchmark.pretrain_mocov3")
     stub.build_parser, stub.PRESETS = pretrain_mae.build_parser, pretrain_mae.PRESETS
@@ -536,7 +536,7 @@ def test_given_weights_are_transferred_and_nothing_is_pretrained(table, tmp_path
 
 
 def test_the_random_row_is_the_network_of_the_given_files(tmp_path):
-    """Else it would be the preset's, beside weights of another model, size and normalisation."""
+    """Otherwise it would be the preset's network, and differ from the weights in model, size and normalisation."""
     model = MAE("vit_small", img_size=(32, 16), patch_size=8)
     other = {"mean": [0.5] * 3, "std": [0.2] * 3}
     torch.save({"model": model.state_dict(), "config": model.config, "statistics": other}, tmp_path / "mae.pt")
