@@ -9,6 +9,8 @@ diversity between heads in low layers. Whether fine-tuning keeps MAE's locality 
 Distances are in pixels of each model's input; the dashed line is uniform attention. Definitions: attention.py beside
 this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md and draws fig5.png from the first.
 """
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -17,12 +19,13 @@ from sec4_analysis import attention, study
 from sec4_analysis.activations import Activations, geometry
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRAINED)
+UNITS = {"pixels": "px", "authors": "1/14 patch"}  # --distance-unit -> how the unit is written
 
 
 def build_parser():
     parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("measures")
-    group.add_argument("--distance-unit", choices=("pixels", "authors"), default="pixels",
+    group.add_argument("--distance-unit", choices=tuple(UNITS), default="pixels",
                        help="authors: 14 per patch, whatever the patch size, as in their code")
     group.add_argument("--keep-prefix", action="store_true", help="softmax with the class token, whose share then "
                        "counts as distance 0; default: without it, as the authors")
@@ -64,20 +67,20 @@ def table(arrays):
         for which, (title, digits) in enumerate((("distance", 1), ("entropy (nats)", 2))))
 
 
-def describe(arrays, distance_unit):
+def describe(arrays, unit):
     """Return the unit, uniform attention and the table as Markdown."""
     uniform = ", ".join(f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats" for name, array in arrays.items())
-    return f"distances in {distance_unit}; uniform attention: {uniform}\n\n{table(arrays)}"
+    return f"distances in {unit}; uniform attention: {uniform}\n\n{table(arrays)}"
 
 
-def draw_box_plots(arrays):
+def draw_box_plots(arrays, unit):
     """Draw a column for each model: box plots over heads for each block, distance above, entropy below; a dashed line
     is at the value of uniform attention.
     """
     figure, axes = report.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4),
                                    sharex="col", sharey="row", squeeze=False)
     for column, (name, array) in enumerate(arrays.items()):
-        for row, label in enumerate(("distance (px)", "entropy (nats)")):
+        for row, label in enumerate((f"distance ({unit})", "entropy (nats)")):
             panel, layers = axes[row, column], array.shape[1]
             panel.boxplot(list(array[row, :, :-1]), widths=0.65, patch_artist=True, medianprops={"color": "black"},
                           boxprops={"facecolor": report.COLOURS[5], "linewidth": 0.7},
@@ -98,6 +101,7 @@ def main(args):
     """Measure, write and draw; return {model: (distance and entropy, layers, heads + 1)}, {} where this rank leaves."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig5")
+        unit = str(arrays.pop("distance_unit", "px"))  # older files do not name it
     else:
         models = study.load_all(args, study.models(args, ROWS, "fig5"))
         images = study.images(args, models)
@@ -106,8 +110,9 @@ def main(args):
         arrays = {name: distance_and_entropy(model, batches, args.distance_unit, args.keep_prefix)
                   for name, model, batches in study.each_model(args, models, images)}
         about = study.about(args, models, images, distance_unit=args.distance_unit, keep_prefix=args.keep_prefix)
-        study.save(args, "fig5", arrays, about, describe(arrays, args.distance_unit))
-    report.draw_numbers(args, "fig5", draw_box_plots, arrays)
+        unit = UNITS[args.distance_unit]
+        study.save(args, "fig5", {**arrays, "distance_unit": np.array(unit)}, about, describe(arrays, unit))
+    report.draw_numbers(args, "fig5", partial(draw_box_plots, unit=unit), arrays)
     return arrays
 
 

@@ -86,7 +86,7 @@ def given_models(args, words=()):
     models = options.parse_pairs(args.models, "--models")
     if next(iter(models.values())) in words:
         raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
-    if taken := {"file", "allow_pickle", "item"} & models.keys():  # in the .npz
+    if taken := {"file", "allow_pickle", "item", "distance_unit"} & models.keys():  # in the .npz
         raise UserError(f"--models {taken.pop()}=...: choose another name")
     for name, checkpoint in models.items():
         somewhere_else = checkpoint in words or checkpoint.startswith("timm:")

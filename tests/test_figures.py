@@ -309,6 +309,21 @@ def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_pa
     assert np.array_equal(arrays["ours"], arrays["lite"])
 
 
+def test_distances_of_the_authors_are_labelled_with_their_unit(place, tmp_path):
+    """Drawn again from the numbers, too: the file names its unit. One of before is in pixels."""
+    arrays = run(fig5_attention, place, tmp_path, "--distance-unit", "authors", "--num-images", "6")
+    path = tmp_path / "fig5" / "fig5.npz"
+    assert set(arrays) == {"A", "B"} and "distances in 1/14 patch" in path.with_suffix(".md").read_text()
+    assert fig5_attention.draw_box_plots(arrays, "1/14 patch").axes[0].get_ylabel() == "attention distance (1/14 patch)"
+    picture = path.with_suffix(".png")
+    drawn = picture.read_bytes()
+    assert run(fig5_attention, place, tmp_path, "--from-numbers", str(path), models=False).keys() == arrays.keys()
+    assert picture.read_bytes() == drawn
+    np.savez(path, item=np.array("fig5"), **arrays)
+    run(fig5_attention, place, tmp_path, "--from-numbers", str(path), models=False)
+    assert picture.read_bytes() != drawn
+
+
 @pytest.mark.slow
 def test_under_torchrun_one_rank_analyses(place, tmp_path):
     words = ["--preset", "small", "--data-path", str(place / "data"), "--device", "cpu", "--workers", "0", "--output",
