@@ -148,3 +148,17 @@ class Activations:
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
+
+
+@torch.inference_mode()
+def mean_over_images(model, batches, wanted, measure):
+    """Average a measure of the activations `wanted` over images, each image weighing the same.
+
+    measure(activation) -> values of each image (B, ...). Returns (activations, ...) in float64, on the CPU.
+    """
+    total, count = 0.0, 0
+    with Activations(model, wanted, lambda activation: measure(activation).double().sum(dim=0)) as read:
+        for images in batches:
+            total = total + torch.stack(list(read(images).values()))
+            count += len(images)
+    return (total / count).cpu()

@@ -11,11 +11,10 @@ first point has the positions in it, as all later ones have; they are rich in hi
 below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
 """
 import numpy as np
-import torch
 
 from common import entry, report
 from sec4_analysis import fourier, study
-from sec4_analysis.activations import Activations, geometry
+from sec4_analysis.activations import geometry, mean_over_images
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
@@ -29,7 +28,6 @@ def build_parser():
     return parser
 
 
-@torch.inference_mode()
 def amplitudes(model, batches, first, sub_blocks):
     """Measure the delta log amplitude of every point at every frequency of the diagonal, each image weighing the same.
 
@@ -41,14 +39,9 @@ def amplitudes(model, batches, first, sub_blocks):
               *(f"blocks.{i}{part}" for i in range(len(model.blocks)) for part in parts)]
 
     def of_patches(tokens):
-        patches = tokens[:, -grid[0] * grid[1]:]  # they come last
-        return fourier.log_amplitude(patches, grid).double().sum(dim=0)
-    total, count = 0.0, 0
-    with Activations(model, wanted, of_patches) as read:
-        for batch in batches:
-            total, count = total + torch.stack(list(read(batch).values())), count + len(batch)
-    mean = (total / count).cpu()  # (points, half diagonal)
-    return np.stack([(mean - mean[:, :1]).numpy(), np.tile(fourier.diagonal_frequencies(grid), (len(mean), 1))])
+        return fourier.log_amplitude(tokens[:, -grid[0] * grid[1]:], grid)  # prefix tokens come before the patches
+    delta = fourier.delta_log_amplitude(mean_over_images(model, batches, wanted, of_patches))  # (points, half diagonal)
+    return np.stack([delta.numpy(), np.tile(fourier.diagonal_frequencies(grid), (len(delta), 1))])
 
 
 def table(arrays):

@@ -16,7 +16,7 @@ import torch
 
 from common import entry, report
 from sec4_analysis import attention, study
-from sec4_analysis.activations import Activations, geometry
+from sec4_analysis.activations import geometry, mean_over_images
 
 ROWS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3, study.UNTRAINED)
 UNITS = {"pixels": "px", "authors": "1/14 patch"}  # --distance-unit -> how the unit is written
@@ -32,29 +32,23 @@ def build_parser():
     return parser
 
 
-@torch.inference_mode()
 def distance_and_entropy(model, batches, distance_unit, keep_prefix):
     """Measure every head's attention, mean over images and query patches: (2, layers, heads + 1), float64.
 
     First distances, then entropies; the last column is uniform attention.
     """
     prefix, grid, patch_size = geometry(model)
-    patch_size = attention.AUTHORS_UNIT if distance_unit == "authors" else patch_size
-    distances = attention.patch_distances(grid, patch_size).to(next(model.parameters()).device)
+    patch_size = attention.AUTHORS_PATCH_SIZE if distance_unit == "authors" else patch_size
+    G = attention.patch_distances(grid, patch_size).to(next(model.parameters()).device)
 
-    def of_heads(logits):
-        weights = attention.attention_weights(logits, prefix, keep_prefix)
-        return torch.stack([attention.attention_distance(weights, distances).double().sum(dim=0),
-                            attention.attention_entropy(weights).double().sum(dim=0)])  # (2, heads)
-    wanted = [f"blocks.{i}.logits" for i in range(len(model.blocks))]
-    total, count = 0.0, 0
-    with Activations(model, wanted, of_heads) as read:
-        for batch in batches:
-            total, count = total + torch.stack(list(read(batch).values()), dim=1), count + len(batch)
-    keys = len(distances) + (prefix if keep_prefix else 0)
-    uniform = torch.stack([distances.double().sum().cpu() / len(distances) / keys, torch.tensor(np.log(keys))])
-    uniform = uniform.view(2, 1, 1).expand(2, len(wanted), 1)
-    return torch.cat([(total / count).cpu(), uniform], dim=2).numpy()
+    def of_heads(A):
+        P = attention.attention_weights(A, prefix, keep_prefix)
+        return torch.stack([attention.attention_distance(P, G), attention.attention_entropy(P)], dim=1)  # (B, 2, heads)
+    logits = [f"blocks.{i}.logits" for i in range(len(model.blocks))]
+    heads = mean_over_images(model, batches, logits, of_heads).transpose(0, 1)  # (2, layers, heads)
+    keys = len(G) + (prefix if keep_prefix else 0)
+    uniform = torch.stack([G.double().sum().cpu() / len(G) / keys, torch.tensor(np.log(keys))])
+    return torch.cat([heads, uniform.view(2, 1, 1).expand(2, len(logits), 1)], dim=2).numpy()
 
 
 def table(arrays):

@@ -19,7 +19,7 @@ def diagonal_frequencies(grid) -> list[float]:
 
 
 def log_amplitude(tokens: torch.Tensor, grid) -> torch.Tensor:
-    """Compute the log amplitude on the diagonal, averaged over channels: (B, L, C) -> (B, frequencies).
+    """Compute log( |F_ii| + 1e-6 ), averaged over channels: (B, L, C) -> (B, frequencies).
 
     tokens: patch tokens without prefix tokens, in row-major order on `grid` (rows, columns). If the grid is not square,
     the longer axis takes the nearest of its frequencies to the i / m of the shorter axis.
@@ -28,10 +28,10 @@ def log_amplitude(tokens: torch.Tensor, grid) -> torch.Tensor:
     maps = tokens.float().transpose(1, 2).reshape(B, C, *grid)
     steps = torch.arange(len(diagonal_frequencies(grid)), device=tokens.device) / min(grid)
     i, j = ((steps * n).round().long() for n in grid)
-    return (torch.fft.fft2(maps)[:, :, i, j].abs() + 1e-6).log().mean(dim=1)
+    F_ii = torch.fft.fft2(maps)[:, :, i, j]  # (B, C, frequencies)
+    return (F_ii.abs() + 1e-6).log().mean(dim=1)
 
 
-def delta_log_amplitude(tokens: torch.Tensor, grid) -> torch.Tensor:
-    """Compute the delta log amplitude relative to frequency 0, averaged over images: (B, L, C) -> (frequencies,)."""
-    f = log_amplitude(tokens, grid).double().mean(dim=0)
-    return f - f[0]
+def delta_log_amplitude(f: torch.Tensor) -> torch.Tensor:
+    """Compute delta_i = f_i - f_0 from log amplitudes averaged over images: (..., frequencies) of the same shape."""
+    return f - f[..., :1]

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from common.errors import UserError
+from sec4_analysis.attention import attention_logits
 
 
 def attention_loss(student: torch.Tensor, teacher: torch.Tensor, head_map: torch.Tensor) -> torch.Tensor:
@@ -39,14 +40,9 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, width_map: torch.T
 def block_logits(block: Block, x: torch.Tensor) -> torch.Tensor:
     """Compute a block's attention logits A from its input: (B, N, D) -> (B, heads, N, N).
 
-    Equal to attention_logits in sec4_analysis/attention.py, but does not compute the values v: of the qkv weights only
-    the first two thirds are used, so a block may be without the rest (decoupled.py).
+    The block's MLP and the rows of v in its qkv are not used, so a block may be without them (decoupled.py).
     """
-    attention, (B, N, _) = block.attn, x.shape
-    rows, bias = 2 * attention.num_heads * attention.head_dim, attention.qkv.bias
-    qk = F.linear(block.norm1(x), attention.qkv.weight[:rows], None if bias is None else bias[:rows])
-    q, k = qk.view(B, N, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head dim)
-    return (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
+    return attention_logits(block.attn, block.norm1(x))
 
 
 def check_range(what, numbers, first, last, whose):
