@@ -120,30 +120,30 @@ class Activations:
     """
 
     def __init__(self, model, wanted, reduce=lambda activation: activation, norm=None):
-        places = points(model, norm)
-        if absent := sorted(set(wanted) - set(places)):
+        known = points(model, norm)
+        if absent := sorted(set(wanted) - set(known)):
             raise UserError(f"the model has no {', '.join(absent)}: its {len(model.blocks)} blocks count from 0")
         self.model, self.reduce, self.found = model, reduce, {}
-        self.places = {name: place for name, place in places.items() if name in wanted}
+        self.points = {name: point for name, point in known.items() if name in wanted}
 
     def __enter__(self):
-        self.hooks = [self.hook(name, place) for name, place in self.places.items()]
+        self.hooks = [self.hook(name, point) for name, point in self.points.items()]
         return self
 
-    def hook(self, name, place):
+    def hook(self, name, point):
         """Register what keeps one activation and returns None, by which the model goes on with its own."""
         def keep(tensor):
-            self.found[name] = self.reduce(place.of(tensor))
-        if place.at_input:
-            return place.module.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
-        return place.module.register_forward_hook(lambda module, inputs, output: keep(output))
+            self.found[name] = self.reduce(point.of(tensor))
+        if point.at_input:
+            return point.module.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
+        return point.module.register_forward_hook(lambda module, inputs, output: keep(output))
 
     def __call__(self, images):
         """Run the model on images (B, C, H, W); return {name: reduced activation}."""
         self.found = {}  # the model may have been called by others too
         run_encoder(self.model, images)
         found, self.found = self.found, {}
-        return {name: found[name] for name in self.places}  # a KeyError outside of `with`, where nothing is read
+        return {name: found[name] for name in self.points}  # a KeyError outside of `with`, where nothing is read
 
     def __exit__(self, *error):
         for hook in self.hooks:

@@ -86,31 +86,32 @@ def head_maps(model, image, layers, heads, query=None):
         found = read(image)
     maps = {}
     for name, weights in found.items():  # each (heads, L, L)
-        looked = weights[:, query[0] * columns + query[1]] if query else weights.mean(dim=1)  # (heads, L)
         block = int(name.split(".")[1]) + 1
-        maps |= {f"block {block} head {head}": looked[head - 1].view(rows, columns).cpu().numpy() for head in heads}
+        of_heads = weights[:, query[0] * columns + query[1]] if query else weights.mean(dim=1)  # (heads, L)
+        for head in heads:
+            maps[f"block {block} head {head}"] = of_heads[head - 1].view(rows, columns).cpu().numpy()
     return maps
 
 
-def shown(image):
+def in_unit_range(image):
     """Return the one image of a batch, (H, W, C), scaled to 0..1."""
     image = image[0].permute(1, 2, 0).cpu().numpy()
     return (image - image.min()) / np.ptp(image).clip(1e-6)
 
 
-def asked(arrays):
+def query_label(arrays):
     """Say whose attention the maps show."""
     return "query patch {}, {}".format(*arrays["query"]) if "query" in arrays else "mean over queries"
 
 
 def describe(arrays):
     """Return the largest weight of each map as Markdown."""
-    return f"weights of attention maps, {asked(arrays)}\n\n" + report.markdown(
+    return f"weights of attention maps, {query_label(arrays)}\n\n" + report.markdown(
         ["map", "largest weight"],
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
-def visible(image):
+def displayable(image):
     """Return an image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)
 
@@ -128,12 +129,14 @@ def draw_maps(arrays):
     figure, axes = report.subplots(len(models), columns, figsize=(1.5 * columns, 1.75 * len(models)), squeeze=False)
     for row, (name, panels) in zip(axes, models.items()):
         for panel, (what, array) in zip(row, panels):
-            picture = what == "image"
-            panel.imshow(visible(array) if picture else array, cmap="gray" if picture else "magma", vmin=0,
-                         vmax=1 if picture else array.max())
+            if what == "image":
+                panel.imshow(displayable(array), cmap="gray", vmin=0, vmax=1)
+                panel.set_title(f"{name}\n{query_label(arrays)}", fontsize=8)
+            else:
+                panel.imshow(array, cmap="magma", vmin=0, vmax=array.max())
+                panel.set_title(f"{what}\nmax {array.max():.3f}", fontsize=8)
             if "query" in arrays:
                 mark_patch(panel, arrays["query"], np.array(array.shape[:2]) / panels[-1][1].shape)
-            panel.set_title(f"{name}\n{asked(arrays)}" if picture else f"{what}\nmax {array.max():.3f}", fontsize=8)
         for panel in row:
             panel.axis("off")
     from matplotlib import cm, colors
@@ -168,8 +171,9 @@ def main(args):
         for name, model, batches in study.each_model(args, models, images):
             check_places(model, args.layers, args.heads, args.query)
             image = pick(batches, args.image)
-            maps = head_maps(model, image, args.layers, args.heads, args.query)
-            arrays |= {f"{name}/{what}": array for what, array in {"image": shown(image), **maps}.items()}
+            arrays[f"{name}/image"] = in_unit_range(image)
+            for place, weights in head_maps(model, image, args.layers, args.heads, args.query).items():
+                arrays[f"{name}/{place}"] = weights
         if args.query:
             arrays["query"] = np.array(args.query)
         about = study.about(args, models, images, image=args.image, query=args.query)

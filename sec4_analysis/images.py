@@ -19,18 +19,26 @@ def draw_images(images, args):
         count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
         chosen = np.argsort(labels, kind="stable")[:count]
     else:
-        rng = np.random.default_rng(args.seed if args.image_seed is None else args.image_seed)
         count = args.num_images
-        order = rng.permutation(len(labels))
-        turn = np.empty(len(labels), int)  # rank of each image within its class, in this random order
-        for label in np.unique(labels):
-            mine = order[labels[order] == label]
-            turn[mine] = np.arange(len(mine))
-        chosen = rng.permutation(order[np.argsort(turn[order], kind="stable")][:count])
+        chosen = draw_balanced(labels, count, args.seed if args.image_seed is None else args.image_seed)
     if len(chosen) < count or count < 1:
         raise UserError(f"--num-images {args.num_images} needs {count} images, there are {len(labels)}: lower "
                         f"--num-images")
     return chosen
+
+
+def draw_balanced(labels, count, seed):
+    """Draw indices of `count` images in random order; numbers of images per class differ by one at most, as far as the
+    classes are large enough.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels), int)  # of each image within its class, in this random order
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    by_rank = order[np.argsort(rank[order], kind="stable")]  # the first image of every class, then the second ones, ...
+    return rng.permutation(by_rank[:count])
 
 
 def preprocessing(model, args):
