@@ -20,21 +20,21 @@ from common.errors import UserError
 from sec4_analysis.attention import attention_logits
 
 
-def attention_loss(student: torch.Tensor, teacher: torch.Tensor, head_map: torch.Tensor) -> torch.Tensor:
+def attention_loss(A_S: torch.Tensor, A_T: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
     """Compute MSE(A^T, M A^S) in float32, the mean over all elements.
 
-    student: logits A^S (B, hS, N, N); teacher: logits A^T (B, hT, N, N); head_map: M (hT, hS).
+    A_S: the student's logits (B, hS, N, N); A_T: the teacher's (B, hT, N, N); M: (hT, hS).
     """
-    with torch.autocast(student.device.type, enabled=False):
+    with torch.autocast(A_S.device.type, enabled=False):
         # M A^S = einsum("ts,bsqk->btqk", M, A^S), as a 1x1 convolution over heads: einsum would round differently
-        mapped = F.conv2d(student.float(), head_map.float()[:, :, None, None])
-        return F.mse_loss(mapped, teacher.float())
+        M_A_S = F.conv2d(A_S.float(), M.float()[:, :, None, None])
+        return F.mse_loss(M_A_S, A_T.float())
 
 
-def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, width_map: torch.Tensor) -> torch.Tensor:
-    """Compute the same loss for hidden states: student (B, N, DS), teacher (B, N, DT), width_map (DT, DS)."""
-    with torch.autocast(student.device.type, enabled=False):
-        return F.mse_loss(F.linear(student.float(), width_map.float()), teacher.float())
+def hidden_loss(H_S: torch.Tensor, H_T: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    """Compute the same loss for hidden states: H_S (B, N, DS), H_T (B, N, DT), M (DT, DS)."""
+    with torch.autocast(H_S.device.type, enabled=False):
+        return F.mse_loss(F.linear(H_S.float(), M.float()), H_T.float())
 
 
 def block_logits(block: Block, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def visible_ids(student, noise):
     return noise.argsort(dim=1)[:, :student.num_visible]
 
 
-def shared(tokens, target):
+def shared_tokens(tokens, target):
     """Keep the tokens that the teacher's target has too: without the class token if that has none."""
     return tokens[:, tokens.shape[1] - target.shape[-2]:]
 
@@ -101,15 +101,13 @@ class DMAE(nn.Module):
         """
         student, states = self.model, []
         parts = {"mae": student(images, noise, states)}
-        if self.blocks:
-            parts["attention"] = sum(
-                attention_loss(block_logits(student.blocks[block - 1], shared(states[block - 1], target)), target,
-                               self.attn_adapter[f"adapter{block - 1}"].weight.flatten(1))
-                for block, target in zip(self.blocks, teacher_logits, strict=True))
-        if self.layers:
-            norms = [*(block.norm1 for block in student.blocks), student.norm]
-            parts["hidden"] = sum(
-                hidden_loss(norms[layer](shared(states[layer], target)), target,
-                            self.hidden_adapter[f"adapter{layer}"].weight)
-                for layer, target in zip(self.layers, teacher_hidden, strict=True))
+        for block, A_T in zip(self.blocks, teacher_logits, strict=True):
+            A_S = block_logits(student.blocks[block - 1], shared_tokens(states[block - 1], A_T))
+            M = self.attn_adapter[f"adapter{block - 1}"].weight.flatten(1)
+            parts["attention"] = parts.get("attention", 0) + attention_loss(A_S, A_T, M)
+        norms = [*(block.norm1 for block in student.blocks), student.norm]
+        for layer, H_T in zip(self.layers, teacher_hidden, strict=True):
+            H_S = norms[layer](shared_tokens(states[layer], H_T))
+            M = self.hidden_adapter[f"adapter{layer}"].weight
+            parts["hidden"] = parts.get("hidden", 0) + hidden_loss(H_S, H_T, M)
         return sum(self.weights[name] * part for name, part in parts.items()), parts

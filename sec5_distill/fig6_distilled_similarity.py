@@ -22,7 +22,7 @@ def build_parser():
 
 def own_models(args):
     """Return {name: checkpoint} of the preset's own runs; the teacher is D-MAE's. {} after a dry run."""
-    rows = [Row("supervised", "supervised", None, ["sec3_benchmark/finetune.py"]),
+    rows = [study.SUPERVISED,
             Row("mae", "MAE", None, [pretrain_dmae.mae_beside(args.preset)]),
             Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py"])]
     found = study.own_runs(args, rows, "fig6")

@@ -59,10 +59,11 @@ def cells(args, names, rows):
     """Return the rows of tables.run_rows: one for each data set and, of the same key, one for the last column. Run
     together they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
     """
-    last = [*last_columns(args)][-1]
-    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.lines) > 1] if args.imagenet else []
-    asked = () if args.imagenet else args.rows  # else every row has a run in the last column
-    return [*downstream.cells(rows, names, asked),
+    if not args.imagenet:
+        return downstream.cells(rows, names, args.rows)
+    last = list(last_columns(args))[-1]
+    tuned = [table1_row(row) for row in rows if row.key != "supervised" or len(row.lines) > 1]
+    return [*downstream.cells(rows, names, ()),  # a row without a cell here has one in the last column
             *(replace(row, name=f"{row.name} {last}", column=last) for row in tuned)]
 
 

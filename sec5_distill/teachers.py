@@ -25,7 +25,7 @@ from common.shapes import STEM, TABLE, fill, shape_config, source_grid
 from common.vit import check_heads, final_norm, set_fused_attention
 from sec5_distill.distillation import block_logits, check_range
 
-BEHIND = ("head", "attn_pool.")  # what of a classifier follows the final norm
+CLASSIFIER = ("head", "attn_pool.")  # parameters behind the final norm
 
 
 def load_teacher(weights, num_heads=None, grid=(0, 0)):
@@ -43,34 +43,38 @@ def load_teacher(weights, num_heads=None, grid=(0, 0)):
 
 def check_teacher(encoder, source="it"):
     """Raise UserError, with the reason, unless the model is an MAE or a plain ViT."""
+    if not isinstance(encoder, MAE) and (reason := unlike_a_plain_vit(encoder)):
+        raise UserError(f"{source} is no teacher: {reason}. Give an MAE or a plain ViT")
+
+
+def unlike_a_plain_vit(encoder):
+    """Return in words what makes the model no plain ViT; None if it is one."""
     kind = type(encoder).__name__
-    if isinstance(encoder, MAE):
-        return
     if isinstance(encoder, Beit):
-        reason = f"a {kind} adds relative positions to q k^T, which a student without them cannot match"
-    elif type(encoder) is not VisionTransformer:
-        reason = f"a {kind} is no plain ViT"
-    elif odd := {type(part) for block in encoder.blocks for part in (block, getattr(block, "attn", block))
-                 } - {Block, Attention}:
-        reason = f"its blocks ({', '.join(sorted(part.__name__ for part in odd))}) are not a plain ViT's"
-    elif type(encoder.patch_embed) is not PatchEmbed or not isinstance(encoder.patch_embed.norm, nn.Identity):
-        reason = f"a {type(encoder.patch_embed).__name__}, not a convolution alone, embeds its patches"
-    else:
-        return
-    raise UserError(f"{source} is no teacher: {reason}. Give an MAE or a plain ViT")
+        return f"a {kind} adds relative positions to q k^T, which a student without them cannot match"
+    if type(encoder) is not VisionTransformer:
+        return f"a {kind} is no plain ViT"
+    parts = [part for block in encoder.blocks for part in (block, getattr(block, "attn", block))]
+    other_kinds = sorted(part.__name__ for part in {type(part) for part in parts} - {Block, Attention})
+    if other_kinds:
+        return f"its blocks ({', '.join(other_kinds)}) are not a plain ViT's"
+    if type(encoder.patch_embed) is not PatchEmbed or not isinstance(encoder.patch_embed.norm, nn.Identity):
+        return f"a {type(encoder.patch_embed).__name__}, not a convolution alone, embeds its patches"
+    return None
 
 
 def foreign_vit(weights, num_heads, grid):
     """Build the encoder of a file that holds no settings, of any width and depth, from its tensors."""
-    state = {name: value for name, value in weights.state.items() if not name.startswith((*DECODER, *BEHIND))}
+    state = {name: value for name, value in weights.state.items() if not name.startswith((*DECODER, *CLASSIFIER))}
     config = shape_config(state, grid)
     if "pos_embed" not in state or f"blocks.0.attn.{TABLE}" in state:
         raise FormatError(f"{weights.source} is no teacher: it has no absolute positions alone. Give a plain ViT")
     if num_heads is None:
         print0(f"{weights.source}: num_heads is not in the file; assuming 12 (--teacher-heads)")
-    width, (_, (rows, columns)) = len(state[STEM]), source_grid(weights, grid)
+    width, patch = len(state[STEM]), config["patch_size"]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    _, (rows, columns) = source_grid(weights, grid)
     check_heads(width, num_heads or 12, "--teacher-heads")
-    patch, depth = config["patch_size"], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     vit = VisionTransformer(
         img_size=(rows * patch, columns * patch), patch_size=patch, in_chans=config["in_chans"], num_classes=0,
         embed_dim=width, depth=depth, num_heads=num_heads or 12, class_token=config["class_token"],
@@ -114,7 +118,9 @@ def check_channels(student, encoder):
 
 def conversion(ours, theirs):
     """Return (scale, shift), each (C, 1, 1), from images of one mean and std to the other; None if they agree."""
-    if not ours or not theirs or all(abs(a - b) <= 1e-3 for name in ours for a, b in zip(ours[name], theirs[name])):
+    if not ours or not theirs:
+        return None
+    if all(abs(a - b) <= 1e-3 for name in ours for a, b in zip(ours[name], theirs[name])):
         return None
     mean, std, their_mean, their_std = (torch.tensor(statistics[name]).view(-1, 1, 1)
                                         for statistics in (ours, theirs) for name in ("mean", "std"))
@@ -149,7 +155,8 @@ class Teacher(nn.Module):
 
     def _take_tokens(self, encoder, grid):
         """Keep the class token and registers (1, P, D), their positions added, and the positions (L, D) on the grid."""
-        tokens = [token for name in ("cls_token", "reg_token") if (token := getattr(encoder, name, None)) is not None]
+        tokens = [getattr(encoder, name, None) for name in ("cls_token", "reg_token")]
+        tokens = [token for token in tokens if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else self.proj.weight.new_empty(1, 0, self.dim)
         with_position = 0 if getattr(encoder, "no_embed_class", False) else prefix.shape[1]
         positions = encoder.pos_embed
