@@ -96,14 +96,14 @@ class DMAEMethod(Method):
         return self.forward(images, noise, *self.teacher(images, visible_ids(self.model.model, noise)))
 
 
-def places(args):
+def pairs(args):
     """The student's and the teacher's blocks, the student's and the teacher's hidden layers."""
     blocks, layers = args.distill_blocks, args.hidden_layers or []
     return (blocks, blocks if args.teacher_blocks is None else args.teacher_blocks,
             layers, layers if args.teacher_hidden_layers is None else args.teacher_hidden_layers)
 
 
-def with_places(args, teacher_depth):
+def with_pairs(args, teacher_depth):
     """Return settings that say which blocks and layers of a teacher of this depth go with the student's. Raises
     UserError if there is none, or they form no pairs.
     """
@@ -120,7 +120,7 @@ def with_places(args, teacher_depth):
         if settings[name] is None:
             settings[name] = at_relative_depth(numbers, depth, teacher_depth, "--" + name.replace("_", "-"))
     args = options.replaced(args, **settings)
-    check_pairs(depth, *places(args))
+    check_pairs(depth, *pairs(args))
     check_teacher_blocks(teacher_depth, args.teacher_blocks, args.teacher_hidden_layers)
     return args
 
@@ -171,7 +171,7 @@ def build(args, encoder):
     seed_everything("weights", args.seed)
     student = build_mae(args) if args.decoupled is None else build_mae(args, DecoupledMAE, decoder_block=args.decoupled)
     check_channels(student, encoder)
-    blocks, their_blocks, layers, their_layers = places(args)
+    blocks, their_blocks, layers, their_layers = pairs(args)
     teacher = Teacher(encoder, their_blocks, their_layers, student.grid, student_statistics(args))
     seed_everything("adapters", args.seed)
     return DMAE(student, teacher, blocks, layers, args.attention_weight, args.hidden_weight), teacher
@@ -182,14 +182,14 @@ def main(args):
     device = distributed.start_process_group(args.device)
     args = options.resolve(args)
     if args.teacher == "own":  # what cannot be distilled is found before its long pre-training
-        with_places(args, model_size(args.teacher_model)["depth"])
+        with_pairs(args, model_size(args.teacher_model)["depth"])
         args = options.replaced(args, teacher=pretrain_teacher(args))
     images = load_images(args)
     weights = read_weights(args.teacher)
     args = with_statistics(args, weights, keep_given=True)  # else the teacher converts the images
     identity = teacher_identity(args, weights)
     encoder = load_teacher(weights, args.teacher_heads, patch_grid(args.img_size, args.patch_size))
-    args = without_defaults(with_places(args, len(encoder.blocks)), weights)
+    args = without_defaults(with_pairs(args, len(encoder.blocks)), weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity},
                   no_identity=("teacher",)) as run:

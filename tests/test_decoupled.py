@@ -168,8 +168,8 @@ def test_a_damaged_block_is_not_taken_for_the_half_one(lost, tmp_path):
 @pytest.mark.parametrize("depth", [12, 24])
 def test_in_every_preset_the_teachers_last_block_goes_with_the_half_one(preset, depth):
     args = options.resolve(settings_of(pretrain_dmae, {"preset": preset, "decoupled": 8}))
-    args = pretrain_dmae.with_places(args, depth)
-    assert pretrain_dmae.places(args) == ([13], [depth], [], [])
+    args = pretrain_dmae.with_pairs(args, depth)
+    assert pretrain_dmae.pairs(args) == ([13], [depth], [], [])
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -180,7 +180,7 @@ def test_in_every_preset_the_teachers_last_block_goes_with_the_half_one(preset, 
 def test_what_cannot_be_decoupled_is_refused(settings, message):
     args = options.resolve(settings_of(pretrain_dmae, {"preset": "demo", "decoupled": 8, **settings}))
     with pytest.raises(UserError, match=message):
-        pretrain_dmae.with_places(args, 12)
+        pretrain_dmae.with_pairs(args, 12)
 
 
 def test_a_run_from_the_command_line_to_the_next_stage(tmp_path):

@@ -180,7 +180,7 @@ def test_a_depth_without_a_matching_block_is_refused(numbers, theirs):
 def test_a_run_with_the_same_numbers_is_the_one_that_it_was():
     """Before, the default was the same number of block whatever the depth: said, it is that run, else another."""
     def place(**settings):
-        args = pretrain_dmae.with_places(settings_of(pretrain_dmae, {"model": "vit_demo", **settings}), 24)
+        args = pretrain_dmae.with_pairs(settings_of(pretrain_dmae, {"model": "vit_demo", **settings}), 24)
         weights = read_weights  # only its config is asked for
         weights.config = {"num_heads": 12}
         return pretrain_dmae.without_defaults(args, weights)
