@@ -1,16 +1,16 @@
-"""What a ViT computes on the way, by name: forward hooks read it while the model runs.
+"""Activations of a ViT under fixed names, read by forward hooks while the model runs.
 
 For B images, P prefix tokens (class token, registers), L patches, and blocks counted from 0:
 
-    patch_embed      the patches' tokens before positions are added             (B, L, D)
-    embedded         what enters block 0: prefix tokens in front, positions in  (B, P + L, D)
-    blocks.i.norm1   what the attention of block i reads                        (B, P + L, D)
-    blocks.i.logits  its attention logits, before the softmax                   (B, heads, P + L, P + L)
-    blocks.i.attn    the residual stream between attention and MLP              (B, P + L, D)
-    blocks.i         the residual stream after block i                          (B, P + L, D)
-    norm             the last block's output through the final norm             (B, P + L, D)
+    patch_embed      patch tokens before positions are added                        (B, L, D)
+    embedded         the input of block 0: prefix tokens in front, positions added  (B, P + L, D)
+    blocks.i.norm1   the input of the attention of block i                          (B, P + L, D)
+    blocks.i.logits  the attention logits of block i, before the softmax            (B, heads, P + L, P + L)
+    blocks.i.attn    the residual stream between attention and MLP of block i       (B, P + L, D)
+    blocks.i         the residual stream after block i                              (B, P + L, D)
+    norm             the last block's output after the final norm                   (B, P + L, D)
 
-For timm's VisionTransformer, its Beit (relative positions), and the encoder of an MAE, which then sees every patch.
+The model is timm's VisionTransformer, timm's Beit (relative positions), or an MAE, whose encoder here sees all patches.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ ATTENTIONS = (vision_transformer.Attention, beit.Attention)
 # Models
 
 def check_plain(model, name="the model"):
-    """Refuse, by a UserError, what is no plain ViT: elsewhere the names above do not mean what they say."""
+    """Raise UserError unless the model is a plain ViT: in other models the names above would mean something else."""
     if not isinstance(model, ENCODERS) or getattr(model, "attn_pool", None) is not None or \
             isinstance(model.patch_embed, HybridEmbed) or \
             any(type(block) not in BLOCKS or type(block.attn) not in ATTENTIONS for block in model.blocks):
@@ -43,16 +43,17 @@ def check_plain(model, name="the model"):
 
 
 def geometry(model):
-    """Return the number of prefix tokens, the grid of patches (rows, columns), a patch's (height, width) in pixels."""
+    """Return the number of prefix tokens, the grid (rows, columns) and a patch's (height, width) in pixels."""
     if isinstance(model, MAE):
         return 1, model.grid, (model.patch_size, model.patch_size)
     return model.num_prefix_tokens, tuple(model.patch_embed.grid_size), tuple(model.patch_embed.patch_size)
 
 
 def final_norm(model, authors=False):
-    """Return the norm that follows the last block: `norm`, or `fc_norm` in a classifier that pools first.
+    """Return the norm that follows the last block: `norm`, or `fc_norm` in a classifier that averages tokens first.
 
-    authors: what their CKA script used for an MAE. They load it into such a classifier, whose fc_norm is untrained.
+    authors: for an MAE, return an untrained norm instead. The authors' CKA script loads an MAE into such a classifier,
+    whose fc_norm is not in the checkpoint.
     """
     if authors and isinstance(model, MAE):
         return nn.LayerNorm(model.norm.normalized_shape, eps=1e-6).to(model.norm.weight.device)
@@ -60,9 +61,9 @@ def final_norm(model, authors=False):
 
 
 def run_encoder(model, images):
-    """Let images (B, C, H, W) go through all blocks; what comes out is for the hooks.
+    """Run images (B, C, H, W) through all blocks, so that the hooks are called.
 
-    An MAE's own forward embeds the visible patches alone, and by a matrix. This is the usual order on all of them.
+    MAE.forward embeds only visible patches, and not through the module `proj`. Here all patches are embedded by it.
     """
     if not isinstance(model, MAE):
         return model.forward_features(images)
@@ -77,7 +78,7 @@ def run_encoder(model, images):
 
 @dataclass
 class Point:
-    """Where an activation is met: at a module's output, or its input, and what is made of the tensor there."""
+    """An activation: the output or input of a module, transformed by the function `of`."""
 
     module: nn.Module
     at_input: bool = False
@@ -85,11 +86,11 @@ class Point:
 
 
 def points(model, norm=None):
-    """Return {name: Point} of all activations, in the order in which they are computed."""
+    """Return all activations {name: Point} of a model, in the order in which they are computed."""
     if isinstance(model, MAE):
         patch_embed = Point(model.patch_embed["proj"], of=lambda maps: maps.flatten(2).transpose(1, 2))
     else:
-        patch_embed = Point(model.patch_embed, of=lambda patches: patches.flatten(1, -2))  # maybe (B, rows, columns, D)
+        patch_embed = Point(model.patch_embed, of=lambda patches: patches.flatten(1, -2))  # or (B, rows, columns, D)
     found = {"patch_embed": patch_embed, "embedded": Point(model.blocks[0], at_input=True)}
     for i, block in enumerate(model.blocks):
         found[f"blocks.{i}.norm1"] = Point(block.norm1)
@@ -100,23 +101,24 @@ def points(model, norm=None):
 
 
 def all_logits(model, attention, tokens):
-    """Return the attention's logits of its input (B, N, D), a table of positions that all blocks share in them.
+    """Compute the attention logits of an attention's input (B, N, D), with a bias that all blocks share, if any.
 
-    Computed anew, as the fused kernel shows them to nobody: so it stays on, and only who asks for logits pays.
+    The fused attention kernel does not return its logits. So they are computed in addition to the unchanged forward,
+    and only in those blocks whose logits are asked for.
     """
     logits = attention_logits(attention, tokens)
     return logits if getattr(model, "rel_pos_bias", None) is None else logits + model.rel_pos_bias()
 
 
 class Activations:
-    """Read activations by name, batch by batch; the hooks are there inside a `with` alone:
+    """A reader of activations by name, whose hooks exist only inside a `with`:
 
         with Activations(model, ["blocks.0.norm1", "norm"], reduce) as read:
             values = read(images)  # {name: reduce(activation)}, in the order in which they are computed
 
-    `reduce` is called as soon as an activation is there and only its result is kept, so that no more than one block's
-    tensors are alive at a time. By default the activations themselves are kept, those asked for. `norm` replaces the
-    model's final norm. The model should be in evaluation mode. A UserError for names that it has not.
+    `reduce` is called as soon as an activation is computed, and only its result is kept, so that the tensors of one
+    block at most are in memory. By default the activations themselves are kept. `norm` replaces the model's final norm.
+    The model should be in evaluation mode. Raises UserError for unknown names.
     """
 
     def __init__(self, model, wanted, reduce=lambda activation: activation, norm=None):
@@ -131,7 +133,7 @@ class Activations:
         return self
 
     def hook(self, name, point):
-        """Register what keeps one activation and returns None, by which the model goes on with its own."""
+        """Register a hook that keeps one activation. It returns None, so the model's own tensor is unchanged."""
         def keep(tensor):
             self.found[name] = self.reduce(point.of(tensor))
         if point.at_input:
@@ -140,10 +142,10 @@ class Activations:
 
     def __call__(self, images):
         """Run the model on images (B, C, H, W); return {name: reduced activation}."""
-        self.found = {}  # the model may have been called by others too
+        self.found = {}  # drop what the hooks kept if the model was called directly
         run_encoder(self.model, images)
         found, self.found = self.found, {}
-        return {name: found[name] for name in self.points}  # a KeyError outside of `with`, where nothing is read
+        return {name: found[name] for name in self.points}  # KeyError outside of `with`: there are no hooks
 
     def __exit__(self, *error):
         for hook in self.hooks:

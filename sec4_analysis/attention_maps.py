@@ -1,12 +1,13 @@
-"""Where do single heads look in one image? Maps of chosen layers and heads, for each model.
+"""Where do single heads attend in one image? Maps of chosen layers and heads, for each model.
 
     python sec4_analysis/attention_maps.py                                                # demo: the preset's own runs
     python sec4_analysis/attention_maps.py --data-path IMAGENET --models MAE-Tiny=mae.pt --image 7 --layers 1 12
     python sec4_analysis/attention_maps.py --models MAE-Tiny=mae.pt --picture cat.jpg --query 7 7
 
-The weights with which one query patch looks at all patches (without --query: the mean over query patches, that is how
-much each patch is looked at), class token cut off before the softmax as in Figure 5. Each map has its own scale, whose
-largest weight stands above it. Writes attention_maps.npz, .json, .md and draws attention_maps.png from the first.
+A map shows the attention weights of the query patch --query over all patches; without --query, their mean over all
+query patches, that is, how much attention each patch receives. The class token is removed before the softmax, as in
+Figure 5. Each map has its own colour scale; its largest weight stands above it. Writes attention_maps.npz, .json, .md
+and draws attention_maps.png from the .npz.
 """
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def build_parser():
 
 
 def parse_maps(parser, argv=None):
-    """Return the arguments. With a picture they have no preset and no data set."""
+    """Parse the command line. With --picture there is no preset and no data set."""
     args = study.parse(parser, argv)
     if args.picture and args.image:
         parser.error("--image chooses among the drawn images, and --picture is one: leave it out")
@@ -47,7 +48,7 @@ def parse_maps(parser, argv=None):
 
 
 def one_picture(args, models):
-    """Return the one image of --picture as a set of its own, None where study.images gives none."""
+    """Return an ImageSet of the one image of --picture; None where study.images returns None."""
     if not models or not is_main():
         return None
     if not Path(args.picture).is_file():
@@ -57,7 +58,7 @@ def one_picture(args, models):
 
 
 def pick(batches, number):
-    """Return image `number` of all batches, from 0, as a batch of its own: (1, C, H, W)."""
+    """Return the image with this number, counted from 0 over all batches: (1, C, H, W)."""
     seen = 0
     for batch in batches:
         if number < seen + len(batch):
@@ -67,7 +68,7 @@ def pick(batches, number):
 
 
 def check_places(model, layers, heads, query):
-    """Refuse, by a UserError, layers, heads (from 1) and a query patch (row, column, from 0) that are not there."""
+    """Raise UserError for layers or heads (from 1) or a query patch (row, column; from 0) the model does not have."""
     _, (rows, columns), _ = geometry(model)
     if query and not (0 <= query[0] < rows and 0 <= query[1] < columns):
         raise UserError(f"--query {query[0]} {query[1]}: the grid has {rows} rows and {columns} columns")
@@ -79,7 +80,7 @@ def check_places(model, layers, heads, query):
 
 @torch.inference_mode()
 def head_maps(model, image, layers, heads, query=None):
-    """Return {"block B head H": weights over the patches (rows, columns)} of an image (1, C, H, W)."""
+    """Compute the maps of an image (1, C, H, W): {"block B head H": weights of the patches (rows, columns)}."""
     prefix, (rows, columns), _ = geometry(model)
     with Activations(model, [f"blocks.{layer - 1}.logits" for layer in layers],
                      lambda logits: attention.attention_weights(logits, prefix)[0]) as read:
@@ -94,32 +95,30 @@ def head_maps(model, image, layers, heads, query=None):
 
 
 def in_unit_range(image):
-    """Return the one image of a batch, (H, W, C), scaled to 0..1."""
+    """Rescale the one image of a batch to 0..1: (1, C, H, W) -> (H, W, C)."""
     image = image[0].permute(1, 2, 0).cpu().numpy()
     return (image - image.min()) / np.ptp(image).clip(1e-6)
 
 
 def query_label(arrays):
-    """Say whose attention the maps show."""
+    """Describe in words which query patches the maps belong to."""
     return "query patch {}, {}".format(*arrays["query"]) if "query" in arrays else "mean over queries"
 
 
 def describe(arrays):
-    """Return the largest weight of each map as Markdown."""
+    """Format the largest weight of each map as Markdown."""
     return f"weights of attention maps, {query_label(arrays)}\n\n" + report.markdown(
         ["map", "largest weight"],
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
 def displayable(image):
-    """Return an image (H, W, C) as matplotlib shows it: colours, or grey values (H, W), the mean of other channels."""
+    """Convert an image (H, W, C) for matplotlib: RGB as it is, else grey (H, W), the mean over channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)
 
 
 def draw_maps(arrays):
-    """Draw a row for each model: the image, then a map of each layer and head, scaled to its largest weight. A cyan
-    square is around the query patch.
-    """
+    """Draw a row per model: the image, then its maps, each scaled to its maximum. A cyan square is the query patch."""
     models = {}
     for key, array in arrays.items():
         if key != "query":
@@ -147,17 +146,14 @@ def draw_maps(arrays):
 
 
 def mark_patch(panel, query, size):
-    """Draw a square around the query patch (row, column) of patches of this size, in the panel's pixels."""
+    """Draw a square around the query patch (row, column). size: a patch's (height, width) in the panel's pixels."""
     row, column = query * size - 0.5  # the first pixel's centre is at 0
     from matplotlib.patches import Rectangle
     panel.add_patch(Rectangle((column, row), size[1], size[0], fill=False, edgecolor="cyan", linewidth=1.2))
 
 
 def main(args):
-    """Measure, write and draw; return {"MODEL/image", "MODEL/block B head H", "query": array}.
-
-    {} where this rank leaves.
-    """
+    """Measure, write and draw; return {"MODEL/image", "MODEL/block B head H", "query"}, {} if nothing was measured."""
     if args.picture and not args.models:
         raise UserError("--picture needs --models: the preset's own runs are trained on a data set")
     if args.from_numbers:

@@ -4,9 +4,9 @@
     python sec4_analysis/fig1_layer_similarity.py --data-path IMAGENET --models DeiT-Tiny=deit.pt MAE-Tiny=mae.pt
     python sec4_analysis/fig1_layer_similarity.py --from-numbers outputs/fig1/fig1.npz
 
-The paper's claim (Section 4.1): MAE-Tiny is like DeiT-Tiny in low layers and unlike it in high ones; MoCov3-Tiny is
-like it nearly everywhere. Index 0, called the patch embedding, is the first norm1 output, as in the authors' script.
-Writes fig1.npz, .json, .md, and draws fig1.png from the first.
+The paper's claim (Section 4.1): MAE-Tiny is similar to DeiT-Tiny in low layers and not in high ones; MoCov3-Tiny is
+similar to it in nearly all. Layer 0, which the paper calls patch embedding, is the output of the first norm1, as in the
+authors' script. Writes fig1.npz, .json, .md, and draws fig1.png from the .npz.
 """
 from common import entry, report
 from sec4_analysis import similarity, study
@@ -19,7 +19,7 @@ def build_parser():
 
 
 def main(args):
-    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} if nothing was measured."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig1")
     else:

@@ -5,8 +5,8 @@
     python sec4_analysis/fig2_leading_blocks.py --preset small --data-path DIR --models MAE=mae.pt MoCo-v3=moco.pt
     python sec4_analysis/fig2_leading_blocks.py --data-path IMAGENET --dry-run             # the commands alone
 
-The paper's claim (Section 4.1): a few leading blocks give the gain already; further ones add little for MAE and harm
-MoCo-v3. Writes fig2.json, .md and draws fig2.png from the first.
+The paper's claim (Section 4.1): a few leading blocks already give the gain; further ones add little for MAE and harm
+MoCo-v3. Writes fig2.json, .md and draws fig2.png from the .json.
 """
 from common import entry, options, report
 from common.distributed import is_main
@@ -22,12 +22,12 @@ def build_parser():
 
 
 def panels(args):
-    """Return {title: line}. One panel: fine-tuning on the whole set, in the paper's preset for 100 epochs."""
+    """Return {title: line of the training}: one panel, fine-tuning on all images, for 100 epochs in the paper."""
     return {"": "sec3_benchmark/finetune.py" + (" --epochs 100" if args.preset == "paper" else "")}
 
 
 def main(args):
-    """Run, write and draw; return the points {"method", "k", "top1" for each seed, ...}, [] where this rank leaves."""
+    """Run, write and draw; return the points {"method", "k", "top1" of each seed, ...}, [] if this rank has none."""
     if args.from_numbers:
         points = report.read_numbers(args.from_numbers, "fig2", "points")
     else:

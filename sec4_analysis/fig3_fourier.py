@@ -1,14 +1,14 @@
-"""Figure 3: how much of the high spatial frequencies is left after each layer? Fourier delta log amplitude.
+"""Figure 3: how much of the high spatial frequencies remains after each layer? Fourier delta log amplitude.
 
     python sec4_analysis/fig3_fourier.py                                              # demo: the preset's own runs
     python sec4_analysis/fig3_fourier.py --data-path IMAGENET --models MAE-Tiny=mae.pt MoCov3-Tiny=moco.pt
     python sec4_analysis/fig3_fourier.py --from-numbers outputs/fig3/fig3.npz
 
-13 points a model: after patch embedding, then the residual stream after each block, class token aside; --sub-blocks
-adds a point between attention and MLP. The paper's claim (Section 4.1): MoCov3-Tiny loses much of the high frequencies
-in its first layer, MAE-Tiny does not. Which activations the authors took is in no source; --first chooses whether the
-first point has the positions in it, as all later ones have; they are rich in high frequencies. The last frequency is
-below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the first.
+13 points per model: the patch tokens after patch embedding, then those of the residual stream after each block;
+--sub-blocks adds points between attention and MLP. The paper's claim (Section 4.1): MoCov3-Tiny loses much of the high
+frequencies in its first layer, MAE-Tiny does not. No source says which activations the authors took. --first chooses
+whether the first point includes the positions, which are rich in high frequencies and part of all later points. The
+last frequency is below pi, see sec4_analysis/fourier.py. Writes fig3.npz, .json, .md and draws fig3.png from the .npz.
 """
 import numpy as np
 
@@ -23,13 +23,13 @@ def build_parser():
     parser = study.make_parser(__doc__, norm=False)
     group = parser.add_argument_group("points")
     group.add_argument("--first", choices=("with-positions", "without-positions"), default="with-positions",
-                       help="what the first point, after patch embedding, has in it")
+                       help="the first point, after patch embedding: with or without positions added")
     group.add_argument("--sub-blocks", action="store_true", help="also a point between attention and MLP")
     return parser
 
 
 def amplitudes(model, batches, first, sub_blocks):
-    """Measure the delta log amplitude of every point at every frequency of the diagonal, each image weighing the same.
+    """Measure the delta log amplitude of every point at every frequency of the diagonal, mean over images.
 
     Returns (2, points, half diagonal), float64: the amplitudes, and their frequencies in units of pi.
     """
@@ -45,14 +45,14 @@ def amplitudes(model, batches, first, sub_blocks):
 
 
 def table(arrays):
-    """Return the delta log amplitude at the last frequency as Markdown."""
+    """Format the delta log amplitude at the last frequency as Markdown."""
     points = max(array.shape[1] for array in arrays.values())
     return report.markdown(["point", *range(points)],
                            [[name, *(f"{value:.2f}" for value in array[0, :, -1])] for name, array in arrays.items()])
 
 
 def draw_amplitudes(arrays):
-    """Draw the last frequency over depth; then for each model all frequencies, from the first point to the last."""
+    """Draw a panel with the last frequency over depth, then a panel per model with a curve per point."""
     figure, axes = report.subplots(1, len(arrays) + 1, figsize=(2.3 * len(arrays) + 3.4, 2.7),
                                    sharey=True, gridspec_kw={"width_ratios": [1.5] + [1] * len(arrays)})
     for (name, array), (style, colour) in zip(arrays.items(), study.line_styles()):
@@ -73,10 +73,7 @@ def draw_amplitudes(arrays):
 
 
 def main(args):
-    """Measure, write and draw; return {model: (2, points, half diagonal)}, values and their frequencies / pi.
-
-    {} where this rank leaves.
-    """
+    """Measure, write and draw; return {model: what `amplitudes` gives}, {} if nothing was measured."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig3")
     else:

@@ -5,10 +5,10 @@
     python sec4_analysis/fig4_leading_blocks_small_data.py --preset small --datasets A B --dataset-path ROOT \\
            --models MAE=mae.pt MoCo-v3=moco.pt
 
---data-path is what the methods pre-train on; --datasets names what is transferred to, see
+--data-path: what the methods pre-train on; --datasets: what they are transferred to, see
 sec3_benchmark/downstream_sets.py.
-The paper's claim (Section 4.1): accuracy rises with k everywhere, more so the smaller the set, so high layers matter
-there; both methods are equal at small k and MoCo-v3 is ahead at large k. Writes fig4.json, .md and draws fig4.png.
+The paper's claim (Section 4.1): accuracy rises with k on every set, and more on smaller ones, so high layers matter
+there; both methods are equal at small k, and MoCo-v3 is ahead at large k. Writes fig4.json, .md and draws fig4.png.
 """
 import shlex
 
@@ -29,7 +29,7 @@ def build_parser():
 
 
 def panels(args):
-    """Return {title: settings}, a panel for each data set."""
+    """Return {title: line of the training}, a panel per data set."""
     if downstream.COCO in (args.datasets or ()):
         raise UserError(f"--datasets {downstream.COCO}: Figure 4 is about classification; leave it out "
                         f"(sec3_benchmark/detect.py trains on it)")
@@ -38,14 +38,11 @@ def panels(args):
 
 
 def main(args):
-    """Run, write and draw; return the points {"panel", "method", "k", "top1" for each seed, ...}.
-
-    [] where this rank leaves.
-    """
+    """Run, write and draw; return the points {"panel", "method", "k", "top1", ...}, [] if this rank has none."""
     if args.from_numbers:
         points = report.read_numbers(args.from_numbers, "fig4", "points")
     else:
-        study.prepare(args, "fig4")  # first: ranks wait for the one that downloads the sets
+        study.prepare(args, "fig4")  # before chosen_sets, in which ranks wait for the one that downloads
         points = leading_blocks.run_points(args, panels(args), "fig4")
         if args.dry_run or not is_main():
             return []

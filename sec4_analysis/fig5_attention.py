@@ -1,13 +1,13 @@
-"""Figure 5: how far does each head look, and how widely? Attention distance and entropy of every head and layer.
+"""Figure 5: how far and how broadly does each head attend? Attention distance and entropy of every head and layer.
 
     python sec4_analysis/fig5_attention.py                                                # demo: the preset's own runs
     python sec4_analysis/fig5_attention.py --data-path IMAGENET --models DeiT-Tiny=deit.pt MAE-Tiny=mae.pt Init=random
     python sec4_analysis/fig5_attention.py --from-numbers outputs/fig5/fig5.npz
 
-The paper's claims (Section 4.2): MAE-Tiny's high layers are local and concentrated, MoCov3-Tiny is global with little
-diversity between heads in low layers. Whether fine-tuning keeps MAE's locality its two versions answer differently.
+The paper's claims (Section 4.2): MAE-Tiny's high layers are local and concentrated; MoCov3-Tiny is global, with little
+diversity between the heads of low layers. Text and slides disagree on whether MAE's locality survives fine-tuning.
 Distances are in pixels of each model's input; the dashed line is uniform attention. Definitions: attention.py beside
-this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md and draws fig5.png from the first.
+this file; maps of single heads: attention_maps.py. Writes fig5.npz, .json, .md and draws fig5.png from the .npz.
 """
 from functools import partial
 
@@ -27,15 +27,15 @@ def build_parser():
     group = parser.add_argument_group("measures")
     group.add_argument("--distance-unit", choices=tuple(UNITS), default="pixels",
                        help="authors: 14 per patch, whatever the patch size, as in their code")
-    group.add_argument("--keep-prefix", action="store_true", help="softmax with the class token, whose share then "
+    group.add_argument("--keep-prefix", action="store_true", help="softmax with the class token, whose weight then "
                        "counts as distance 0; default: without it, as the authors")
     return parser
 
 
 def distance_and_entropy(model, batches, distance_unit, keep_prefix):
-    """Measure every head's attention, mean over images and query patches: (2, layers, heads + 1), float64.
+    """Measure every head's attention distance and entropy, mean over images and query patches.
 
-    First distances, then entropies; the last column is uniform attention.
+    Returns (2, layers, heads + 1), float64: distances, then entropies; the last column is uniform attention.
     """
     prefix, grid, patch_size = geometry(model)
     patch_size = attention.AUTHORS_PATCH_SIZE if distance_unit == "authors" else patch_size
@@ -52,7 +52,7 @@ def distance_and_entropy(model, batches, distance_unit, keep_prefix):
 
 
 def table(arrays):
-    """Return mean over heads, and spread between them, as Markdown: distance and entropy for each layer."""
+    """Format distance and entropy of each block as Markdown: mean and standard deviation over heads."""
     layers = max(array.shape[1] for array in arrays.values())
     return "\n\n".join(f"{title}, mean ± standard deviation over heads\n\n" + report.markdown(
         ["block", *range(1, layers + 1)],
@@ -62,14 +62,15 @@ def table(arrays):
 
 
 def describe(arrays, unit):
-    """Return the unit, uniform attention and the table as Markdown."""
+    """Format the unit, the values of uniform attention and the tables as Markdown."""
     uniform = ", ".join(f"{name} {array[0, 0, -1]:.1f}, {array[1, 0, -1]:.2f} nats" for name, array in arrays.items())
     return f"distances in {unit}; uniform attention: {uniform}\n\n{table(arrays)}"
 
 
 def draw_box_plots(arrays, unit):
-    """Draw a column for each model: box plots over heads for each block, distance above, entropy below; a dashed line
-    is at the value of uniform attention.
+    """Draw a column per model: distance above entropy, a box plot over heads per block.
+
+    A dashed line marks uniform attention. unit: that of the distances.
     """
     figure, axes = report.subplots(2, len(arrays), figsize=(2.4 * len(arrays) + 0.5, 4.4),
                                    sharex="col", sharey="row", squeeze=False)
@@ -81,7 +82,7 @@ def draw_box_plots(arrays, unit):
                           flierprops={"marker": ".", "markersize": 4}, whiskerprops={"linewidth": 0.7})
             panel.axhline(array[row, 0, -1], color=report.COLOURS[1], linestyle="--", linewidth=1)
             panel.set_xticks([1, *range(3, layers + 1, 3)], [1, *range(3, layers + 1, 3)])
-            panel.set_ylim(0, 1.15 * max(values[row].max() for values in arrays.values()))  # of a row: one axis
+            panel.set_ylim(0, 1.15 * max(values[row].max() for values in arrays.values()))  # one axis for the row
             if column == 0:
                 panel.set_ylabel(f"attention {label}")
                 panel.annotate("uniform attention", (0, 1), xytext=(3, 0), textcoords="offset points", va="top",
@@ -92,7 +93,7 @@ def draw_box_plots(arrays, unit):
 
 
 def main(args):
-    """Measure, write and draw; return {model: (distance and entropy, layers, heads + 1)}, {} where this rank leaves."""
+    """Measure, write and draw; return {model: what `distance_and_entropy` gives}, {} if nothing was measured."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig5")
         unit = str(arrays.pop("distance_unit", "px"))  # older files do not name it

@@ -13,7 +13,7 @@ from sec4_analysis.activations import geometry
 
 
 def draw_images(images, args):
-    """Indices of the images to analyse. Drawn: every class as often as any other, up to one, in mixed order."""
+    """Return the indices of the images to analyse, in the order of --order. Raises UserError if there are too few."""
     labels = np.zeros(len(images), int) if images.labels is None else images.labels
     if args.order == "authors":
         count = (args.num_images // args.batch_size + 1) * args.batch_size  # 1,152 for 1,024 in batches of 128
@@ -28,9 +28,7 @@ def draw_images(images, args):
 
 
 def draw_balanced(labels, count, seed):
-    """Draw indices of `count` images in random order; numbers of images per class differ by one at most, as far as the
-    classes are large enough.
-    """
+    """Draw the indices of `count` images in random order, as evenly from all classes as possible."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels), int)  # of each image within its class, in this random order
@@ -42,8 +40,10 @@ def draw_balanced(labels, count, seed):
 
 
 def preprocessing(model, args):
-    """Image size, mean and std (0..255) of a model: --mean and --std, each where not given as its checkpoint says. The
-    crop is the paper's for all models, so that a token shows each of them the same part of the image.
+    """Return a model's image size [height, width], and the mean and std of its images in 0..255.
+
+    Mean and std are those of --mean and --std; where one is not given, the checkpoint's. The crop is the paper's for
+    all models, so that the same token covers the same part of the image in each of them.
     """
     _, grid, patch = geometry(model)
     theirs = getattr(model, "statistics", None) or {}
@@ -53,8 +53,9 @@ def preprocessing(model, args):
 
 
 def batches(model, images, chosen, args, device, what="analysing"):
-    """Yields the chosen images, normalised, (B, C, H, W), in batches whose sizes differ by one at most. `what` names
-    the progress bar.
+    """Yield the chosen images, normalised, as batches (B, C, H, W) whose sizes differ by one at most.
+
+    what: the title of the progress bar.
     """
     size, mean, std = preprocessing(model, args)
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))

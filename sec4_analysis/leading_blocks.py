@@ -1,8 +1,8 @@
-"""Figures 2 and 4 share this: how many of the leading pre-trained blocks does a model need?
+"""Shared by Figures 2 and 4: how many of the leading pre-trained blocks does a model need?
 
-The first k blocks are kept, with patch embedding, class token and positions; everything after them starts anew, and
-the whole is trained. k = 0 keeps nothing, so it is training from scratch and the same for every method. No source that
-we read has the authors' code or numbers for these figures, so none stand beside ours.
+The first k blocks are kept, with patch embedding, class token and positions. Everything behind them is initialised
+anew, and the whole model is trained. k = 0 keeps nothing: it is training from scratch, the same for every method. No
+source that we read has the authors' code or numbers for these figures, so there is nothing to compare ours with.
 """
 import shlex
 from pathlib import Path
@@ -22,7 +22,7 @@ from sec4_analysis.study import MAE, MOCO, given_models, line_styles
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "laptop": {"data": "folder", "blocks": [0, 6, 12]},
            "small": {"data": "folder"}}
 METHODS = {"MAE": MAE, "MoCo-v3": MOCO}
-DEPTH = SIZES["vit_tiny"]["depth"]  # of every size
+DEPTH = SIZES["vit_tiny"]["depth"]  # that of every size
 
 
 def add_arguments(parser):
@@ -42,26 +42,28 @@ def parse(parser, argv=None):
 
 
 def starts(args):
-    """Return {name: (lines that make the weights, the weights)}: given files, or the preset's pre-trainings."""
+    """Return {name: (lines that pre-train the weights, the weights)}: files of --models, or own pre-trainings."""
     if args.models:
         return {name: ([], shlex.quote(checkpoint)) for name, checkpoint in given_models(args).items()}
     return {name: ([pretraining], PREVIOUS) for name, pretraining in METHODS.items()}
 
 
 def own_words(tuning, name):
-    """Return what the fine-tuning of a method changes, by its name."""
+    """Return the arguments that Table 1 adds to fine-tune MoCo-v3, if the method's name contains moco; else nothing."""
     return MOCO_FINETUNING if "finetune.py" in tuning and "moco" in name.lower() else ""  # transfer.py's default
 
 
 def given_weights(args):
-    """{name: Weights} of --models; a dry run may name files that are still to be made."""
+    """Read the files of --models: {name: Weights}. A dry run may name files that do not exist yet."""
     models = given_models(args) if args.models else {}
     return {name: read_weights(file) for name, file in models.items() if not args.dry_run or Path(file).exists()}
 
 
 def whole_encoders(methods, loaded, told):
-    """The methods for which k = 12 equals the usual start, so that runs of Tables 1 and 4 are reused: of an encoder an
-    average-pooling classifier takes only blocks and embeddings. Not so of such a classifier's weights, with fc_norm.
+    """Return the methods for which keeping k = 12 blocks equals loading everything, as Tables 1 and 4 do.
+
+    Their runs are then reused. A classifier that averages tokens takes only blocks and embeddings from a pre-trained
+    encoder, so both are equal. From another such classifier it would also take fc_norm, and then they are not.
     """
     if "global_pool" in told:
         return ()
@@ -70,8 +72,10 @@ def whole_encoders(methods, loaded, told):
 
 
 def point_row(tuning, title, name, k, before, checkpoint, scratch=(), whole=False):
-    """Return the row of one point; `tuning` is the line of its training without a start. k = 0 is the same row for
-    every method, with the words `scratch`; with `whole`, k = 12 keeps all there is.
+    """Return the row that trains and measures one point of a figure.
+
+    tuning: the line of its training, without what it starts from. before: lines that make the checkpoint.
+    scratch: further words for k = 0, whose row is the same for every method. whole: for k = 12, load everything.
     """
     key, where = (f"-{title}", f", {title}") if title else ("", "")
     if k == 0:
@@ -82,8 +86,9 @@ def point_row(tuning, title, name, k, before, checkpoint, scratch=(), whole=Fals
 
 
 def run_points(args, panels, script):
-    """Run everything; panels {title: line of the training}. Return points {"panel", "method", "k", "top1", "run"},
-    lists over seeds, or None after a dry run.
+    """Run all points of a figure. Return a list of {"panel", "method", "k", "top1", "run"}; None after a dry run.
+
+    panels: {title: line of the training}. "top1" and "run" are lists over seeds.
     """
     if wrong := [k for k in args.blocks if not 0 <= k <= DEPTH]:
         raise UserError(f"--blocks {' '.join(map(str, wrong))}: the models have {DEPTH} blocks, so 0 to {DEPTH}")
@@ -96,7 +101,7 @@ def run_points(args, panels, script):
     rows = {(title, name, k): point_row(line, title, name, k, *methods[name], scratch, name in whole)
             for title, line in panels.items() for name in methods for k in range(DEPTH + 1)}
     points = {point: row for point, row in rows.items() if point[-1] in args.blocks}
-    every = list({row.key: row for row in rows.values()}.values())  # so that --set knows the scripts of each
+    every = list({row.key: row for row in rows.values()}.values())  # all k, so that --set may name any of their scripts
     chosen = options.replaced(args, rows=[row.key for row in points.values()])
     results, without = tables.run_rows(every, chosen, (), script)
     if args.dry_run:
@@ -109,7 +114,7 @@ def run_points(args, panels, script):
 
 
 def table(points):
-    """Return top-1, mean and spread over seeds, as Markdown: a row for each panel and method, a column for each k."""
+    """Format top-1, mean and spread over seeds, as Markdown: a row per panel and method, a column per k."""
     ks = sorted({point["k"] for point in points})
     cells = {(p["panel"], p["method"], p["k"]): report.mean_std(p["top1"]) for p in points}
     curves = dict.fromkeys((p["panel"], p["method"]) for p in points)
@@ -119,7 +124,7 @@ def table(points):
 
 
 def draw_accuracies(points):
-    """Draw top-1 over k, a panel for each data set, a curve for each method; bars: standard deviation over seeds."""
+    """Draw top-1 over k: a panel per data set, a curve per method, error bars of one standard deviation over seeds."""
     panels = list(dict.fromkeys(point["panel"] for point in points))
     figure, axes = report.subplots(1, len(panels), figsize=(2.7 * len(panels) + 0.6, 2.7), squeeze=False)
     methods = dict.fromkeys(point["method"] for point in points)
@@ -136,7 +141,7 @@ def draw_accuracies(points):
 
 
 def save(args, item, points):
-    """Write the points as <item>.json, and their table as .md, into <output>/<item>/."""
+    """Write the points as <output>/<item>/<item>.json, and their table as .md."""
     text = f"{item}, {report.origin(args.preset, args.data)}: top-1 (%) over the number k of leading blocks kept"
     text = "\n\n".join([text, table(points), tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
     report.write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data,

@@ -1,4 +1,4 @@
-"""How alike are the layers of several models (Figures 1 and 6, Appendices A.6 and B.1)? CKA against the first model."""
+"""Similarity of layers (Figures 1 and 6, Appendices A.6 and B.1): CKA of several models with the first of them."""
 import numpy as np
 import torch
 
@@ -9,10 +9,11 @@ from sec4_analysis.activations import Activations, final_norm, geometry
 
 @torch.inference_mode()
 def layer_grams(model, batches, authors_norm=False, band=None):
-    """Return for each batch of n images the centred Gram matrices of the patch tokens of all layers (layers, n, n).
+    """Compute the centred Gram matrices of all layers: for each batch of n images a tensor (layers, n, n).
 
-    Layers are what each norm1 gives, then the last block's output through the final norm. Index 0 is called patch
-    embedding; positions are in it. `band(tokens, grid)`: the part of the tokens (n, L, D) to look at; default: all.
+    A layer's features are its patch tokens. The layers are the outputs of each block's norm1, then the last block's
+    output after the final norm. Layer 0, which the paper calls patch embedding, has the positions in it.
+    band: a function of the tokens (n, L, D) and the grid that returns the part to compare; default: all.
     """
     prefix, grid, _ = geometry(model)
 
@@ -25,7 +26,7 @@ def layer_grams(model, batches, authors_norm=False, band=None):
 
 
 def similarities(args, models, images, band=None):
-    """Compare all layers of every model with those of the first: {name: CKA (its layers, layers of the first)}."""
+    """Compute the CKA of every model with the first one: {name: (its layers, layers of the first)}."""
     grams = {name: layer_grams(model, batches, args.final_norm == "authors", band)
              for name, model, batches in study.each_model(args, models, images)}
     reference = next(iter(grams.values()))
@@ -33,9 +34,7 @@ def similarities(args, models, images, band=None):
 
 
 def compare(args, item, models):
-    """Compare the models on the validation images, and save the similarities as <item>; return them, or None on a rank
-    that is not needed and after a dry run.
-    """
+    """Compare the models on validation images, save the similarities as <item>, return them; None if not measured."""
     images = study.images(args, models)
     if images is None:
         return None
@@ -45,12 +44,12 @@ def compare(args, item, models):
 
 
 def about(args, models, images):
-    """Return what a reader should know about the similarities."""
+    """Return the settings and origins of the similarities, for the .json beside them."""
     return study.about(args, models, images, final_norm=args.final_norm, batch_size=args.batch_size)
 
 
 def describe(arrays):
-    """Return the similarity of equal layers as Markdown, one row a model."""
+    """Format the similarity of equal layers as Markdown, one row per model."""
     depth = max(len(array) for array in arrays.values())
     return f"CKA of equal layers with {next(iter(arrays))}\n\n" + report.markdown(
         ["layer", *range(depth)],
@@ -58,7 +57,7 @@ def describe(arrays):
 
 
 def draw_heat_maps(arrays):
-    """Draw a heat map for each model (x: layers of the first), then the diagonals of all but the first, if any."""
+    """Draw a heat map per model (x: layers of the first model), then the diagonals of all models but the first."""
     reference, *others = arrays
     maps = len(arrays)
     figure, axes = report.subplots(1, maps + bool(others), figsize=(2.4 * maps + (3.2 if others else 0.6), 2.6),
@@ -67,7 +66,7 @@ def draw_heat_maps(arrays):
         image = panel.imshow(array, origin="lower", cmap="magma", vmin=0, vmax=1)
         panel.set(title=name, xlabel=f"layer of {reference}", ylabel=f"layer of {name}",
                   xticks=range(0, array.shape[1], 3), yticks=range(0, array.shape[0], 3))
-    figure.get_layout_engine().set(w_pad=0.08)  # inches, so that a label is near its own panel only
+    figure.get_layout_engine().set(w_pad=0.08)  # inches: keeps a label away from the neighbouring panel
     bar = figure.colorbar(image, ax=axes[0, maps - 1])
     bar.ax.set_title("CKA", fontsize=9)
     if others:
@@ -76,7 +75,7 @@ def draw_heat_maps(arrays):
 
 
 def draw_diagonals(axis, curves, reference):
-    """Draw the similarity of equal layers of each model with the reference."""
+    """Draw a curve per model: the similarity of each layer with the same layer of the reference."""
     for (name, values), (style, colour) in zip(curves.items(), study.line_styles()):
         axis.plot(values, style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     axis.set(title="equal layers", xlabel="layer", ylabel=f"CKA with {reference}", ylim=(0, 1.02),

@@ -1,11 +1,11 @@
-"""What the analyses of Section 4 share: which models, which images, numbers before pictures.
+"""Shared by the analyses of Section 4: their command line, models, images, and files of results.
 
-A model is any checkpoint that common/pretrained.py reads (`--models NAME=CHECKPOINT`), or the preset's own runs, which
-are trained here if they are not there yet. Every model sees the same validation images at its own size, in float32. One
-rank analyses; under torchrun the others only help to train.
+The models are checkpoints that common/pretrained.py reads (`--models NAME=CHECKPOINT`) or, without --models, the
+preset's own runs, which are trained first if they are not finished. Every model sees the same validation images, at its
+own size, in float32. Rank 0 analyses; under torchrun the other ranks only take part in the training.
 
-A figure's `main` calls these in turn: `models`, `load_all`, `images`; its measure on `each_model`; `about` and `save`;
-then it draws. With --from-numbers, `report.read_numbers` stands for all but the drawing.
+A figure's `main` calls `models`, `load_all` and `images`, then its measure for `each_model`, then `about` and `save`,
+and draws last. With --from-numbers, `report.read_numbers` replaces everything before the drawing.
 """
 from itertools import cycle
 from pathlib import Path
@@ -30,20 +30,21 @@ from sec4_analysis.images import batches, draw_images, preprocessing
 
 PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
 MAE, MOCO = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/pretrain_mocov3.py"
-# The preset's own models; the paper calls them DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
+# The preset's own models; the first four are the paper's DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
 SUPERVISED = Row("supervised", "supervised", None, ["sec3_benchmark/finetune.py"])
 MAE_ROW = Row("mae", "MAE", None, [MAE])
 MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, [MAE, "sec3_benchmark/finetune.py --init {previous}"])
 MOCOV3 = Row("mocov3", "MoCo-v3", None, [MOCO])
 UNTRAINED = Row("random", "random", None)
-RANDOM = "random"  # as a checkpoint: the first model with initial values
+RANDOM = "random"  # in place of a checkpoint: the first model with newly initialised weights
 
 
 # Command line
 
 def make_parser(description, norm=True):
-    """A figure's parser: data, models, images, execution. `norm`: offer a choice of the final norm, to those that look
-    behind it.
+    """Build the parser of a figure: data, models, images, execution.
+
+    norm: add --final-norm, for figures that measure the output of the final norm.
     """
     parser = options.make_parser(description)
     options.add_data(parser)
@@ -71,22 +72,22 @@ def make_parser(description, norm=True):
 
 
 def parse(parser, argv=None):
-    """The arguments. --batch-size is the analysis's own, not that of the stages."""
+    """Parse the command line. --batch-size is the analysis's own; it is not passed on to the trainings."""
     return tables.parse(parser, argv, presets=PRESETS, own=("batch_size",))
 
 
 # Models
 
 def given_models(args, words=()):
-    """Return {name: checkpoint} of --models, `words` among the checkpoints.
+    """Return {name: checkpoint} of --models.
 
-    A file that is not there is named before the first model is measured or trained; a dry run may name files that are
-    still to be made.
+    words: what may stand in place of a checkpoint. Raises UserError for a missing file, so before the first model is
+    measured or trained. A dry run may name files that do not exist yet.
     """
     models = options.parse_pairs(args.models, "--models")
     if next(iter(models.values())) in words:
         raise UserError(f"--models {args.models[0]}: a random model is the twin of the first one, so name that first")
-    if taken := {"file", "allow_pickle", "item", "distance_unit"} & models.keys():  # in the .npz
+    if taken := {"file", "allow_pickle", "item", "distance_unit"} & models.keys():  # reserved in the .npz
         raise UserError(f"--models {taken.pop()}=...: choose another name")
     for name, checkpoint in models.items():
         somewhere_else = checkpoint in words or checkpoint.startswith("timm:")
@@ -97,12 +98,12 @@ def given_models(args, words=()):
 
 
 def start_ranks(args):
-    """Join the ranks and return this one's device. A dry run is for a cluster's login node too, which has no GPU."""
+    """Join the ranks and return this rank's device: for a dry run the CPU, as a cluster's login node has no GPU."""
     return distributed.start_process_group("cpu" if args.dry_run else args.device)
 
 
 def models(args, rows, item):
-    """Return {name: checkpoint} of --models, or of the preset's own runs, trained or found now; {} after a dry run."""
+    """Return {name: checkpoint} of --models or of the preset's own runs, which are trained now; {} after a dry run."""
     if args.models:
         prepare(args, item)
         checkpoints = given_models(args, words=(RANDOM,))
@@ -113,16 +114,16 @@ def models(args, rows, item):
 
 
 def prepare(args, item):
-    """Join the ranks, and make the results' folder: a place that cannot be written is found before the work."""
+    """Join the ranks and make the folder of the results, so that a folder that cannot be written fails at once."""
     start_ranks(args)
     if not args.dry_run:
         (Path(args.output) / item).mkdir(parents=True, exist_ok=True)
 
 
 def own_runs(args, rows, item):
-    """Train or find the preset's own runs; return {key of a row: result of its last stage}."""
+    """Train the preset's own runs, or find them finished. Return {key of a row: result of its last stage}."""
     prepare(args, item)
-    if args.data_path and not args.dry_run:  # too few images: said now, not after hours of training
+    if args.data_path and not args.dry_run:  # raises for too few images now, not after hours of training
         draw_images(images_to_analyse(options.resolve(args)), args)
     results, without = tables.run_rows(rows, options.replaced(args, seeds=[args.seed]), (), item)
     tables.require_weights(without)
@@ -139,10 +140,10 @@ def heads_of(args, checkpoints):
 
 
 def load_all(args, checkpoints, heads=None):
-    """Load the models {name: checkpoint} onto the CPU, all before the first is measured; return {name: model}.
+    """Load the models {name: checkpoint} onto the CPU; return {name: model}. All are checked before one is measured.
 
-    heads: {name: number of heads} beside those of --num-heads-of. A UserError for what is no plain ViT, and for models
-    that read images of different channels.
+    heads: {name: number of heads}, which --num-heads-of overrides. Raises UserError for a model that is no plain ViT,
+    and for models that read different numbers of channels.
     """
     if not checkpoints:  # after a dry run
         return {}
@@ -157,7 +158,10 @@ def load_all(args, checkpoints, heads=None):
 
 
 def load(name, checkpoints, heads, args):
-    """Load one of the models {name: checkpoint}, which it then knows. A random one is the twin of the first."""
+    """Load the model `name` of {name: checkpoint}, and keep its checkpoint as an attribute.
+
+    A random model has the architecture of the first one.
+    """
     random = checkpoints[name] == RANDOM
     source = next(iter(checkpoints)) if random else name
     model = load_model(checkpoints[source], num_heads=heads.get(source), img_size=args.img_size)
@@ -168,7 +172,7 @@ def load(name, checkpoints, heads, args):
 
 
 def untrained(model, seed):
-    """Return the same model with initial values."""
+    """Return a model of the same architecture with newly initialised weights."""
     seed_everything("weights", seed)
     if isinstance(model, MaskedAutoencoder):
         twin = MaskedAutoencoder(**model.config)
@@ -183,30 +187,30 @@ def untrained(model, seed):
 # Images, numbers, pictures
 
 def images(args, models):
-    """Find the images to analyse, with the channels that the models {name: model} take; return their ImageSet.
+    """Find the images to analyse, with the channels that the models {name: model} read; return their ImageSet.
 
-    None where there is nothing to do: after a dry run, which has no models, and on ranks that are not needed any more.
+    Returns None after a dry run, which has no models, and on ranks other than 0.
     """
     if not models:
         return None
     first = next(iter(models.values()))
     size, channels = preprocessing(first, args)[0], first.patch_embed.proj.in_channels
     reading = options.replaced(args, img_size=size, in_chans=channels)
-    found = images_to_analyse(reading)  # by all ranks, together
+    found = images_to_analyse(reading)  # all ranks must take part
     return found if distributed.is_main() else None
 
 
 def each_model(args, models, images):
-    """Yield (name, model on this rank's device, batches of the images drawn) for each of the models {name: model}."""
+    """Yield (name, model on this rank's device, batches of the drawn images) for each of the models {name: model}."""
     device, chosen = start_ranks(args), draw_images(images, args)
     for name, model in models.items():
         print0(f"{name}: {model.checkpoint}, {len(chosen)} images")
         yield name, eval_mode(model, device), batches(model, images, chosen, args, device, name)
-        model.to("cpu")  # the next one has the device to itself
+        model.to("cpu")  # frees the device's memory for the next one
 
 
 def about(args, models, images, **settings):
-    """Return what a reader should know about the numbers: data, images, models, and `settings` of the measure."""
+    """Return where the numbers come from, for the .json: data, images, models, and `settings` of the measure."""
     known = {name: {"checkpoint": "/".join(Path(model.checkpoint).parts[-2:]),
                     "num_heads": model.blocks[0].attn.num_heads, "fingerprint": fingerprint(model.state_dict())}
              for name, model in models.items()}
@@ -216,7 +220,7 @@ def about(args, models, images, **settings):
 
 
 def save(args, item, arrays, about, text):
-    """Write {name: array} as <item>.npz, what is known about them as .json, and the text, Markdown, as .md."""
+    """Write the arrays {name: array} as <item>.npz, `about` as .json, and the Markdown text as .md."""
     folder = Path(args.output) / item
     save_arrays(folder / f"{item}.npz", {**arrays, "item": np.array(item)})
     where = report.origin(args.preset, args.data) if args.preset else args.data
@@ -224,5 +228,5 @@ def save(args, item, arrays, about, text):
 
 
 def line_styles():
-    """Return line style with marker, and colour, for each of up to 42 curves."""
+    """Return an endless iterator of (line style with marker, colour), one for each curve; the first 42 differ."""
     return zip(cycle(("o-", "s--", "^:", "D-.", "v-", "x--")), cycle(report.COLOURS))

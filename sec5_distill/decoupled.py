@@ -1,16 +1,16 @@
 """D2-MAE, decoupled distillation: the authors' follow-up to D-MAE (arXiv 2404.12210, IJCV 2025).
 
-In D-MAE the last block serves two masters: the decoder reads it, and its attention is distilled. D2-MAE parts them. The
-decoder reads an earlier block, and what is distilled is the attention of a further block behind the last one, of which
-nothing but the logits is computed:
+In D-MAE the last block has two tasks: the decoder reads its output, and its attention is distilled. D2-MAE decouples
+them. The decoder reads an earlier block, and distillation reads the attention logits of an additional block behind the
+last one, of which nothing else is computed:
 
     visible patches -> blocks 1 to 8 --> norm -> decoder                      -> L_MAE
                                     |
                                     `--> blocks 9 to 12 -> q, k of block 13   -> M -> MSE with the teacher's last block
 
-So blocks 1 to 8 learn from both losses, blocks 9 to 12 and the half block from the attention loss alone, the final norm
-from the reconstruction alone. Downstream go blocks 1 to 12; whoever reads the file leaves the half block out. With
-another depth or block the figure's numbers change, which no paper has tried.
+So blocks 1 to 8 learn from both losses, blocks 9 to 12 and the half block 13 from the attention loss alone, the final
+norm from the reconstruction loss alone. Downstream models are blocks 1 to 12; common/pretrained.py leaves the half
+block out. Another depth or another block for the decoder is possible here, but no paper has tried it.
 """
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -20,7 +20,7 @@ from sec5_distill.distillation import block_logits
 
 
 class HalfBlock(nn.Module):
-    """What a block's attention logits need: norm1, and the rows of queries and keys in qkv. Names are the block's."""
+    """The parts of a block that its attention logits need, under the same names: norm1, and qkv's rows of q and k."""
 
     def __init__(self, block: Block):
         super().__init__()
@@ -35,10 +35,10 @@ class HalfBlock(nn.Module):
 
 
 class DecoupledMAE(MAE):
-    """An MAE whose decoder reads `decoder_block` (from 1), and whose last entry of `blocks` is a HalfBlock.
+    """An MAE whose decoder reads the output of block `decoder_block` (from 1), with a HalfBlock behind its last block.
 
-    It is the student of DMAE, which reads the logits of that last entry. The other blocks start as an MAE of the same
-    seed; the half block is drawn after them, its rows as part of a whole qkv matrix, as MAE draws it.
+    It is the student of DMAE, which distils the logits of the half block. All else is initialised as in an MAE of the
+    same seed. The half block is initialised after it, its rows as part of a whole qkv matrix, as MAE does.
     """
 
     def __init__(self, *args, decoder_block=8, **settings):
@@ -49,10 +49,7 @@ class DecoupledMAE(MAE):
         self.blocks.append(HalfBlock(block))
 
     def forward(self, images, noise, states):
-        """Compute the reconstruction loss of a batch, and append to `states` the inputs of all blocks, 1 to 13.
-
-        Arguments as for MAE.forward.
-        """
+        """Compute the reconstruction loss as MAE.forward; append the inputs of all blocks, 1 to 13, to `states`."""
         reconstruction = super().forward(images, noise, states)  # blocks 1 to 8, norm, decoder
         x = states[-1]  # the output of block 8
         for block in self.blocks[self.decoder_block:-1]:

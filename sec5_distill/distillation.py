@@ -2,14 +2,14 @@
 
     L = L_MAE + weight * sum over the chosen blocks of MSE(A^T, M A^S)
 
-A^T and A^S are the teacher's and the student's logits q k^T / sqrt(head dim), before the softmax, of the class token
-and the visible patches; M is a learnable linear map from the student's heads to the teacher's. Hidden states can be
-distilled too, an option of the authors' code that the paper does not use. Blocks are counted from 1, as in the paper.
-Hidden state i < depth is the norm1 output of block i + 1, hidden state `depth` is the output of the final norm.
+A^T and A^S are the attention logits q k^T / sqrt(head dim) of teacher and student, before the softmax, over the class
+token and the visible patches. M is a learnable linear map from the student's heads to the teacher's. Blocks are counted
+from 1, as in the paper. Hidden states can be distilled too: an option of the authors' code that the paper does not use.
+Hidden state i < depth is the norm1 output of block i + 1, hidden state `depth` the output of the final norm.
 
 A straightforward version stores the attention of every block of both networks and runs the whole teacher
 (tests/straightforward_dmae.py). Here logits are computed in the chosen blocks only, in addition to the unchanged fused
-forward. Which teachers there are and what they see: teachers.py. The authors' follow-up, D2-MAE: decoupled.py.
+forward. The teacher: teachers.py. The authors' follow-up, D2-MAE: decoupled.py.
 """
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def attention_loss(A_S: torch.Tensor, A_T: torch.Tensor, M: torch.Tensor) -> tor
 
 
 def hidden_loss(H_S: torch.Tensor, H_T: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
-    """Compute the same loss for hidden states: H_S (B, N, DS), H_T (B, N, DT), M (DT, DS)."""
+    """Compute MSE(H^T, M H^S) for hidden states, likewise: H_S (B, N, DS), H_T (B, N, DT), M (DT, DS)."""
     with torch.autocast(H_S.device.type, enabled=False):
         return F.mse_loss(F.linear(H_S.float(), M.float()), H_T.float())
 
@@ -46,13 +46,13 @@ def block_logits(block: Block, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_range(what, numbers, first, last, whose):
-    """Raise UserError if a number is outside first..last; `what` names the setting, `whose` the network."""
+    """Raise UserError if a number is outside first..last. what: the flag; whose: "student" or "teacher"."""
     if outside := [number for number in numbers if not first <= number <= last]:
         raise UserError(f"{what} {' '.join(map(str, outside))}: the {whose} has {first} to {last}")
 
 
 def check_pairs(depth, blocks, their_blocks, layers, their_layers):
-    """Raise UserError if a student of this depth lacks a block or hidden layer, or if the lists do not form pairs."""
+    """Raise UserError unless the student's blocks and layers exist and each has one of the teacher's to match."""
     if not blocks and not layers:
         raise UserError("nothing to distil: give --distill-blocks or --hidden-layers, or run pretrain_mae.py")
     check_range("--distill-blocks", blocks, 1, depth, "student")
@@ -69,15 +69,15 @@ def visible_ids(student, noise):
 
 
 def shared_tokens(tokens, target):
-    """Keep the tokens that the teacher's target has too: without the class token if that has none."""
+    """Drop the class token, the first of tokens (B, N, D), if the teacher's target (..., N, width) has none."""
     return tokens[:, tokens.shape[1] - target.shape[-2]:]
 
 
 class DMAE(nn.Module):
-    """The student `model` and its linear maps to the teacher's heads and width.
+    """The student, `model`, and the linear maps M from its heads and width to the teacher's.
 
-    Parameter names are those of the authors' files, so code that reads their checkpoints as an MAE reads these too. The
-    student's `blocks` and `layers` are paired, in order, with those of the Teacher.
+    The student's `blocks` and hidden `layers` are matched, in this order, with those of the Teacher. Parameter names
+    are the authors', so code that reads an MAE from their checkpoints can read one from these.
     """
 
     def __init__(self, student, teacher, blocks=(), layers=(), attention_weight=1.0, hidden_weight=1.0):
@@ -96,8 +96,8 @@ class DMAE(nn.Module):
     def forward(self, images, noise, teacher_logits, teacher_hidden):
         """Compute the loss of a batch and a dict of its parts before weighting.
 
-        images (B, C, H, W), noise (B, L): as for MAE.forward; teacher_logits, teacher_hidden: the result of
-        Teacher.forward for the same visible patches, N tokens: those of the student, or its patches alone.
+        images (B, C, H, W), noise (B, L): as for MAE.forward. teacher_logits, teacher_hidden: the result of
+        Teacher.forward for the same visible patches.
         """
         student, states = self.model, []
         parts = {"mae": student(images, noise, states)}

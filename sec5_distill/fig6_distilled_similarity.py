@@ -1,4 +1,4 @@
-"""Figure 6: does distillation make the student's high layers like the supervised ones? CKA with DeiT-Tiny.
+"""Figure 6: does distillation make the student's high layers similar to a supervised model's? CKA with DeiT-Tiny.
 
     python sec5_distill/fig6_distilled_similarity.py                                          # demo: its own runs
     python sec5_distill/fig6_distilled_similarity.py --preset small --data-path DIR
@@ -6,9 +6,9 @@
         MAE-Base=timm:vit_base_patch16_224.mae MAE-Tiny=mae.pt D-MAE-Tiny=dmae.pt
     python sec5_distill/fig6_distilled_similarity.py --from-numbers outputs/fig6/fig6.npz
 
-The paper's claim (Section 5): the teacher's layers are alike to the supervised ones all the way up, MAE-Tiny's only in
-the low layers, and distilling the last block's attention mends the high ones. Images, layers and measure are those of
-Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the first.
+The paper's claim (Section 5): the teacher is similar to the supervised model in all layers, MAE-Tiny only in low ones,
+and distilling the last block's attention raises the similarity of its high ones. Images, layers and measure are those
+of Figure 1. Writes fig6.npz, .json, .md, and draws fig6.png from the .npz.
 """
 from common import entry, report
 from common.rows import Row, settings_set
@@ -21,7 +21,7 @@ def build_parser():
 
 
 def own_models(args):
-    """Return {name: checkpoint} of the preset's own runs; the teacher is D-MAE's. {} after a dry run."""
+    """Return {name: checkpoint} of the preset's own runs, D-MAE's teacher among them; {} after a dry run."""
     rows = [study.SUPERVISED,
             Row("mae", "MAE", None, [pretrain_dmae.mae_beside(args.preset)]),
             Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py"])]
@@ -32,13 +32,13 @@ def own_models(args):
 
 
 def teacher_heads(args):
-    """Return {"teacher": number of heads} where D-MAE was told of it, since the teacher's file cannot say."""
+    """Return {"teacher": number of heads} if --set gives it to D-MAE, as the teacher's file may not contain it."""
     told = settings_set("sec5_distill/pretrain_dmae.py", args).get("teacher_heads")
     return {"teacher": int(told[0])} if told and not args.models else {}
 
 
 def main(args):
-    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} if nothing was measured."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig6")
     else:

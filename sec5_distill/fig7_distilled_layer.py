@@ -5,9 +5,9 @@
     python sec5_distill/fig7_distilled_layer.py --data-path IMAGENET --layers none 1 2 3 4 5 6 7 8 9 10 11 12 all
     python sec5_distill/fig7_distilled_layer.py --data-path IMAGENET --dry-run                # the commands alone
 
-The paper's claim (Section 5): the last layer alone is best, better than a lower one and than all together, which also
-slows the pre-training down. It fine-tunes for 100 epochs; it gives no numbers outside its plot. Writes fig7.json, .md,
-and draws fig7.png from the first.
+The paper's claim (Section 5): distilling the last layer alone is best. A lower layer is worse, and so are all layers
+together, which also slows down pre-training. The paper fine-tunes for 100 epochs and gives no numbers but in its plot.
+Writes fig7.json, .md, and draws fig7.png from the .json.
 """
 import json
 import statistics
@@ -20,7 +20,7 @@ from common.ranges import Int
 from common.rows import Row
 from sec5_distill import pretrain_dmae
 
-DEPTH = 12  # of every ViT of the paper
+DEPTH = 12  # that of every ViT in the paper
 LAYERS = ("none", *map(str, range(1, DEPTH + 1)), "all")
 
 
@@ -37,7 +37,7 @@ def build_parser():
 
 
 def row_of(layer, preset):
-    """Pre-training with one layer distilled, then fine-tuning."""
+    """Return the row that pre-trains with this layer distilled (1 to 12, none or all), then fine-tunes."""
     if layer not in LAYERS:
         raise UserError(f"--layers {layer}: a layer is 1 to {DEPTH}, none or all")
     blocks = range(1, DEPTH + 1) if layer == "all" else [layer]
@@ -49,14 +49,14 @@ def row_of(layer, preset):
 
 
 def summary(row, results):
-    """A row of the table from its stages' results, one list of stages per seed."""
+    """Return a row of the table. results: for each seed the results of pre-training and fine-tuning."""
     return {"name": row.name, "published": None, "measured": [tuned["top1"] for _, tuned in results],
             "seconds_per_step": [seconds_per_step(pretrained) for pretrained, _ in results], "seeds": len(results),
             "run": [Path(tuned["run"]).name for _, tuned in results]}
 
 
 def seconds_per_step(result):
-    """Of a pre-training, loading included, as it ran then and there."""
+    """Return the measured time of one step of a pre-training, loading of the images included."""
     settings = json.loads((Path(result["run"]) / "settings.json").read_text())
     return settings["batch_size"] / result["images_per_second"]
 
@@ -70,8 +70,9 @@ COLUMNS = {
 
 
 def draw(rows):
-    """Draw bars of top-1 and of the time of a step, low layers first, a dot for each seed. The axis of top-1 starts
-    where the differences, which are small, can be seen, and says so.
+    """Draw bars of top-1 and of the time of a step, low layers first, with a dot per seed.
+
+    As differences of top-1 are small, its axis does not start at 0; its title says where it starts.
     """
     rows = sorted(rows, key=lambda row: LAYERS.index(row["name"].removeprefix("layer ")))
     names = [row["name"] for row in rows]
@@ -96,10 +97,10 @@ def draw(rows):
 
 
 def main(args):
-    """Runs, writes fig7.json and .md, draws fig7.png from the json; returns the rows."""
+    """Run, write and draw; return the rows of the table, [] if this rank has none."""
     if not args.from_numbers:
         rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
-        every = [row_of(layer, args.preset) for layer in LAYERS]  # so that --set knows the scripts of each
+        every = [row_of(layer, args.preset) for layer in LAYERS]  # all, so that --set may name any of their scripts
         results, without = tables.run_rows(every, options.replaced(args, rows=[row.key for row in rows]), (), "fig7")
         if args.dry_run:
             return []

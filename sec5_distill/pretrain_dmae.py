@@ -1,15 +1,15 @@
-"""D-MAE-Tiny: MAE pre-training while the attention is distilled from a larger MAE (Section 5; the recipe is A.2's).
+"""D-MAE-Tiny: MAE pre-training with attention distilled from a larger MAE (Section 5; recipe: Appendix A.2).
 
-    python sec5_distill/pretrain_dmae.py                                              # demo, its own teacher first
+    python sec5_distill/pretrain_dmae.py                                              # demo: trains its teacher first
     python sec5_distill/pretrain_dmae.py --preset small --data-path DIR               # likewise on any folder, 64 px
     python sec5_distill/pretrain_dmae.py --preset small --data-path DIR --teacher outputs/pretrain_mae/RUN/weights.pt
     torchrun --nproc-per-node=8 sec5_distill/pretrain_dmae.py --data-path IMAGENET    # the paper: teacher MAE-Base
     torchrun ... sec5_distill/pretrain_dmae.py --data-path IMAGENET --decoupled       # D2-MAE, the authors' follow-up
 
 The teacher may be any MAE or plain ViT (teachers.py): our weights, facebook's MAE, mae-lite's, a timm folder,
-`timm:NAME`; `own` pre-trains --teacher-model with sec3_benchmark/pretrain_mae.py first, or finds it done.
-weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. The authors' code page
-gives about 44 hours for the paper's run on 8 GPUs, against 40 without distillation.
+`timm:NAME`; `own` first pre-trains --teacher-model with sec3_benchmark/pretrain_mae.py, unless that run is finished.
+weights.pt holds the student and the map M, not the teacher; pass it to finetune.py as --init. For the paper's run on
+8 GPUs the authors' code page gives about 44 hours, against 40 without distillation.
 """
 from common import distributed, entry, options, scripts
 from common.data import channel_statistics, load_images, with_statistics
@@ -47,7 +47,7 @@ DISTILLATION = ("decoupled", "teacher", "teacher_model", "teacher_epochs", "teac
 
 
 def mae_beside(preset):
-    """Return the line of the MAE beside D-MAE in Figures 6 and 7; in the demo it is trained no longer than D-MAE."""
+    """Return the line that pre-trains the MAE beside D-MAE in Figures 6 and 7, with as many epochs in the demo too."""
     epochs = f" --epochs {PRESETS['demo']['epochs']}" if preset == "demo" else ""
     return f"sec3_benchmark/pretrain_mae.py{epochs}"
 
@@ -67,7 +67,7 @@ def build_parser():
     group.add_argument("--distill-blocks", type=Int(1), nargs="*", default=[12], metavar="B",
                        help="the student's blocks, from 1, whose attention is distilled")
     group.add_argument("--teacher-blocks", type=Int(1), nargs="*", metavar="B",
-                       help="the teacher's blocks that go with them; default: as far up, 12 of 24 with 6 of 12")
+                       help="the teacher's blocks to match; default: at the same relative depth, 12 of 24 for 6 of 12")
     group.add_argument("--attention-weight", type=Float(0), default=1.0, help="of the sum over the chosen blocks")
     group.add_argument("--hidden-layers", type=Int(0), nargs="*", metavar="L",
                        help="hidden states to distil, 0 to depth; the paper: none")
@@ -79,7 +79,7 @@ def build_parser():
 
 
 class DMAEMethod(Method):
-    """The teacher stands beside the model: it is in no checkpoint, and no optimizer knows it."""
+    """D-MAE for the training loop. The teacher is not part of the model: neither saved nor optimised."""
 
     def __init__(self, model, teacher):
         super().__init__(model)
@@ -97,20 +97,22 @@ class DMAEMethod(Method):
 
 
 def pairs(args):
-    """The student's and the teacher's blocks, the student's and the teacher's hidden layers."""
+    """Return four lists: the student's blocks, the teacher's for them, the student's hidden layers, the teacher's."""
     blocks, layers = args.distill_blocks, args.hidden_layers or []
     return (blocks, blocks if args.teacher_blocks is None else args.teacher_blocks,
             layers, layers if args.teacher_hidden_layers is None else args.teacher_hidden_layers)
 
 
 def with_pairs(args, teacher_depth):
-    """Return settings that say which blocks and layers of a teacher of this depth go with the student's. Raises
-    UserError if there is none, or they form no pairs.
+    """Return the settings with the teacher's blocks and layers filled in, for a teacher of this depth.
+
+    Where none are given, they are at the same relative depth as the student's. Raises UserError if that is impossible,
+    and for blocks or layers that do not exist or do not form pairs.
     """
     depth = model_size(args.model)["depth"]
     if args.decoupled is not None:
         check_range("--decoupled", [args.decoupled], 1, depth, "student")
-        depth += 1  # the half block, which stands for the last: the teacher's last goes with it
+        depth += 1  # the half block counts as the student's last, so that it matches the teacher's last
         if args.distill_blocks not in ([12], [depth]) or args.hidden_layers:
             raise UserError(f"--decoupled distils the attention of block {depth}, half a block behind the last, alone: "
                             f"leave --distill-blocks and --hidden-layers out")
@@ -126,8 +128,9 @@ def with_pairs(args, teacher_depth):
 
 
 def pretrain_teacher(args):
-    """The weights file of the teacher that `--teacher own` asks for: seed 0 whatever the student's seed, so that all
-    students share it; reused by --fresh runs too.
+    """Pre-train the teacher of `--teacher own`, or find it finished. Return its weights file.
+
+    Its seed is 0 whatever the student's, so that all students share it. --fresh does not train it again.
     """
     settings = {name: value for name, value in vars(args).items() if name not in DISTILLATION}
     settings.update(model=args.teacher_model, num_heads=args.teacher_heads or 12, decoder_dim=None, decoder_depth=None,
@@ -136,8 +139,10 @@ def pretrain_teacher(args):
 
 
 def teacher_identity(args, weights):
-    """The teacher's tensors and what they do not show: its heads, where these are not 12, and the mean and std of its
-    images, where they are not the student's.
+    """Return what stands for the teacher in a run's identity: the fingerprint of its tensors and what they do not show.
+
+    That is its number of heads, unless 12, and the mean and std of its images, unless they are the student's. Raises
+    UserError if --teacher-heads contradicts its file.
     """
     known = (weights.config or {}).get("num_heads")
     heads = args.teacher_heads or known or 12
@@ -149,26 +154,24 @@ def teacher_identity(args, weights):
 
 
 def student_statistics(args):
-    """{"mean", "std"} of the student's images."""
+    """Return {"mean", "std"} of the student's images."""
     return channel_statistics(args.in_chans, args.mean, args.std)
 
 
 def without_defaults(args, weights):
-    """Return settings in which what says the default in other words is the default, so that the run is the same."""
+    """Return the settings with None for each that only repeats a default, so that the run's identity is the same."""
     heads_known = (weights.config or {}).get("num_heads") or args.teacher_heads == 12
     layers = args.hidden_layers or None
     return options.replaced(
-        args, teacher_model=None, teacher_epochs=None,  # once trained, only the teacher's content counts
+        args, teacher_model=None, teacher_epochs=None,  # the teacher's fingerprint is in the identity instead
         teacher_heads=None if heads_known else args.teacher_heads, hidden_layers=layers,
         teacher_blocks=None if args.teacher_blocks == args.distill_blocks else args.teacher_blocks,
         teacher_hidden_layers=None if (args.teacher_hidden_layers or None) == layers else args.teacher_hidden_layers)
 
 
 def build(args, encoder):
-    """The student with its maps, and the teacher. The student is drawn first and M from a generator of its own, so that
-    the student starts as an MAE of the same seed does.
-    """
-    seed_everything("weights", args.seed)
+    """Build the student with its maps M, and the teacher: (DMAE, Teacher)."""
+    seed_everything("weights", args.seed)  # as in pretrain_mae.py, for the same initial weights
     student = build_mae(args) if args.decoupled is None else build_mae(args, DecoupledMAE, decoder_block=args.decoupled)
     check_channels(student, encoder)
     blocks, their_blocks, layers, their_layers = pairs(args)
@@ -178,15 +181,15 @@ def build(args, encoder):
 
 
 def main(args):
-    """Runs or continues the pre-training; returns {"checkpoint": weights file, "teacher", "seconds", ...}."""
+    """Run or continue the pre-training. Return {"checkpoint": weights file, "teacher", "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args = options.resolve(args)
-    if args.teacher == "own":  # what cannot be distilled is found before its long pre-training
+    if args.teacher == "own":  # wrong pairs are an error before the teacher's long pre-training
         with_pairs(args, model_size(args.teacher_model)["depth"])
         args = options.replaced(args, teacher=pretrain_teacher(args))
     images = load_images(args)
     weights = read_weights(args.teacher)
-    args = with_statistics(args, weights, keep_given=True)  # else the teacher converts the images
+    args = with_statistics(args, weights, keep_given=True)  # if --mean or --std differs, Teacher converts the images
     identity = teacher_identity(args, weights)
     encoder = load_teacher(weights, args.teacher_heads, patch_grid(args.img_size, args.patch_size))
     args = without_defaults(with_pairs(args, len(encoder.blocks)), weights)
@@ -196,7 +199,7 @@ def main(args):
         if run.result:
             return {**run.result, "teacher": args.teacher}
         model, teacher = build(args, encoder)
-        # M decays like any other matrix
+        # M has weight decay, as any other matrix
         optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,
                        MAEViews(args, model.model.num_patches), device)

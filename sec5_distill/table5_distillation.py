@@ -6,8 +6,8 @@
     torchrun --nproc-per-node=8 sec5_distill/table5_distillation.py --data-path IMAGENET --dataset-path ROOT
 
 The paper's claim: D-MAE-Tiny catches up with the supervised DeiT-Tiny on small sets, where MAE-Tiny trails far behind,
-and is the best of all on ImageNet and COCO. Stages and settings are those of Tables 4 and 1, so that their runs are
-reused. ROOT: sec3_benchmark/downstream_sets.py; each set's settings: downstream.py beside it.
+and is the best of all on ImageNet and COCO. Stages and settings are those of Tables 4 and 1, so their runs are reused.
+What ROOT holds: sec3_benchmark/downstream_sets.py; the settings of each set: sec3_benchmark/downstream.py.
 """
 import argparse
 from dataclasses import replace
@@ -41,13 +41,13 @@ def build_parser():
 
 
 def last_columns(args):
-    """{key: heading} of what is fine-tuned on as in Table 1: ImageNet as published and, if another is run, --data."""
+    """Return {key: heading} of the last columns, fine-tuned as in Table 1: ImageNet and, if run on another, --data."""
     own = args.imagenet and args.data != "imagenet"
     return {"imagenet": "IN1K (Table 1)", **({"own": f"{args.data} (as Table 1)"} if own else {})}
 
 
 def table1_row(row):
-    """Return the row of Table 1: fine-tuned where Table 5 transfers; the supervised one is that already."""
+    """Return the row of Table 1: fine-tuned instead of transferred; the supervised row is just not transferred."""
     *before, transfer = row.lines
     if any("finetune.py" in line for line in before):
         return replace(row, lines=before)
@@ -56,8 +56,9 @@ def table1_row(row):
 
 
 def cells(args, names, rows):
-    """Return the rows of tables.run_rows: one for each data set and, of the same key, one for the last column. Run
-    together they share their pre-trainings, in a dry run too. Of a classifier that is given nothing is fine-tuned.
+    """Return the rows for tables.run_rows: for each row one per data set and, under the same key, one for the last
+    column. In one run they share their pre-trainings, in a dry run too. A supervised model given by --models has no
+    last column: it is trained already.
     """
     if not args.imagenet:
         return downstream.cells(rows, names, args.rows)
@@ -68,13 +69,13 @@ def cells(args, names, rows):
 
 
 def columns(args, names):
-    """One for each data set, two for COCO, then the last ones; each cell: published / measured."""
+    """Return the columns, each cell published / measured: one per data set, two for COCO, then the last columns."""
     last = {heading: downstream.column(key) for key, heading in last_columns(args).items()}
     return {**downstream.columns(names), **last}
 
 
 def main(args):
-    """Runs the chosen rows on the chosen sets, writes table5.json and .md; returns the rows."""
+    """Run the chosen rows on the chosen sets, write table5.json and .md. Return the rows, [] after a dry run."""
     distributed.start_process_group("cpu" if args.dry_run else args.device)
     if args.imagenet is None:
         args = options.replaced(args, imagenet=args.preset != "demo" and bool(args.data_path))

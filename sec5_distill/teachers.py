@@ -1,11 +1,11 @@
-"""The teacher of a distillation: any plain ViT, made to see what the student sees.
+"""The teacher of a distillation: an MAE or a plain ViT that sees the same visible patches as the student.
 
-Images are brought from the student's mean and std to the teacher's, and resized where its patches have another size, so
-that its grid of patches is the student's; its positions are resized to that grid, bicubic, as timm does. Tokens that
-the student has not (registers) take part in the teacher's blocks; their rows and columns of its logits are left out, as
-the analysis leaves out the class token (sec4_analysis/attention.py). Nothing has to be normalised again: the loss
-compares logits, and a softmax over the keys that are left is the whole softmax with each row rescaled to sum to 1. A
-teacher without a class token teaches the patches alone.
+Images are converted from the student's mean and std to the teacher's. If the teacher's patches have another size,
+images are resized so that both have the same grid of patches; its positions are resized to that grid, bicubic, as timm
+does. Registers, which the student does not have, take part in the teacher's blocks, but their rows and columns of the
+logits are dropped, as the analysis drops the class token (sec4_analysis/attention.py). The remaining logits need no
+correction: their softmax is the full softmax with each row rescaled to sum to 1. A teacher without a class token is
+matched on the patches alone.
 
 The teacher runs only up to the last block that is read, without gradient, in the autocast dtype.
 """
@@ -29,13 +29,13 @@ CLASSIFIER = ("head", "attn_pool.")  # parameters behind the final norm
 
 
 def load_teacher(weights, num_heads=None, grid=(0, 0)):
-    """Load the encoder of Weights; its `statistics` are the mean and std of the images that it learnt from, or None.
+    """Build the encoder of Weights. Its attribute `statistics` is the mean and std of its training images, or None.
 
-    num_heads: where the file cannot say; else 12 is assumed. grid: the student's (rows, columns), taken where the file
-    says no image size and its patches form no square. Raises UserError, with the reason, for what can be no teacher.
+    num_heads: for a file that does not contain it; None: 12 is assumed. grid: the student's (rows, columns), for a file
+    without image size whose patches form no square. Raises UserError, with the reason, for what cannot be a teacher.
     """
-    said = weights.model is not None or weights.config
-    encoder = load_model(weights, num_heads=num_heads) if said else foreign_vit(weights, num_heads, grid)
+    has_settings = weights.model is not None or weights.config
+    encoder = load_model(weights, num_heads=num_heads) if has_settings else foreign_vit(weights, num_heads, grid)
     check_teacher(encoder, weights.source)
     encoder.statistics = weights.statistics
     return encoder
@@ -48,7 +48,7 @@ def check_teacher(encoder, source="it"):
 
 
 def unlike_a_plain_vit(encoder):
-    """Return in words what makes the model no plain ViT; None if it is one."""
+    """Return why the model is no plain ViT, in words; None if it is one."""
     kind = type(encoder).__name__
     if isinstance(encoder, Beit):
         return f"a {kind} adds relative positions to q k^T, which a student without them cannot match"
@@ -64,7 +64,7 @@ def unlike_a_plain_vit(encoder):
 
 
 def foreign_vit(weights, num_heads, grid):
-    """Build the encoder of a file that holds no settings, of any width and depth, from its tensors."""
+    """Build the encoder of a file without settings, inferring width, depth and the rest from its tensors."""
     state = {name: value for name, value in weights.state.items() if not name.startswith((*DECODER, *CLASSIFIER))}
     config = shape_config(state, grid)
     if "pos_embed" not in state or f"blocks.0.attn.{TABLE}" in state:
@@ -93,9 +93,9 @@ def check_teacher_blocks(depth, blocks, layers):
 
 
 def at_relative_depth(numbers, depth, teacher_depth, flag):
-    """Return the teacher's blocks or hidden layers as far up as the student's `numbers`: 6 of 12 is 12 of 24.
+    """Return the teacher's blocks or hidden layers at the relative depth of the student's: 12 of 24 for 6 of 12.
 
-    Raises UserError where that is no whole number; `flag` is the argument that then says which.
+    numbers: the student's. Raises UserError, which names the argument `flag`, where that is no whole number.
     """
     if unmatched := [number for number in numbers if number * teacher_depth % depth]:
         raise UserError(f"no block or layer of the teacher's {teacher_depth} is as far up as the student's "
@@ -104,12 +104,12 @@ def at_relative_depth(numbers, depth, teacher_depth, flag):
 
 
 def grid_of(encoder) -> tuple[int, int]:
-    """Return the (rows, columns) of patches of an MAE or timm ViT."""
+    """Return the grid (rows, columns) of patches of an MAE or timm ViT."""
     return tuple(encoder.grid if isinstance(encoder, MAE) else encoder.patch_embed.grid_size)
 
 
 def check_channels(student, encoder):
-    """Raise UserError unless the teacher reads as many channels as the student."""
+    """Raise UserError unless teacher and student read the same number of channels."""
     ours, theirs = (model.patch_embed.proj.in_channels for model in (student, encoder))
     if ours != theirs:
         raise UserError(f"the teacher reads {theirs} channels and the student {ours}: choose --in-chans {theirs}, or "
@@ -117,7 +117,7 @@ def check_channels(student, encoder):
 
 
 def conversion(ours, theirs):
-    """Return (scale, shift), each (C, 1, 1), from images of one mean and std to the other; None if they agree."""
+    """Return (scale, shift), each (C, 1, 1), from images of one mean and std to the other; None if nothing to do."""
     if not ours or not theirs:
         return None
     if all(abs(a - b) <= 1e-3 for name in ours for a, b in zip(ours[name], theirs[name])):
@@ -128,10 +128,10 @@ def conversion(ours, theirs):
 
 
 class Teacher(nn.Module):
-    """A frozen encoder, MAE or plain timm ViT, whose attention logits (`blocks`) and hidden states (`layers`) are read.
+    """A frozen encoder, MAE or plain timm ViT, that returns attention logits of `blocks` and hidden states of `layers`.
 
-    grid: the student's (rows, columns) of patches; statistics: {"mean", "std"} of the student's images. Without them
-    the encoder's own. It is not a submodule of the student's model, so it enters no checkpoint and no optimizer, and
+    grid: the student's (rows, columns) of patches; statistics: {"mean", "std"} of the student's images; both default to
+    the encoder's own. The teacher is not a submodule of the student, so it is in no checkpoint and no optimizer, and
     stays in eval mode.
     """
 
@@ -140,7 +140,7 @@ class Teacher(nn.Module):
         check_teacher(encoder)
         check_teacher_blocks(len(encoder.blocks), blocks, layers)
         self.logit_blocks, self.hidden_layers = tuple(blocks), tuple(layers)
-        # a block whose logits are read last need not run: its input is enough
+        # logits need only a block's input, so the last block that is read for them does not run
         self.num_full_blocks = max((*(number - 1 for number in blocks), *layers), default=0)
         self.proj, self.norm_pre = encoder.patch_embed.proj, getattr(encoder, "norm_pre", nn.Identity())
         self.blocks, self.norm = encoder.blocks[:self.num_full_blocks + 1], final_norm(encoder)
@@ -154,7 +154,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def _take_tokens(self, encoder, grid):
-        """Keep the class token and registers (1, P, D), their positions added, and the positions (L, D) on the grid."""
+        """Keep class token and registers as one prefix (1, P, D), with their positions; resize the patches' (L, D)."""
         tokens = [getattr(encoder, name, None) for name in ("cls_token", "reg_token")]
         tokens = [token for token in tokens if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else self.proj.weight.new_empty(1, 0, self.dim)
@@ -171,9 +171,9 @@ class Teacher(nn.Module):
         self.prefix, self.pos_embed = nn.Parameter(prefix), nn.Parameter(positions[0, with_position:])
 
     def prepare(self, device, dtype):
-        """Move the teacher to the device and cast its matrices to the autocast dtype (None: float32). Returns it.
+        """Move the teacher to the device and cast its matrices to the autocast dtype (None: float32). Return it.
 
-        This saves autocast's cast in every step. Norms stay in float32.
+        Autocast would otherwise cast them in every step. Norms stay in float32.
         """
         self.to(device)
         set_fused_attention(self, device, dtype)
@@ -184,10 +184,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, ids_visible):
-        """Compute what is read of the visible patches: images (B, C, H, W) of the student, patch indices (B, K).
+        """Compute logits and hidden states of the visible patches from the student's images and patch indices.
 
-        Returns a list of logits (B, hT, N, N) in the order of `blocks`, and a list of hidden states (B, N, DT) in the
-        order of `layers`. N = 1 + K, the class token first, or K where the teacher has none.
+        images: (B, C, H, W); ids_visible: (B, K). Returns a list of logits (B, hT, N, N) in the order of `blocks`, and
+        a list of hidden states (B, N, DT) in the order of `layers`. N = 1 + K, class token first, or K without one.
         """
         x = self.embed(take(patchify(self.view(images), self.grid), ids_visible), ids_visible)
         logits, hidden = {}, {}
@@ -202,19 +202,19 @@ class Teacher(nn.Module):
         return [logits[number] for number in self.logit_blocks], [hidden[number] for number in self.hidden_layers]
 
     def view(self, images):
-        """Show the student's images as the teacher reads them: its size, mean and std."""
+        """Convert the student's images to the size, mean and std of the teacher's."""
         size = [n * patch for n, patch in zip(self.grid, self.proj.kernel_size)]
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         return images if self.scale is None else images * self.scale + self.shift
 
     def embed(self, patches, ids):
-        """Embed patches as MAE.embed does, other tokens first: (B, K, p*p*C), patch indices (B, K) -> (B, P + K, D)."""
+        """Embed patches as MAE.embed does, behind the prefix: (B, K, p*p*C), patch indices (B, K) -> (B, P + K, D)."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         tokens = F.linear(patches, weight, self.proj.bias) + self.pos_embed[ids]
         return self.norm_pre(torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1))
 
     def without_registers(self, x):
-        """Leave out the tokens that the student has not: (B, P + K, D) -> (B, N, D)."""
+        """Drop the registers, which the student does not have: (B, P + K, D) -> (B, N, D)."""
         P = self.prefix.shape[1]
         return x if P == self.num_class else torch.cat([x[:, :self.num_class], x[:, P:]], dim=1)
