@@ -112,7 +112,7 @@ def describe(arrays):
         [[key, f"{values.max():.4f}"] for key, values in arrays.items() if "/block " in key])
 
 
-def displayable(image):
+def visible(image):
     """Convert an image (H, W, C) for matplotlib: RGB as it is, else grey (H, W), the mean over channels."""
     return image if image.shape[-1] == 3 else image.mean(axis=-1)
 
@@ -129,7 +129,7 @@ def draw_maps(arrays):
     for row, (name, panels) in zip(axes, models.items()):
         for panel, (what, array) in zip(row, panels):
             if what == "image":
-                panel.imshow(displayable(array), cmap="gray", vmin=0, vmax=1)
+                panel.imshow(visible(array), cmap="gray", vmin=0, vmax=1)
                 panel.set_title(f"{name}\n{query_label(arrays)}", fontsize=8)
             else:
                 panel.imshow(array, cmap="magma", vmin=0, vmax=array.max())

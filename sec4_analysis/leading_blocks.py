@@ -48,7 +48,7 @@ def starts(args):
     return {name: ([pretraining], PREVIOUS) for name, pretraining in METHODS.items()}
 
 
-def own_words(tuning, name):
+def moco_arguments(tuning, name):
     """Return the arguments that Table 1 adds to fine-tune MoCo-v3, if the method's name contains moco; else nothing."""
     return MOCO_FINETUNING if "finetune.py" in tuning and "moco" in name.lower() else ""  # transfer.py's default
 
@@ -81,7 +81,7 @@ def point_row(tuning, title, name, k, before, checkpoint, scratch=(), whole=Fals
     if k == 0:
         return Row(f"scratch{key}", f"from scratch, k = 0{where}", None, [f"{tuning} {shlex.join(scratch)}".rstrip()])
     keep = "" if whole and k == DEPTH else f"--keep-blocks {k}"
-    line = " ".join(filter(None, [tuning, own_words(tuning, name), f"--init {checkpoint}", keep]))
+    line = " ".join(filter(None, [tuning, moco_arguments(tuning, name), f"--init {checkpoint}", keep]))
     return Row(f"{name}-{k}{key}", f"{name}, {k} blocks kept{where}", None, [*before, line])
 
 
@@ -94,7 +94,7 @@ def run_points(args, panels, script):
         raise UserError(f"--blocks {' '.join(map(str, wrong))}: the models have {DEPTH} blocks, so 0 to {DEPTH}")
     methods, tuning = starts(args), next(iter(panels.values()))
     for name in methods:
-        if own := own_words(tuning, name):
+        if own := moco_arguments(tuning, name):
             print0(f"{name}: fine-tuned with {own}, for its name has moco in it")
     loaded, told = given_weights(args), settings_told(args, tuning.split()[0])
     scratch, whole = options.to_argv(scratch_settings(loaded, told)), whole_encoders(methods, loaded, told)

@@ -117,13 +117,14 @@ def with_pairs(args, teacher_depth):
             raise UserError(f"--decoupled distils the attention of block {depth}, half a block behind the last, alone: "
                             f"leave --distill-blocks and --hidden-layers out")
         args = options.replaced(args, distill_blocks=[depth])
-    settings = {"teacher_blocks": args.teacher_blocks, "teacher_hidden_layers": args.teacher_hidden_layers}
-    for name, numbers in (("teacher_blocks", args.distill_blocks), ("teacher_hidden_layers", args.hidden_layers or [])):
-        if settings[name] is None:
-            settings[name] = at_relative_depth(numbers, depth, teacher_depth, "--" + name.replace("_", "-"))
-    args = options.replaced(args, **settings)
+    blocks, layers = args.teacher_blocks, args.teacher_hidden_layers
+    if blocks is None:
+        blocks = at_relative_depth(args.distill_blocks, depth, teacher_depth, "--teacher-blocks")
+    if layers is None:
+        layers = at_relative_depth(args.hidden_layers or [], depth, teacher_depth, "--teacher-hidden-layers")
+    args = options.replaced(args, teacher_blocks=blocks, teacher_hidden_layers=layers)
     check_pairs(depth, *pairs(args))
-    check_teacher_blocks(teacher_depth, args.teacher_blocks, args.teacher_hidden_layers)
+    check_teacher_blocks(teacher_depth, blocks, layers)
     return args
 
 
@@ -148,9 +149,12 @@ def teacher_identity(args, weights):
     heads = args.teacher_heads or known or 12
     if known and heads != known:
         raise UserError(f"{args.teacher} has {known} heads, not --teacher-heads {heads}: leave that out")
-    theirs = weights.statistics if conversion(student_statistics(args), weights.statistics) else None
-    return ", ".join([weights.fingerprint, *([f"{heads} heads"] if heads != 12 else []),
-                      *([f"mean {theirs['mean']}, std {theirs['std']}"] if theirs else [])])
+    parts, theirs = [weights.fingerprint], weights.statistics
+    if heads != 12:
+        parts.append(f"{heads} heads")
+    if conversion(student_statistics(args), theirs):
+        parts.append(f"mean {theirs['mean']}, std {theirs['std']}")
+    return ", ".join(parts)
 
 
 def student_statistics(args):
