@@ -1,4 +1,4 @@
-"""sec4_analysis/activations.py: what hooks see is what the encoder, written out block by block, computes."""
+"""Test activations.py: hooks read what the encoder, written out block by block, computes."""
 import weakref
 
 import pytest
@@ -36,7 +36,7 @@ def noise(images=2):
 @torch.inference_mode()
 @pytest.mark.parametrize("case", MODELS)
 def test_every_activation_is_that_of_the_encoder_written_out(case):
-    """Bit for bit, name by name, in order; asked for alone, all the same, and in further batches too."""
+    """All activations are bit-identical and in order, read together, one at a time, and in further batches."""
     build, prefix = MODELS[case]
     model, images = build(), noise(4)
     expected = everything(model, images)
@@ -53,7 +53,7 @@ def test_every_activation_is_that_of_the_encoder_written_out(case):
 @torch.no_grad()
 @pytest.mark.parametrize("case", [case for case in MODELS if case != "MAE"])
 def test_logits_are_those_of_the_attention_itself(case):
-    """Through the softmax that the unfused attention of timm hands to dropout."""
+    """Their softmax is the one that timm's unfused attention passes to its dropout."""
     model, images, seen = MODELS[case][0](), noise(), {}
     for i, block in enumerate(model.blocks):
         block.attn.fused_attn = False
@@ -78,7 +78,7 @@ def test_an_maes_encoder_sees_every_patch():
 
 @torch.inference_mode()
 def test_an_activation_is_let_go_before_the_next_block_runs():
-    """What `reduce` was given is not alive any more when the next block's comes; what it made of it is handed out."""
+    """An activation is freed before `reduce` gets the next one; only what `reduce` returned is kept."""
     before = []
 
     def reduce(activation):
@@ -97,7 +97,7 @@ def test_an_activation_is_let_go_before_the_next_block_runs():
 
 @torch.inference_mode()
 def test_hooks_are_there_inside_the_with_alone():
-    """Also where a measure fails; and the model computes what it computes without them."""
+    """Hooks are removed even if a measure fails, and do not change what the model computes."""
     model, images, calls = tiny(), noise(), []
     alone = model(images)
 

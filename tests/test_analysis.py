@@ -1,4 +1,4 @@
-"""The measures of Section 4 against reference values, by hand and by brute force."""
+"""Test the measures of Section 4 against reference values, computations by hand and brute force."""
 import itertools
 import math
 import os
@@ -28,12 +28,12 @@ def grams(layers):
 
 
 def full_cka(x, y):
-    """CKA of two layers on a single batch."""
+    """Compute the CKA of two layers on a single batch."""
     return cka.minibatch_cka([(grams([x]), grams([y]))])
 
 
 def hsic_by_definition(x, y):
-    """The first form of the docstring, in float64, trace and sums spelt out."""
+    """Compute HSIC1 as in the first equation of cka.py, in float64, with trace and sums spelt out."""
     K, L = (f.flatten(1).double() @ f.flatten(1).double().T for f in (x, y))
     n, one = len(K), torch.ones(len(K), dtype=torch.float64)
     K, L = K - torch.diag(K.diag()), L - torch.diag(L.diag())
@@ -70,7 +70,7 @@ def test_cka_is_one_with_itself_and_blind_to_rotation_and_scale_but_not_to_other
 
 
 def test_minibatches_of_all_kinds_average_to_the_full_batch():
-    """HSIC1 is a U-statistic: its mean over all 21 choices of 5 images out of 7 is that of the 7."""
+    """HSIC1 is a U-statistic: its mean over all 21 choices of 5 images out of 7 equals that of the 7 images."""
     x, y = noise(7, 6), noise(7, 6) + noise(7, 6, seed=1)
     choices = [list(choice) for choice in itertools.combinations(range(7), 5)]
     streamed = cka.minibatch_cka((grams([x[c]]), grams([y[c]])) for c in choices)
@@ -153,7 +153,7 @@ def test_cutting_the_class_token_is_scaling_the_rest_and_keeping_it_is_not():
 # Fourier
 
 def delta_of(tokens, grid):
-    """The delta log amplitude of tokens (B, L, C), mean over images."""
+    """Compute the delta log amplitude of tokens (B, L, C), mean over images."""
     return fourier.delta_log_amplitude(fourier.log_amplitude(tokens, grid).double().mean(dim=0))
 
 
@@ -169,7 +169,7 @@ def test_a_constant_has_no_high_frequency():
 
 
 def test_the_last_point_is_below_the_checkerboards_frequency():
-    """Plus and minus in turn: all amplitude is at pi, which the half diagonal does not reach; nor is there a mean."""
+    """A checkerboard of +1 and -1 has all its amplitude at pi, which the half diagonal does not reach, and mean 0."""
     board = torch.tensor([(-1.0) ** (i + j) for i in range(14) for j in range(14)]).view(1, 196, 1)
     assert delta_of(board, (14, 14)).abs().max() < 1e-6
     assert fourier.diagonal_frequencies((14, 14)) == pytest.approx([0, 1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7])
@@ -178,7 +178,7 @@ def test_the_last_point_is_below_the_checkerboards_frequency():
 
 
 def test_a_wave_along_the_diagonal_is_where_it_should_be():
-    """1 + cos(2 pi 5 (r + c) / 14): amplitude 196 at 0 and 98 at i = 5."""
+    """1 + cos(2 pi 5 (r + c) / 14) has amplitude 196 at frequency 0 and 98 at i = 5."""
     wave = torch.tensor([1 + math.cos(2 * math.pi * 5 * (r + c) / 14) for r in range(14) for c in range(14)])
     delta = delta_of(wave.view(1, 196, 1), (14, 14))
     assert delta[5].item() == pytest.approx(math.log(98 / 196), abs=1e-4)
@@ -186,7 +186,7 @@ def test_a_wave_along_the_diagonal_is_where_it_should_be():
 
 
 def test_white_noise_is_flat():
-    """E log|F| is (ln 2)/2 higher where F is complex than where it is real, at frequency 0."""
+    """E log|F| is (ln 2)/2 larger where F is complex than at frequency 0, where it is real."""
     delta = delta_of(noise(200, 64, 128), (8, 8))
     assert delta[1:].tolist() == pytest.approx([math.log(2) / 2] * 3, abs=0.03)
 
@@ -253,7 +253,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 @pytest.mark.slow
 def test_twelve_layers_fit_in_4_gib():
-    """A batch of 128 at 224 px; further ones add 1.7 MB each, their centred matrices. The whole process counts."""
+    """The whole process, for a batch of 128 at 224 px. Each further batch adds 1.7 MB, its centred matrices."""
     done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], check=True, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     gib = int(done.stdout) / 2**20

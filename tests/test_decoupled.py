@@ -1,4 +1,4 @@
-"""D2-MAE: its loss and gradients against a straightforward version, its files wherever an MAE's go, its runs."""
+"""Test D2-MAE: loss and gradients against a straightforward version, its files as those of an MAE, its runs."""
 import math
 
 import numpy as np
@@ -29,7 +29,7 @@ EARLY, LATE = ("blocks.0.", "blocks.1."), ("blocks.2.", "blocks.3.", "blocks.4."
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """`small` as the name of a model of four blocks."""
+    """Register `small` as the name of a model of four blocks."""
     monkeypatch.setitem(SIZES, "small", {"embed_dim": 24, "depth": 4})
     monkeypatch.setitem(mae_module.DECODERS, "small", (12, 1, 3))
 
@@ -40,7 +40,7 @@ def student(seed=0):
 
 
 def with_teacher():
-    """A D2-MAE, and the target of a batch whose attention is far from uniform."""
+    """Build a D2-MAE and the targets of a batch, from a teacher whose attention is far from uniform."""
     torch.manual_seed(1)
     encoder = MAE("vit_demo", num_heads=6, **VIEW)
     for block in encoder.blocks:
@@ -51,7 +51,7 @@ def with_teacher():
 
 
 def gradients(dmae, loss):
-    """{name: gradient} of the student's trained parameters; None where the loss does not reach."""
+    """Return {name: gradient} of the student's trained parameters; None where the loss does not depend on one."""
     named = {name: p for name, p in dmae.model.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, named.values(), allow_unused=True, retain_graph=True)))
 
@@ -59,7 +59,7 @@ def gradients(dmae, loss):
 # The method
 
 def test_each_part_learns_from_the_losses_of_the_figure():
-    """Blocks 1 to 8 (here 2) from both, 9 to 12 and norm1, q, k of 13 from the attention, norm from the other alone."""
+    """Blocks 1 to 8 (here 2) learn from both, later ones and the half block from the attention, norm from MAE's."""
     dmae, images, noise, target = with_teacher()
     _, parts = dmae(images, noise, *target)
     by_loss = {loss: {name for name, gradient in gradients(dmae, parts[loss]).items()
@@ -74,7 +74,7 @@ def test_each_part_learns_from_the_losses_of_the_figure():
 
 
 def test_it_equals_the_straightforward_version():
-    """Loss and gradients: all four blocks run, the decoder reads the second's output, the logits are put together."""
+    """Loss and gradients agree with four whole blocks, a decoder on the second one's output, and logits by hand."""
     dmae, images, noise, target = with_teacher()
     slow, half = with_explicit_attention(StraightforwardMAE(**VIEW, **SMALL)), dmae.model.blocks[-1]
     slow.load_state_dict({k: v for k, v in dmae.model.state_dict().items() if not k.startswith("blocks.4.")})
@@ -115,7 +115,7 @@ def ours(path):
 
 
 def authors(path):
-    """DDP's prefix, a whole qkv in the half block, the teacher beside."""
+    """Save a file in the authors' layout: DDP's prefix, a whole qkv in the half block, the teacher's weights too."""
     dmae, *_ = with_teacher()
     state = dmae.state_dict()
     for kind in ("weight", "bias"):
@@ -140,7 +140,7 @@ def test_its_file_is_read_as_an_encoder_of_the_whole_blocks(save, tmp_path):
 
 @pytest.mark.parametrize("save", [ours, authors])
 def test_loaded_as_an_mae_its_decoder_reads_the_same_block(save, tmp_path):
-    """The analysis and the figures run all whole blocks, a reconstruction those before the decoder."""
+    """An analysis runs all whole blocks, a reconstruction those before the decoder."""
     model = save(path := tmp_path / "d2mae.pt").model
     given = {} if save is ours else dict(num_heads=4, decoder_block=2)  # else 12 and 8 are assumed
     loaded = load_model(path, **given)
@@ -184,7 +184,7 @@ def test_what_cannot_be_decoupled_is_refused(settings, message):
 
 
 def test_a_run_from_the_command_line_to_the_next_stage(tmp_path):
-    """A demo of two steps: its file says the block and is fine-tuned; D-MAE of the same words is another run."""
+    """The weights name the decoder's block and can be fine-tuned; D-MAE with the same settings is another run."""
     rng = np.random.RandomState(0)
     for split in ("train", "val"):
         for i in range(8):

@@ -1,4 +1,4 @@
-"""Section 5's distillation: against reference values and a straightforward version, alone and through whole runs."""
+"""Test the distillation of Section 5 against reference values and a straightforward version, and in whole runs."""
 import os
 import signal
 import sys
@@ -35,7 +35,7 @@ LARGE = dict(embed_dim=40, depth=5, num_heads=5, decoder_embed_dim=16, decoder_n
 
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
-    """`small` and `large` as names of models."""
+    """Register `small` and `large` as names of models."""
     for name, size in (("small", SMALL), ("large", LARGE)):
         monkeypatch.setitem(SIZES, name, {"embed_dim": size["embed_dim"], "depth": size["depth"]})
         monkeypatch.setitem(mae_module.DECODERS, name, (size["decoder_embed_dim"], 1, size["decoder_num_heads"]))
@@ -47,7 +47,7 @@ def student(seed=0):
 
 
 def larger(seed=1):
-    """An MAE of other width, depth and heads whose attention is far from uniform."""
+    """Build an MAE of other width, depth and heads whose attention is far from uniform."""
     torch.manual_seed(seed)
     mae = MAE("large", num_heads=5, **VIEW)
     for block in mae.blocks:
@@ -82,7 +82,7 @@ def test_reference_logits_of_a_block(monkeypatch):
 
 
 def test_losses_are_in_float32_under_autocast():
-    """Values that bf16 cannot tell apart."""
+    """The values differ by less than bf16 can represent."""
     a = torch.full((1, 2, 2, 2), 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention_loss(a, a + 1e-3, torch.eye(2)).item() == pytest.approx(1e-6, rel=1e-3)
@@ -91,7 +91,7 @@ def test_losses_are_in_float32_under_autocast():
 
 @pytest.mark.parametrize(("pairs", "weight"), [([(3, 5)], 1.0), ([(1, 1), (2, 4), (3, 4)], 0.3)])
 def test_equals_the_straightforward_dmae(pairs, weight):
-    """Loss and every gradient, with a teacher of other width, depth and heads, and explicit attention everywhere."""
+    """Loss and all gradients agree, for a teacher of other width, depth and heads; the other computes all attention."""
     blocks, theirs = zip(*pairs)
     ours = DMAE(student(), teacher := Teacher(larger(), theirs), blocks, attention_weight=weight)
     slow = StraightforwardDMAE({**VIEW, **SMALL}, {**VIEW, **LARGE}, pairs, weight)
@@ -122,7 +122,7 @@ def test_distilled_from_itself_by_the_identity_the_loss_is_zero():
 
 
 def test_hidden_states_are_the_norms_outputs():
-    """Layer 1 of the student against layer 4 of the teacher, final norm against final norm, put together by hand."""
+    """Layer 1 of the student is matched with layer 4 of the teacher, and final norm with final norm."""
     dmae = DMAE(student(), teacher := Teacher(large := larger(), (), (4, 5)), (), (1, 3), hidden_weight=0.5)
     images, noise = batch()
     ids = visible_ids(dmae.model, noise)
@@ -145,7 +145,7 @@ def test_hidden_states_are_the_norms_outputs():
 @pytest.mark.parametrize("settings", [dict(global_pool="avg"), dict(global_pool="token", no_embed_class=True),
                                       dict(global_pool="token", pre_norm=True, num_classes=0)])
 def test_a_timm_vit_as_teacher_sees_what_it_would_see(settings):
-    """All patches in order: timm's own forward, each block's norm1 output caught on the way."""
+    """Given all patches in order, it computes what timm's own forward does; hooks catch each norm1 output."""
     torch.manual_seed(0)
     vit = VisionTransformer(embed_dim=40, depth=5, num_heads=5, fc_norm=settings["global_pool"] == "avg", **VIEW,
                             **settings).eval()
@@ -164,7 +164,7 @@ def test_a_timm_vit_as_teacher_sees_what_it_would_see(settings):
 
 
 def test_it_runs_no_further_than_asked():
-    """Blocks 1 to 3 whole, of block 4 the first norm, queries and keys, of block 5 nothing."""
+    """Blocks 1 to 3 run whole, of block 4 only norm1, q and k, of block 5 nothing."""
     teacher = Teacher(encoder := larger(), (4, 2))
     ran = []
     for i, block in enumerate(encoder.blocks, start=1):
@@ -176,7 +176,7 @@ def test_it_runs_no_further_than_asked():
 
 
 def test_half_precision_is_autocasts_without_the_casting():
-    """The same bits as autocast gives with float32 weights; norms and the sums between blocks stay in float32."""
+    """The result is bit-identical to autocast on float32 weights; norms and the residual stream stay in float32."""
     images, noise = batch()
     seen = images, visible_ids(student(), noise)
     with torch.autocast("cpu", torch.bfloat16):
@@ -225,7 +225,7 @@ def test_mistakes_are_found_before_a_teacher_is_pre_trained(monkeypatch, setting
     (None, None, "f", None), (None, 12, "f", None), (None, 5, "f, 5 heads", 5), (5, 5, "f, 5 heads", None),
     (5, None, "f, 5 heads", None), (12, 12, "f", None)])
 def test_a_teachers_identity_and_the_settings_of_its_run(known, asked, identity, left):
-    """As in finished runs: heads count where they are not 12, and stand in the settings where no file says them."""
+    """Identities of finished runs are kept: heads are in it unless 12, and in the settings if no file has them."""
     images = dict(in_chans=3, mean=None, std=None)
     args = SimpleNamespace(teacher="t", teacher_heads=asked, distill_blocks=[3], teacher_blocks=[3], hidden_layers=[],
                            teacher_hidden_layers=None, **images)
@@ -245,7 +245,7 @@ COMMON = dict(preset="demo", data="folder", img_size=[32], patch_size=8, num_hea
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of 16 images of noise."""
+    """Make a folder of 16 images of noise."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
     for i in range(16):
         Image.fromarray(rng.randint(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{i:02d}.png")
@@ -264,7 +264,7 @@ def save_teacher(mae, path):
 
 @pytest.fixture
 def distil(pictures, teacher_file, tmp_path):
-    """Runs pretrain_dmae.main; returns its result."""
+    """Return a function that runs pretrain_dmae.main and returns its result."""
     def run(**settings):
         settings = {**COMMON, "data_path": str(pictures), "output": str(tmp_path), "teacher": str(teacher_file),
                     "distill_blocks": [3], "teacher_blocks": [5], **settings}
@@ -286,7 +286,7 @@ def test_with_weight_zero_it_is_the_mae_bit_for_bit(distil, pictures, tmp_path):
 
 
 def test_the_teacher_stays_as_it_is_and_out_of_every_file(distil, teacher_file, monkeypatch, tmp_path):
-    """Frozen, in eval mode in every step, without a gradient; what is saved is the student and M, read as an MAE."""
+    """It is frozen and in eval mode in every step; only the student and M are saved, and they are read as an MAE."""
     teachers, modes = [], []
 
     def after_step(self, step):
@@ -332,7 +332,7 @@ def test_accumulation_gives_the_same_weights(distil, tmp_path):
 
 
 def test_another_teacher_is_another_run(distil, teacher_file, tmp_path):
-    """By content: a copy elsewhere finds the finished run, other weights at the same path do not."""
+    """A teacher is identified by content: a copy finds the finished run, other weights at the same path do not."""
     first = distil()
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(teacher_file.read_bytes())
@@ -343,7 +343,7 @@ def test_another_teacher_is_another_run(distil, teacher_file, tmp_path):
 
 
 def test_heads_of_a_foreign_teacher_are_asked_for(distil, tmp_path, capsys):
-    """facebook's layout: an encoder alone, which does not say how many heads it has."""
+    """A file in facebook's layout, an encoder alone, does not contain the number of heads."""
     state = {k: v for k, v in larger().state_dict().items() if not k.startswith(("decoder", "mask_token"))}
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit.pth")
     result = distil(teacher=str(tmp_path / "mae_pretrain_vit.pth"), teacher_heads=5)
@@ -353,7 +353,7 @@ def test_heads_of_a_foreign_teacher_are_asked_for(distil, tmp_path, capsys):
 
 
 def test_the_same_teacher_as_a_timm_folder(distil, tmp_path):
-    """timm's own ViT with the same weights; its heads stand in the folder."""
+    """It is timm's own ViT with the same weights; the folder contains its number of heads."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     export_timm(larger(), tmp_path / "vit", mean, std)
     assert_same(weights(distil(teacher=str(tmp_path / "vit"))), weights(distil()))
@@ -371,7 +371,7 @@ def test_the_student_sees_images_normalised_as_the_teachers_were(distil, tmp_pat
 
 
 def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teacher_file):
-    """Larger, of seed 0, as long as the student or longer, and never begun afresh."""
+    """It is larger, has seed 0, trains as long as the student or as given, and is never trained afresh."""
     asked, run = [], scripts.run
 
     def record(script, words=()):
@@ -391,7 +391,7 @@ def test_its_own_teacher_is_an_mae_of_the_same_recipe(monkeypatch, distil, teach
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(pictures, tmp_path):
-    """With a model that the command line knows: the demo's student, a teacher twice as wide."""
+    """Uses models that the command line knows: the demo's student, and a teacher twice as wide."""
     torch.manual_seed(0)
     teacher = save_teacher(MAE("vit_tiny", **VIEW), tmp_path / "teacher.pt")
     settings = {**COMMON, "model": "vit_demo", "num_heads": 12, "data_path": str(pictures), "teacher": str(teacher)}

@@ -1,5 +1,6 @@
-"""Figures 6 and 7, Table 5 and D-MAE's rows of Table 1: which runs they ask for and what they make of the results. The
-stages are stand-ins; tests/test_distill.py runs the real one.
+"""Test Figures 6 and 7, Table 5 and D-MAE's rows of Table 1: the runs they ask for and the use of their results.
+
+The stages are stand-ins; tests/test_distill.py runs the real one.
 """
 import json
 
@@ -17,7 +18,7 @@ from tests.helpers import commands, run
 # Figure 6
 
 def test_figure_6_compares_the_presets_own_runs(asked, tmp_path, monkeypatch):
-    """Supervised first, the teacher is the one that D-MAE was distilled from, MAE is trained as long as D-MAE."""
+    """The supervised model is first, the teacher is D-MAE's, and MAE has as many epochs as D-MAE."""
     seen = {}
     monkeypatch.setattr(study, "load_all", lambda args, checkpoints, heads: seen.update(checkpoints, heads=heads))
     run(fig6_distilled_similarity, tmp_path, "--seed", "4", "--set", "pretrain_dmae.teacher_heads=6", parse=study.parse)
@@ -75,7 +76,7 @@ def test_figure_7_is_drawn_from_its_numbers_alone(asked, tmp_path):
 
 
 def test_figure_7_takes_settings_of_stages_that_the_chosen_layers_do_not_have(asked, tmp_path):
-    """So that one set of them serves any choice."""
+    """So the same --set serves any choice of layers."""
     run(fig7_distilled_layer, tmp_path, "--layers", "12", "--set", "pretrain_mae.epochs=3", "pretrain_dmae.epochs=4",
         "finetune.epochs=5", parse=tables.parse)
     assert [(name, settings["epochs"]) for name, settings in asked] == [("pretrain_dmae", 4), ("finetune", 5)]

@@ -1,4 +1,4 @@
-"""The figure scripts of Section 4 from the command line to the picture, on tiny models and a folder of images."""
+"""Test the figure scripts of Section 4 from command line to picture, on tiny models and a folder of images."""
 import json
 import os
 import subprocess
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """30 images of 3 classes, unevenly spread, two models of different patch sizes and one of the first one's."""
+    """Make 30 images of 3 unequal classes and 3 models, of which the first and the last have the same patch size."""
     folder, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
     for split, counts in (("train", (8, 8, 8)), ("val", (5, 10, 15))):
         for label, count in enumerate(counts):
@@ -55,7 +55,7 @@ def place(tmp_path_factory):
 
 
 def run(module, folder, output, *words, models=True):
-    """A figure from its command line."""
+    """Run a figure from its command line."""
     named = ["--models", f"A={folder / 'vit.pt'}", f"B={folder / 'mae.pt'}"] if models else []
     parse = leading_blocks.parse if module is fig2_leading_blocks else study.parse
     return module.main(parse(module.build_parser(), [
@@ -205,7 +205,7 @@ def test_an_image_beyond_the_drawn_ones_is_said_before_anything_runs():
 
 
 def test_the_twin_of_a_model_has_its_kind_s_initial_values():
-    """Those of the relative variants are not the plain ViT's (PAPER 1.6)."""
+    """A relative variant is initialised in its own way, not as a plain ViT (PAPER 1.6)."""
     relative = noisy(build_model("vit_tiny_rpe", img_size=32, patch_size=8, num_classes=3))
     twin = dict(study.untrained(relative, 0).named_parameters())
     for name, std in (("blocks.11.mlp.fc2.weight", 0.02 / 24 ** 0.5), ("patch_embed.proj.weight", 0.02)):
@@ -219,7 +219,7 @@ def test_the_twin_of_a_model_has_its_kind_s_initial_values():
 
 
 def test_a_picture_of_ones_own_needs_no_data_set(place, tmp_path):
-    """Its maps are those of the same image in a data set."""
+    """Its maps equal those of the same image in a data set."""
     file = place / "data" / "val" / "class2" / "7.png"
     words = ["--models", f"A={place / 'vit.pt'}", "--picture", str(file), "--device", "cpu", "--output", str(tmp_path)]
     arrays = attention_maps.main(attention_maps.parse_maps(attention_maps.build_parser(), words))
@@ -251,7 +251,7 @@ def test_too_few_images_are_said_before_hours_of_training(place, tmp_path, monke
 
 
 def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
-    """Without --models: what would be trained, and what of the command line reaches it."""
+    """Without --models, the stages are listed, with those settings of the command line that concern them."""
     assert run(fig5_attention, place, tmp_path, "--dry-run", "--num-images", "7", "--batch-size", "4",
                "--set", "finetune.epochs=30", models=False) == {}
     printed = capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_the_presets_own_runs_are_stages(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("module", [fig1_layer_similarity, a6_cka_settings], ids=["fig1", "a6"])
 def test_a_dry_run_needs_neither_the_gpu_nor_the_files(module, tmp_path, monkeypatch, capsys):
-    """As on a cluster's login node, from where the jobs are sent."""
+    """A dry run works on the login node of a cluster, from where the jobs are sent."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["--dry-run", "--device", "cuda", "--output", str(tmp_path)]
     assert module.main(study.parse(module.build_parser(), words)) == {}
@@ -310,7 +310,7 @@ def test_a_checkpoint_in_the_mae_lite_format_gives_the_same_figure(place, tmp_pa
 
 
 def test_distances_of_the_authors_are_labelled_with_their_unit(place, tmp_path):
-    """Drawn again from the numbers, too: the file names its unit. One of before is in pixels."""
+    """The .npz names its unit, so a picture drawn again has the same label. Older files are in pixels."""
     arrays = run(fig5_attention, place, tmp_path, "--distance-unit", "authors", "--num-images", "6")
     path = tmp_path / "fig5" / "fig5.npz"
     assert set(arrays) == {"A", "B"} and "distances in 1/14 patch" in path.with_suffix(".md").read_text()
@@ -363,7 +363,7 @@ def test_leading_blocks_from_checkpoints_to_picture(place, tmp_path):
 
 
 def test_from_scratch_is_the_network_of_the_given_files(place, tmp_path):
-    """Else the curve would start at another model, or at images normalised otherwise."""
+    """Otherwise the curve's first point would be another model, or see images normalised differently."""
     vit = build_vit("vit_small", img_size=(32, 16), patch_size=8, num_classes=3)
     other = {"mean": [0.5] * 3, "std": [0.2] * 3}
     torch.save({"model": vit.state_dict(), "config": vit.config, "statistics": other}, tmp_path / "small.pt")
@@ -395,7 +395,7 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
 
 
 def test_ranks_meet_before_figure_4_looks_for_its_sets(monkeypatch, tmp_path):
-    """Else they would not wait for the one that downloads them."""
+    """Otherwise they would not wait for the rank that downloads the sets."""
     order = []
     monkeypatch.setattr(study, "start_ranks", lambda args: order.append("met"))
     monkeypatch.setattr(fig4_leading_blocks_small_data, "panels", lambda args: order.append("looked"))
@@ -425,7 +425,7 @@ def test_mistakes_of_leading_blocks_are_named_before_anything_runs(tmp_path, mon
 
 
 def test_a_random_twin_has_the_first_model_s_heads(place):
-    """Of a file that cannot say its own: what --num-heads-of says of the first holds for its twin."""
+    """If the first model's file has no number of heads, --num-heads-of the first also holds for its twin."""
     torch.save({"model": build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3).state_dict()},
                place / "foreign.pth")
     args = study.parse(fig1_layer_similarity.build_parser(), ["--preset", "small", "--num-heads-of", "A=3"])

@@ -1,6 +1,4 @@
-"""--from-numbers of every script with a picture: its own file is drawn, as a PDF too if that is asked for; any other is
-refused in one line.
-"""
+"""Test --from-numbers of every script with a figure: its own file is drawn, any other is refused in one line."""
 import json
 import re
 import zlib
@@ -25,7 +23,7 @@ from sec5_distill import fig6_distilled_similarity, fig7_distilled_layer
 
 
 def own_numbers(item, folder):
-    """A file that a figure's script could have written, of the smallest size."""
+    """Write a file of the smallest size that a figure's script could have written; return its path."""
     arrays = {"fig1": np.eye(13), "fig6": np.eye(13), "b1": np.eye(13), "fig3": np.ones((2, 13, 3)),
               "fig5": np.ones((2, 12, 4))}
     path = folder / f"{item}.npz"
@@ -66,7 +64,7 @@ def draw_again(module, path, *words):
 
 
 def pdf_text(path):
-    """A PDF with its compressed streams inflated."""
+    """Return a PDF with its compressed streams inflated."""
     content = path.read_bytes()
     streams = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
     return content + b"".join(zlib.decompressobj().decompress(stream) for stream in streams)
@@ -110,7 +108,7 @@ def test_the_format_of_a_figure_stays_out_of_its_stages():
 
 @pytest.mark.parametrize("item", DRAWING)
 def test_a_figure_is_drawn_from_its_own_numbers_alone(item, tmp_path):
-    """Any other file is refused in one line, and leaves no picture."""
+    """Any other file is refused in one line and leaves no picture."""
     for other in DRAWING:
         path = own_numbers(other, tmp_path)
         if other == item:

@@ -1,4 +1,4 @@
-"""Teachers of every kind: their logits against timm's own attention on images that timm's recipe made, and refusals."""
+"""Test teachers of every kind: their logits against timm's own attention and preprocessing; those that are refused."""
 import json
 
 import numpy as np
@@ -33,7 +33,7 @@ KINDS = {  # timm's name -> arguments that make it small, its tokens before the 
 
 
 def timm_folder(name, folder, **settings):
-    """Random weights of a model of timm's, two blocks deep, as a folder for local-dir:."""
+    """Save one of timm's models, two blocks deep with random weights, as a folder for local-dir:."""
     torch.manual_seed(0)
     settings = {"depth": 2, "num_classes": 0, **settings}
     model = timm.create_model(name, pretrained=False, **settings).eval()
@@ -50,7 +50,7 @@ def timm_folder(name, folder, **settings):
 
 
 def caught(model, images):
-    """(logits, softmax) of each block's attention by timm's unfused forward: (B, heads, N, N) each."""
+    """Return (logits, softmax) of each block's attention in timm's unfused forward: (B, heads, N, N) each."""
     logits, weights = [], []
     for block in model.blocks:
         attention, heads = block.attn, block.attn.num_heads
@@ -74,7 +74,7 @@ def normalised(images, statistics):
 
 
 def without(x, prefix, cls):
-    """Without the rows and columns of what is no patch and no class token."""
+    """Drop the rows and columns of registers."""
     kept = [*range(cls), *range(prefix, x.shape[-1])]
     return x[:, :, kept][..., kept]
 
@@ -82,8 +82,9 @@ def without(x, prefix, cls):
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
 def test_a_teacher_of_timm_sees_what_timm_would_show_it(name, tmp_path):
-    """timm loads the folder for the resized image, torchvision resizes and normalises; each row of the softmax over
-    the tokens that are left is timm's, rescaled to sum to 1."""
+    """timm loads the folder for the resized image, and torchvision resizes and normalises. The softmax over the
+    remaining tokens is timm's, each row rescaled to sum to 1.
+    """
     settings, prefix, cls = KINDS[name]
     patch = timm_folder(name, tmp_path / "vit", **settings).patch_embed.proj.kernel_size[0]
     theirs = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True, img_size=4 * patch).eval()
@@ -102,7 +103,7 @@ def test_a_teacher_of_timm_sees_what_timm_would_show_it(name, tmp_path):
 
 @torch.no_grad()
 def test_some_patches_are_those_rows_of_all_only_in_the_first_block(tmp_path):
-    """The student's visible patches: the first block's logits do not depend on who else is there."""
+    """In the first block, the logits of the visible patches do not depend on which other patches are visible."""
     timm_folder("vit_small_patch14_reg4_dinov2", tmp_path / "vit", embed_dim=48)
     teacher, images = Teacher(load_teacher(read_weights(tmp_path / "vit")), (1,), (), GRID), pixels()
     ids = torch.tensor([[3, 0, 9], [15, 7, 2]])
@@ -115,7 +116,7 @@ def test_some_patches_are_those_rows_of_all_only_in_the_first_block(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [dict(reg_tokens=2), dict(class_token=False), dict(patch_size=4, img_size=24)])
 def test_an_own_checkpoint_as_teacher(settings, tmp_path):
-    """Against timm's own resizing of a model, on images of its patches."""
+    """Its logits equal those of timm's own resizing of the model, on images of its patch size."""
     torch.manual_seed(0)
     vit = build_vit("vit_demo", **{"img_size": 32, "patch_size": 8, "num_classes": 2, **settings}).eval()
     torch.save({"model": vit.state_dict(), "config": vit.config}, tmp_path / "own.pt")
@@ -130,7 +131,7 @@ def test_an_own_checkpoint_as_teacher(settings, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in KINDS if "clip" not in name])  # its LayerNorm's eps is in no file
 def test_a_bare_file_is_the_folders_model(name, tmp_path):
-    """Width, depth, registers, layer scale, which tokens have positions: all from the tensors; heads are said."""
+    """Width, depth, registers, layer scale and tokens with positions follow from the tensors; heads are given."""
     vit = timm_folder(name, tmp_path / "vit", **KINDS[name][0])
     torch.save(vit.state_dict(), tmp_path / "bare.pth")
     folder, bare = (Teacher(load_teacher(read_weights(tmp_path / source), vit.blocks[0].attn.num_heads), (2,), (), GRID)
@@ -145,7 +146,7 @@ def test_images_are_converted_only_where_mean_or_std_differ():
 
 
 def test_without_a_class_token_the_patches_alone_are_distilled():
-    """Of the student's logits as well: the loss is that of a student's logits whose first row and column are cut."""
+    """The loss equals that of the student's logits without first row and column."""
     torch.manual_seed(0)
     student = MAE("vit_demo", img_size=32, patch_size=8)
     vit = build_vit("vit_demo", img_size=32, patch_size=8, class_token=False)
@@ -178,7 +179,7 @@ def test_a_depth_without_a_matching_block_is_refused(numbers, theirs):
 
 
 def test_a_run_with_the_same_numbers_is_the_one_that_it_was():
-    """Before, the default was the same number of block whatever the depth: said, it is that run, else another."""
+    """The default was once the same block number at any depth. Given explicitly, it finds that run; else a new one."""
     def place(**settings):
         args = pretrain_dmae.with_pairs(settings_of(pretrain_dmae, {"model": "vit_demo", **settings}), 24)
         weights = read_weights  # only its config is asked for
@@ -188,7 +189,7 @@ def test_a_run_with_the_same_numbers_is_the_one_that_it_was():
     assert place().teacher_hidden_layers is place(hidden_layers=[]).teacher_hidden_layers is None
 
 
-# Who is none
+# What is no teacher
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("resnet18", "a ResNet is no plain ViT"),
@@ -220,7 +221,7 @@ def test_files_that_are_no_teacher_are_refused(tmp_path):
 
 @pytest.fixture
 def distil(tmp_path, monkeypatch):
-    """Runs pretrain_dmae.main for two steps; returns its result."""
+    """Return a function that runs pretrain_dmae.main for two steps and returns its result."""
     monkeypatch.setitem(SIZES, "small", {"embed_dim": 24, "depth": 2})
     monkeypatch.setitem(mae_module.DECODERS, "small", (12, 1, 3))
     rng, pictures = np.random.RandomState(0), tmp_path / "pictures"
@@ -246,7 +247,7 @@ def test_runs_with_a_teacher_of_other_patches_registers_and_images(distil, tmp_p
 
 
 def test_the_teachers_own_mean_and_std_are_part_of_a_run(distil, tmp_path):
-    """The same tensors from images of other statistics see other values, unless the student takes them over."""
+    """The same tensors, trained on other statistics, see other values, unless the student takes their statistics."""
     timm_folder("vit_small_patch16_224", tmp_path / "vit", embed_dim=48)
     config = json.loads((tmp_path / "vit" / "config.json").read_text())
     runs = []
