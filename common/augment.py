@@ -1,4 +1,4 @@
-"""Image transforms shared by the recipes: a uint8 tensor (C, H, W) -> a contiguous uint8 tensor.
+"""Image transforms that the recipes share: they map a uint8 tensor (C, H, W) to a contiguous uint8 tensor.
 
 Images reach the device as bytes and are normalised there. Transforms of a single recipe are in its section:
 sec3_benchmark/randaugment.py, sec3_benchmark/moco.py, appendix/dino.py.
@@ -25,7 +25,7 @@ CROP_PCT = 0.875  # side of the centre crop / side of the resized image, in ever
 
 
 def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5):
-    """Build random resized crop and flip: for MAE and D-MAE (A.2), and with "bicubic" for transfer (A.4).
+    """Build a random resized crop with a flip: for MAE and D-MAE (A.2), and with "bicubic" for transfer (A.4).
 
     The official MAE uses scale (0.2, 1) and bicubic interpolation.
     """
@@ -33,7 +33,7 @@ def pretrain_transform(size, scale=(0.08, 1.0), interpolation="random", flip=0.5
 
 
 def eval_transform(size):
-    """Build the evaluation transform: bicubic resize to cover floor(size / CROP_PCT), then the central `size`.
+    """Build the transform of evaluations: a bicubic resize to cover floor(size / CROP_PCT), then the central `size`.
 
     For size 224: the shorter side becomes 256, then a central crop of 224 x 224.
     """
@@ -44,9 +44,9 @@ def eval_transform(size):
 class RandomResizedCrop:
     """Crop a random box and resize it to `size` (H, W).
 
-    The box has a share U(scale) of the image's area and an aspect ratio w/h log-uniform in `ratio`. After 10 boxes that
-    do not fit, the central crop. Interpolation "random" chooses bilinear or bicubic for each image. Boxes equal timm's
-    for the same random numbers, except that a side that rounds to 0, where timm fails, becomes 1.
+    The box's share of the image's area is uniform in `scale`, and its aspect ratio w/h is log-uniform in `ratio`. After
+    10 boxes that do not fit, the box is the central one. Interpolation "random" chooses bilinear or bicubic for each
+    image. The same random numbers give timm's boxes, except that a side that rounds to 0, where timm fails, becomes 1.
     """
 
     def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic"):
@@ -60,7 +60,7 @@ class RandomResizedCrop:
         return resize(image[:, top:top + height, left:left + width], self.size, interpolation)
 
     def box(self, rows, columns):
-        """Sample the box (top, left, height, width) in an image of this many rows and columns."""
+        """Draw the box (top, left, height, width) in an image of this many rows and columns."""
         low, high = map(math.log, self.ratio)
         for _ in range(10):
             area = random.uniform(*self.scale) * rows * columns
@@ -85,18 +85,18 @@ class RandomFlip:
 
 def resize(image, size, interpolation="bicubic"):
     """Resize a uint8 tensor (C, H, W) to `size` (H, W) with antialiasing."""
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels-last strides, as decoded images have: faster
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels-last strides: faster
     return F.interpolate(batch, size, mode=interpolation, antialias=True)[0]
 
 
 def resize_to_cover(image, size):
-    """Resize (bicubic, aspect kept) to the smallest image that covers `size` (H, W); small images are enlarged.
+    """Resize an image, keeping its aspect ratio, to the smallest that covers `size` (H, W); small ones are enlarged.
 
-    One side fits exactly, the other is rounded down. For a square `size` this is Resize(side) of torchvision and timm;
-    for others, timm 0.4.12 would change the aspect and resize to exactly `size`.
+    One side fits exactly, and the other is rounded down. For a square `size` this is Resize(side) of torchvision and
+    timm; for others, timm 0.4.12 would change the aspect ratio and resize to exactly `size`.
     """
     before = image.shape[1:]
-    zoom = max(map(Fraction, size, before))  # exact fraction: only the product is rounded
+    zoom = max(map(Fraction, size, before))  # an exact fraction, so that only the product is rounded
     return resize(image, [int(side * zoom) for side in before])
 
 

@@ -1,7 +1,7 @@
-"""Crash-safe files and the checkpoints that a run resumes from.
+"""Crash-safe files, and the checkpoints from which a run resumes.
 
 A file is written completely or not at all, and a checkpoint is deleted only once newer ones are complete. Checkpoints
-hold tensors, numbers, strings, lists and dicts only, so that every file loads with `weights_only=True`.
+hold only tensors, numbers, strings, lists and dicts, so that all of them load with `weights_only=True`.
 """
 import errno
 import json
@@ -24,7 +24,7 @@ KEEP = 2  # checkpoints per run: the newest, and the previous one in case the ne
 
 @contextmanager
 def explain_failed_write(path):
-    """Re-raise an OSError of this block as one that names the file and the remedy."""
+    """Turn an OSError of this block into one that names the file and the remedy."""
     try:
         yield
     except OSError as error:
@@ -60,11 +60,11 @@ def write_atomically(path, write):
 
 
 def save_torch(path, content):
-    """Write a torch file atomically, as `write_atomically` does."""
+    """Write a torch file atomically (`write_atomically`)."""
     def write(file):
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch hides a write that failed behind one of its own
+        except RuntimeError as error:  # torch's own error, which hides the system's (a full disk)
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     write_atomically(path, write)
 
@@ -82,7 +82,10 @@ def save_arrays(path, arrays):
 
 
 def require_finite(path, content, name=""):
-    """Raise UserError if a number in nested dicts, lists and arrays is not finite: `path` is not to be written then."""
+    """Raise UserError if a number in nested dicts, lists and arrays is not finite.
+
+    path: the file that would hold it, for the message. name: where `content` is in the whole, as in "rows.0.measured".
+    """
     if isinstance(content, (dict, list, tuple)):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             require_finite(path, value, f"{name}.{key}" if name else key)
@@ -93,7 +96,7 @@ def require_finite(path, content, name=""):
 
 
 def steps_saved(folder):
-    """Return the steps that have a checkpoint in a run's folder, newest first."""
+    """Return the steps of which a run's folder has a checkpoint, newest first."""
     return sorted((int(path.stem[5:]) for path in Path(folder).glob(f"step-{'[0-9]' * 8}.pt")), reverse=True)
 
 
@@ -106,10 +109,11 @@ def save_step(folder, step, state):
 
 
 def verify(path):
-    """Raise BadZipFile if a record of a torch (zip) file is not as it was written: its CRC, which torch.load ignores.
+    """Raise BadZipFile if a record of a torch (zip) file does not match its checksum, which torch.load ignores.
 
-    The CRC does not cover a record's attributes: by a flipped directory flag torch.load would return uninitialised
-    memory. A file of torch.serialization.set_crc32_options(False) holds no CRC. Damage may raise any other exception.
+    The checksum (CRC) does not cover a record's attributes, and for a record whose directory flag was flipped,
+    torch.load would return uninitialised memory. Files written under torch.serialization.set_crc32_options(False) have
+    no checksums. Damage elsewhere in the file may raise any other exception.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -119,13 +123,13 @@ def verify(path):
 
 
 def load_verified(path):
-    """Verify a torch (zip) file, then load it onto the CPU. Raises BadZipFile or any other exception if damaged."""
+    """Verify a torch (zip) file, then load it onto the CPU. A damaged file raises BadZipFile or any other exception."""
     verify(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_newest(folder):
-    """Load the newest intact checkpoint of a run, or None if it has no checkpoint.
+    """Load and return the newest intact checkpoint in a run's folder, or None if there is no checkpoint.
 
     Damaged ones are reported and skipped. Raises UserError if all are damaged.
     """
@@ -142,7 +146,10 @@ def load_newest(folder):
 
 
 class Snapshot:
-    """The complete state of a training run, saved to and restored from checkpoints; `progress` is the loop's part."""
+    """The complete state of a training run, saved to checkpoints and restored from them.
+
+    `progress` is the loop's own part of that state.
+    """
 
     def __init__(self, run, method, optimizer, engine):
         self.run, self.method, self.optimizer, self.engine = run, method, optimizer, engine
@@ -150,10 +157,10 @@ class Snapshot:
         self.saved_at = time.perf_counter()
 
     def restore(self):
-        """Restore the newest intact checkpoint, log included. Returns the number of steps done, 0 without a checkpoint.
+        """Restore the newest intact checkpoint, and cut the log to its step. Return the number of steps done, or 0.
 
-        Raises UserError if ranks read different checkpoints, or, without --allow-inexact, if the run cannot be
-        continued bit by bit on this machine (another device, number of ranks, threads, precision).
+        Raises UserError if the ranks read different checkpoints. Without --allow-inexact also if the run cannot be
+        continued to the same bits here, because the device, number of ranks or threads, or the precision is another.
         """
         saved = load_newest(self.run.folder)
         step = saved["progress"]["step"] if saved else 0
@@ -182,7 +189,7 @@ class Snapshot:
         return self.progress["step"]
 
     def save(self, step):
-        """Save a checkpoint after `step` steps. All ranks call it; rank 0 writes."""
+        """Save a checkpoint after `step` steps. All ranks call it, and rank 0 writes."""
         self.progress.update(step=step, seconds=self.seconds())
         self.saved_at = time.perf_counter()
         meter = self.engine.meter.state()  # collective: every rank takes part
@@ -195,7 +202,7 @@ class Snapshot:
         distributed.barrier()  # if a rank exited now, torchrun would kill rank 0 while it writes
 
     def seconds(self):
-        """Return the seconds spent so far, evaluations and the time before a resume included."""
+        """Return the seconds spent so far, including evaluations and the time before a resume."""
         return self.progress["seconds"] + time.perf_counter() - self.saved_at
 
     def is_due(self):

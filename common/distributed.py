@@ -1,6 +1,6 @@
-"""One process or a torchrun group: rank, world size, device, and the few collectives that the project needs.
+"""One process or a torchrun group of them: rank, world size, device, and the collectives that the project needs.
 
-In a single process the collectives return their input, so scripts read the same on a laptop and on a cluster.
+In a single process the collectives return their input, so that scripts read the same on a laptop and on a cluster.
 """
 import os
 import sys
@@ -17,8 +17,8 @@ from common.errors import UserError
 def start_process_group(device="auto") -> torch.device:
     """Choose this rank's device, join the torchrun group if there is one, and return the device.
 
-    device: auto, cpu, cuda or cuda:N. Safe to call again. CPU tensors are exchanged by gloo and GPU tensors by nccl, so
-    control messages never wait for the GPU. Raises UserError if the device cannot be used.
+    device: auto, cpu, cuda or cuda:N. May be called again. The ranks exchange CPU tensors by gloo and GPU tensors by
+    nccl, so that control messages never wait for the GPU. Raises UserError if the device cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ def start_process_group(device="auto") -> torch.device:
                              f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # true float32, whatever the environment sets
+        torch.backends.cudnn.allow_tf32 = False  # full float32, whatever the environment says
         torch.set_float32_matmul_precision("highest")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -80,12 +80,12 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is rank 0."""
+    """Return whether this process is rank 0."""
     return rank() == 0
 
 
 def printable(text) -> str:
-    """Write what a terminal would obey, or cannot show, as escapes: a file name may hold any character."""
+    """Escape control characters and all that cannot be printed: names of files may hold any character."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -97,17 +97,17 @@ def print0(*args, **kwargs):
 
 @cache
 def remark(text):
-    """Print a text on rank 0, once in this process however often it is said: a data set is listed many times."""
+    """Print a text on rank 0, and only the first time in this process: data sets are listed many times."""
     print0(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def barrier():
-    """Wait until every rank has arrived. Goes through gloo, because an nccl barrier would use the GPU."""
+    """Wait until every rank has arrived. By gloo, because a barrier of nccl would wait for the GPU."""
     all_max(0)
 
 
 def gather(value) -> list:
-    """Collect a picklable object from every rank: a list in order of rank, on every rank."""
+    """Return the picklable objects that the ranks pass, as a list in order of rank, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -116,12 +116,12 @@ def gather(value) -> list:
 
 
 def broadcast_object(value):
-    """Return rank 0's value, a picklable object, on every rank."""
+    """Return the value that rank 0 passes, a picklable object, on every rank."""
     return gather(value)[0]
 
 
 def all_max(*flags) -> list[int]:
-    """Take the maximum over ranks of each integer, on the CPU: how ranks agree to stop or to save."""
+    """Return the maximum over ranks of each integer or flag. By gloo on the CPU: so ranks agree to stop or save."""
     if not dist.is_initialized():
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int64)
@@ -130,7 +130,7 @@ def all_max(*flags) -> list[int]:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over ranks, in place, on its own device. Returns it."""
+    """Sum a tensor over ranks, in place and on its own device. Return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -138,9 +138,9 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def once_per_node():
-    """Let the first rank of each node do the body's work (a download, generated data) while the others wait.
+    """Let the first rank of each node do the work of this block (a download, generated data); the others wait for it.
 
-    Yields True on the rank that does the work, else False.
+    Yields True on the rank that is to do the work, and False on the others, once the work is done.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:

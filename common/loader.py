@@ -1,6 +1,8 @@
-"""The deterministic loader. Which sample comes when is f(seed, epoch); its crop, augmentation and mask noise are
-f(seed, epoch, index). So the step is the loader's whole state: a run resumes exactly in the middle of an epoch, and the
-number of workers, of ranks and of accumulation steps never changes which pixels are seen.
+"""The deterministic data loader.
+
+The order of samples is a function of (seed, epoch). A sample's crop, augmentation and mask noise are a function of
+(seed, epoch, index). So the step is the loader's whole state: a run resumes exactly, even in mid-epoch, and the number
+of workers, ranks and accumulation steps never changes which pixels are seen.
 """
 import hashlib
 import itertools
@@ -20,31 +22,36 @@ from common.errors import UserError
 from common.images import DataError, UnreadableImage
 from common.machine import SHARED_MEMORY
 
-HOST = ("index", "bad", "host_")  # how the keys of a batch begin that stay on the CPU. Other uint8 tensors are images
+# Entries of a batch whose name begins like this stay on the CPU. All other uint8 tensors are taken for images
+HOST = ("index", "bad", "host_")
 
 
 def seed_everything(use, *key):
-    """Seeds Python's, NumPy's and torch's generators (CPU and GPU) alike from non-negative numbers, and from what the
-    randomness is used for, so that equal numbers mean different streams in different places.
+    """Seed the generators of Python, NumPy and torch (CPU and GPU) from a key of non-negative numbers.
+
+    use: names what the random numbers are for, so that equal keys give different streams in different places.
     """
     digest = hashlib.blake2b(" ".join(map(str, (use, *key))).encode(), digest_size=16).digest()
     seeds = np.frombuffer(digest, np.uint32).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
-    # not torch.manual_seed: without a GPU in use it stores a stack trace at every call, half the loader's time
+    # Not torch.manual_seed: without a GPU in use it stores a stack trace at each call, half the time of loading
     torch.default_generator.manual_seed(seeds[2])
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seeds[2] << 32 | seeds[3])
 
 
 def epoch_order(length, seed, epoch):
-    """The permutation of an epoch: a function of (seed, epoch) alone."""
+    """Return the order of an epoch's samples: a permutation that depends on (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
 class Views(Dataset):
-    """Sample (epoch, index) -> what `transform` makes of the image: a dict of tensors, plus label, index and "bad", the
-    index of an unreadable image, else -1. on_bad_image "skip" puts another image in its place, "blank" a black one.
+    """A data set of augmented views: its keys are (epoch, index), its samples what `transform` makes of that image.
+
+    A sample is a dict of tensors; a transform that returns a single tensor gives "image". The data set adds "label" (-1
+    if there is none), "index", and "bad": the index of an image that could not be read, else -1. on_bad_image "skip"
+    replaces an unreadable image by another one, and "blank" by a black one; otherwise UnreadableImage is raised.
     """
 
     def __init__(self, images, transform, seed, on_bad_image=None):
@@ -60,14 +67,16 @@ class Views(Dataset):
         return {**views, "label": label, "index": index, "bad": index if used != index else -1}
 
     def read(self, epoch, index):
-        """The image and its index; in its place, if it is unreadable and to be skipped, one drawn from the same key."""
+        """Return an image and its index, or what replaces it if it cannot be read: another image, drawn by a generator
+        seeded with the same key, and that image's index; or a black image and -1.
+        """
         try:
             return self.images.read(index), index
         except UnreadableImage as error:
             if self.on_bad_image == "blank":
                 return torch.zeros(self.images.in_chans, 1, 1, dtype=torch.uint8), -1
             if self.on_bad_image != "skip":
-                hint = ", or pass it over by --on-bad-image skip" if self.on_bad_image else ""  # not in an evaluation
+                hint = ", or pass it over by --on-bad-image skip" if self.on_bad_image else ""  # None in evaluations
                 raise UnreadableImage(f"{error}{hint}") from None
         substitutes = np.random.default_rng((self.seed, epoch, index)).permutation(len(self.images))
         for used in substitutes[:100]:
@@ -77,9 +86,10 @@ class Views(Dataset):
 
 
 def step_batches(length, *, batch_size, accumulation, seed, start_step, total_steps, rank=0, world=1):
-    """Yields the keys of each micro-batch of this rank from `start_step` on, over all epochs, so that workers never
-    restart. A step takes the next `batch_size` of the epoch's order; rank r has the r-th part, cut into `accumulation`
-    pieces.
+    """Yield the sample keys of each micro-batch of this rank, from step `start_step` up to `total_steps`.
+
+    A step takes the next `batch_size` samples in the epoch's order. Rank r gets the r-th part of them, cut into
+    `accumulation` micro-batches. The keys run through all epochs, so that workers never restart.
     """
     steps_per_epoch = length // batch_size  # the remainder is dropped, as in the authors' loader
     micro_batch, epoch = batch_size // world // accumulation, None
@@ -93,8 +103,9 @@ def step_batches(length, *, batch_size, accumulation, seed, start_step, total_st
 
 
 def outlive_signals(worker):
-    """A stop signal to the whole job is the main process's business: it finishes its step with these workers, which
-    ignore the signal, or for SIGTERM (which is also how Python ends what is left of them) stay half a minute more.
+    """Keep a worker alive when a stop signal reaches the whole job: the main process needs it to finish the step.
+
+    SIGTERM is delayed by 30 seconds rather than ignored, because Python ends remaining workers by it.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -102,8 +113,10 @@ def outlive_signals(worker):
 
 
 def default_workers(workers, device):
-    """Loading processes of this rank: its share of the cores, at most 32. On a CPU the model wants the cores: its
-    threads wait for each other busily, so a loading process that takes a core from one of them stops them all.
+    """Return the number of worker processes of this rank: `workers`, or if that is negative, its share of the cores.
+
+    At most 32, and at most 2 where the model runs on the CPU and needs the cores itself: its threads spin while they
+    wait for each other, so a worker that takes the core of one thread stalls all of them.
     """
     if workers >= 0:
         return workers
@@ -113,7 +126,10 @@ def default_workers(workers, device):
 
 
 def data_loader(views, batches, workers, device):
-    """Read `batches`, lists of keys, in their order; images stay uint8. A transform may bring its own `collate`."""
+    """Make a DataLoader that reads `batches`, which are lists of sample keys, in their order. Images stay uint8.
+
+    A transform with an attribute `collate` has its samples joined to a batch by it.
+    """
     workers, ahead = default_workers(workers, device), None
     if workers:
         first, batches = peek(batches)
@@ -124,10 +140,10 @@ def data_loader(views, batches, workers, device):
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
-    """Load every `world`-th image, from number `rank` on, once and in order.
+    """Make a loader of every `world`-th image, from number `rank` on, each once and in order.
 
-    The last batch is not padded, so the ranks together see each image exactly once. With on_bad_image "skip" a black
-    image stands for an unreadable one, whose number is in the batch's "bad"; else it is an error.
+    The last batch is not padded, so that the ranks together see each image exactly once. With on_bad_image "skip", a
+    black image takes the place of an unreadable one, whose index is in the batch's "bad"; otherwise it is an error.
     """
     keys = [(epoch, index) for index in range(rank, len(images), world)]
     batches = [keys[first:first + batch_size] for first in range(0, len(keys), batch_size)]
@@ -136,7 +152,7 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1,
 
 
 def peek(batches):
-    """The first batch, and all of them."""
+    """Return the first batch, and all batches with it still among them."""
     if isinstance(batches, list):
         return (batches or [[]])[0], batches
     first = next(batches, [])
@@ -144,8 +160,10 @@ def peek(batches):
 
 
 class Collate:
-    """Samples -> batch, by the given function; in a loading process the batch is moved to shared memory here, where a
-    failure reaches the main process. In the queue's own thread, where PyTorch moves it, the batch would just be lost.
+    """Join samples to a batch by the given function, and in a worker move the batch to shared memory.
+
+    PyTorch would move it in a thread of the worker's queue, where an error (no shared memory left) loses the batch. An
+    error raised here reaches the main process.
     """
 
     def __init__(self, function):
@@ -157,8 +175,11 @@ class Collate:
 
 
 def affordable(views, first, workers):
-    """(loading processes, batches that each prepares ahead): 2 each, or less where that would fill more than this
-    rank's half of the free shared memory. UserError if not even one batch fits, or another limit is in the way.
+    """Return (number of workers, batches that each prepares ahead), as many as the shared memory has room for.
+
+    Each worker prepares 2 batches ahead, or fewer where all would fill more than this rank's part of half of the free
+    shared memory. `first` is the keys of a batch. Raises UserError if not even one batch fits, if the path of the
+    temporary folder is too long, or if too few files may be open.
     """
     if not first:
         return workers, None
@@ -171,7 +192,7 @@ def affordable(views, first, workers):
                         f"{batch / 2**20:,.1f} MiB of a batch of {len(first)} images for each rank: give the container "
                         f"more (docker run --shm-size=16g), pass a smaller --micro-batch, or --workers 0")
     workers, ahead = min(workers, room), 1 if room < 2 * workers else 2
-    if len(tempfile.gettempdir()) > 75:  # 107 characters are a socket's limit
+    if len(tempfile.gettempdir()) > 75:  # the path of a socket has at most 107
         raise UserError(f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of loading processes: set it to a "
                         f"folder whose path has at most 75 characters, or pass --workers 0")
     open_files(100 + workers * (5 + ahead * (len(tensors) + 4)))
@@ -179,7 +200,10 @@ def affordable(views, first, workers):
 
 
 def open_files(needed):
-    """Raise this process's limit of open files, of which every tensor on its way is one. UserError if it stays less."""
+    """Raise this process's limit of open files to `needed`: each tensor sent by a worker is one open file.
+
+    Raises UserError if the system does not allow as many.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -190,19 +214,23 @@ def open_files(needed):
 
 
 def to_device(batch, device, mean, std):
-    """Moves a batch and turns its uint8 images (B, C, H, W) into normalised floats, there where that is cheap."""
+    """Move a batch to the device, and make normalised floats of its uint8 images (B, C, H, W) there. Returns the batch.
+
+    mean, std (C,): of pixel values in 0..255. Names that begin with one of HOST stay on the CPU.
+    """
     for name, value in batch.items():
         if not name.startswith(HOST):
             value = value.to(device, non_blocking=True)
-            if value.dtype == torch.uint8:  # in place: on a CPU new memory costs more than the arithmetic
+            if value.dtype == torch.uint8:  # in place: on a CPU, new memory costs more than the arithmetic
                 value = value.float().sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
             batch[name] = value
     return batch
 
 
 def on_device(batches, device, mean, std):
-    """Yield the batches moved and normalised; on a GPU each is copied, on a stream of its own, while the one before is
-    worked on.
+    """Yield the batches on the device and normalised, as `to_device` does it.
+
+    On a GPU a batch is copied by a second stream while the batch before it is in use.
     """
     if device.type != "cuda":
         yield from (to_device(batch, device, mean, std) for batch in batches)
@@ -219,7 +247,10 @@ def on_device(batches, device, mean, std):
 
 
 def arrived(batch, copied, stream):
-    """A batch that another stream has copied, ready for `stream`: it waits for the copy, and holds the memory."""
+    """Make `stream` wait for the copy of a batch by another stream (event `copied`). Returns the batch.
+
+    record_stream keeps its memory from being reused before `stream` is done with it.
+    """
     stream.wait_event(copied)
     for value in batch.values():
         if value.is_cuda:

@@ -1,4 +1,4 @@
-"""Data sets that fit into memory are decoded once and kept as bytes, so that later epochs read no file.
+"""Keeping a decoded data set in memory, if it fits, so that later epochs read no files.
 
 The loader's worker processes share this memory.
 """
@@ -17,9 +17,10 @@ PROBE = 200  # images decoded to estimate the memory that all of them need
 
 
 class DecodedImages:
-    """Decoded images of any sizes in one block of bytes: index -> uint8 tensor (C, H, W), or None if it was unreadable.
+    """Decoded images of any sizes, by index: uint8 tensors (C, H, W), or None for an image that could not be read.
 
-    One block, because a list of tensors would be copied into every worker process (see Packed in common/images.py).
+    They lie in one block of bytes, because a list of tensors would be copied into every worker (see Packed in
+    common/files.py).
     """
 
     def __init__(self, images):
@@ -41,7 +42,7 @@ class DecodedImages:
 
 
 def keep_decoded(images, share):
-    """Decode the files of an ImageSet once and keep them in `images.kept`, if they fit into `share` of free memory.
+    """Decode the files of an ImageSet and keep them in `images.kept`, if they fit into a share (0..1) of free memory.
 
     The ranks of a node divide that share among themselves. Unreadable images are kept as None; `images.read` then tries
     the file and raises.
@@ -70,13 +71,13 @@ def decode_or_none(images):
 
 
 def ordered_map(pool, function, count, chunk=1000):
-    """Yield function(0), ..., function(count - 1), computed by the pool `chunk` at a time, which bounds the memory."""
+    """Yield function(0) to function(count - 1) in order. The pool computes `chunk` at a time, to bound the memory."""
     for first in range(0, count, chunk):
         yield from pool.map(function, range(first, min(count, first + chunk)))
 
 
 def free_memory():
-    """Return the bytes that this process may still allocate: the least that its machine or a control group allows."""
+    """Return how many bytes this process may still allocate: the least that its machine or a control group allows."""
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # MemAvailable includes file caches that the system can drop
@@ -89,7 +90,7 @@ def free_memory():
 
 
 def cgroup_files():
-    """Yield the files (limit, usage) of every memory control group of this process, cgroup versions 1 and 2."""
+    """Yield the paths of the files (limit, usage) of every memory control group of this process (cgroup v1 and v2)."""
     own = Path("/proc/self/cgroup")
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)

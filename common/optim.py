@@ -1,4 +1,4 @@
-"""Batches and steps, learning-rate schedule, parameter groups and optimizer (Appendix A.1, A.2)."""
+"""Steps and micro-batches, the learning-rate schedule, parameter groups and the optimizer step (Appendix A)."""
 import math
 
 import torch
@@ -10,7 +10,7 @@ from common.errors import UserError
 def learning_rate(step, *, peak, total_steps, warmup_steps, warmup_lr=0.0, min_lr=0.0) -> float:
     """Compute the learning rate of a 0-based step: linear from `warmup_lr` to `peak`, then half a cosine to `min_lr`.
 
-    As in the authors' code it changes every step, so the first step of a warm-up from 0 has rate 0.
+    It changes at every step, as in the authors' code. So the first step of a warm-up from 0 has the rate 0.
     """
     if step < warmup_steps:
         return warmup_lr + (peak - warmup_lr) * step / warmup_steps
@@ -30,7 +30,7 @@ def steps_per_epoch(images, batch_size) -> int:
 
 
 def describe_epoch(images, batch_size) -> str:
-    """Describe an epoch in words: images, steps, and how many images an incomplete batch leaves out."""
+    """Describe an epoch in words: its images and steps, and how many images it leaves out if they are many."""
     left = len(images) % batch_size
     hint = f" ({left} images sit out each epoch: lower --batch-size, raise --base-lr)" \
         if left > 0.1 * len(images) else ""
@@ -38,10 +38,10 @@ def describe_epoch(images, batch_size) -> str:
 
 
 def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int]:
-    """Split the global batch; returns (accumulation steps, images per rank and accumulation step).
+    """Split the global batch among ranks and accumulation steps. Return (accumulation steps, images of a micro-batch).
 
-    Their product times `world` is batch_size; the steps are the fewest with at most `micro_batch` images each. Raises
-    UserError if the ranks cannot share the batch equally.
+    The accumulation steps are the fewest that divide a rank's share into equal parts of at most `micro_batch` images.
+    Raises UserError if the ranks cannot share the batch equally.
     """
     if batch_size % world:
         raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} ranks")
@@ -53,9 +53,9 @@ def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int
 
 
 def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
-    """Make a recipe's schedule, a function step -> learning rate, and print how its peak was computed.
+    """Make a recipe's schedule, a function step -> learning rate, and print how its peak is computed.
 
-    The peak is base lr * batch size / `per`, unless it is given.
+    The peak is base lr * batch size / `per` unless it is given.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     why = f"{args.base_lr:g} x {args.batch_size} / {per}" if peak is None else "lr, whatever the batch"
@@ -66,10 +66,11 @@ def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
 
 
 def parameter_groups(model, weight_decay, *, exempt=(), scale_of=lambda name: 1.0) -> list[dict]:
-    """Group the trainable parameters for an optimizer; returns a list of dicts, each with its "lr_scale".
+    """Group the trainable parameters by weight decay and by the scale of their learning rate, for an optimizer.
 
     Weight decay applies to all but vectors, biases and the names in `exempt`. scale_of(name) multiplies the learning
-    rate at every step, including the schedule's minimum.
+    rate at every step, including the schedule's minimum. Returns a list of dicts with "params", "names", "lr_scale" and
+    "weight_decay".
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -84,7 +85,7 @@ def parameter_groups(model, weight_decay, *, exempt=(), scale_of=lambda name: 1.
 
 
 def adamw(groups, betas):
-    """Build AdamW, fused: one kernel, and the only variant that can skip an update without a device sync."""
+    """Build AdamW, fused: this variant alone can skip an update (see Guard) without synchronising the device."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
@@ -95,7 +96,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def optimizer_step(optimizer, scaler, guard, step, loss, clip_grad):
-    """Clip the gradients and update the weights, unless the guard blocks it. Returns the norm before clipping."""
+    """Clip the gradients and update the weights, unless the guard blocks it. Return the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_grad:

@@ -1,12 +1,13 @@
-"""Watching a pre-training: what its features are worth, every few epochs (--probe-every).
+"""Measuring the features of a network every few epochs of its pre-training (--probe-every).
 
-Nearest neighbours say whether the features tell the classes apart, where the images have labels. Spread and effective
-rank need none and show a collapse: all images with the same feature, or features in a few dimensions. Each is measured
-on the class token and on the mean of the patch tokens, after the final norm, in float32.
+If the images have labels, the accuracy of nearest neighbours shows whether the features separate the classes. Spread
+and effective rank need no labels and reveal a collapse: all images have the same feature, or the features span a few
+dimensions only. Each is measured on the class token and on the mean of the patch tokens, after the final norm, in
+float32.
 
-The network is built anew from the weights as a file would hold them, and is filled as a fine-tuning fills its own. So
-it is what --init would give, for every method, and the model in training is not touched. Nor are its bits: every
-sample and every step seeds the random generators anew, whatever was drawn from them in between.
+Probes use a network of their own, built from the weights as a checkpoint holds them and filled as `--init` fills it in
+a fine-tuning, whatever the method. So the model in training is not touched. Nor does its training change in a single
+bit, because every sample and every step seeds the random generators anew.
 """
 from dataclasses import replace
 
@@ -26,19 +27,18 @@ from common.pretrained import interpret
 from common.vit import build_model, eval_mode
 from common.watch import progress
 
-TRAIN, VAL, UNLABELLED = 2000, 1000, 1000  # images, at most
+TRAIN, VAL, UNLABELLED = 2000, 1000, 1000  # the largest number of images that are measured
 
 
 def some(images, count):
-    """Draw at most `count` images of an ImageSet, always the same."""
+    """Draw up to `count` images of an ImageSet at random, but always the same ones."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
     labels = None if images.labels is None else images.labels[chosen]
     return replace(images, images=images.images[chosen], labels=labels)
 
 
 def labelled(args):
-    """Return some training and some validation images with labels; None, and a line that says why, if there are none.
-    """
+    """Return some labelled training and validation images. If there are none, print why and return None."""
     try:
         train, val = load_sets(args)
     except DataError as error:
@@ -53,7 +53,7 @@ def labelled(args):
 
 
 def encoder_of(content):
-    """The ViT of a file's content, without a head."""
+    """Build the ViT of a checkpoint's content, with its weights and without a head."""
     weights = interpret(content, "the model in training")
     vit = build_model(**{name: weights.config[name] for name in SHAPE}, num_classes=0, global_pool="token")
     load_encoder(vit, weights)
@@ -61,15 +61,17 @@ def encoder_of(content):
 
 
 class Probe:
-    """Measures the features of a pre-training on images that are chosen once."""
+    """Measurements of the features of a network in training, on images that are chosen once."""
 
     def __init__(self, args, images, device):
         self.args, self.device = args, device
         self.train, self.val = labelled(args) or (some(images, UNLABELLED), None)
 
     def __call__(self, content):
-        """Measure what a file of this content would give: {"knn_token" (top-1 in percent; with labels alone),
-        "spread_token", "rank_token", and the same of "patches"}. All ranks call it and get the same.
+        """Measure the features that a checkpoint of this content gives. All ranks call it and get the same.
+
+        Returns {"knn_token": top-1 in percent, only if there are labels, "spread_token", "rank_token", and the same for
+        "patches"}.
         """
         vit, found = eval_mode(encoder_of(content), self.device), {}
         train, labels = self.features(vit, self.train)
@@ -82,8 +84,10 @@ class Probe:
 
     @torch.inference_mode()
     def features(self, vit, images):
-        """Class tokens and means of the patch tokens, two (N, D), and the labels (N,), or zeros, of the images that can
-        be read; on the CPU of every rank. Each rank computes its share. Raises FloatingPointError.
+        """Compute the features of the N images that can be read: ((class tokens, means of patch tokens), labels).
+
+        The features are (N, D) each and the labels (N,), zeros if there are none. Each rank computes its share; all get
+        the whole, on the CPU. Raises FloatingPointError for features that are not finite.
         """
         mean, std = (values.to(self.device) for values in statistics(self.args))
         loader = eval_loader(images, eval_transform(self.args.img_size), min(self.args.micro_batch, 256),
@@ -94,7 +98,7 @@ class Probe:
             tokens = vit.forward_features(batch["image"])
             pooled = torch.cat([tokens[:, 0], tokens[:, vit.num_prefix_tokens:].mean(dim=1)], dim=1)
             rows[batch["index"]] = torch.cat([pooled.cpu(), (batch["bad"] < 0).unsqueeze(1)], dim=1)
-        rows = distributed.all_sum(rows)  # of zeros and one rank's values: exact
+        rows = distributed.all_sum(rows)  # exact: each value is added to zeros
         readable = rows[:, -1] > 0
         if unread := int((~readable).sum()):
             remark(f"--probe-every leaves out {unread} of {len(images)} images of {images.name}, which cannot be read")

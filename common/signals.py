@@ -1,4 +1,4 @@
-"""Stop signals: at which a training saves and ends, and the same command continues it."""
+"""Stop signals: a training that receives one saves a checkpoint and exits, and the same command continues it."""
 import os
 import signal
 import time
@@ -11,13 +11,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 
 
 def stop_signals():
-    """Return the signals at which to save and stop; not that of a closed terminal where nohup has it ignored."""
+    """Return the signals that stop a run. SIGHUP, of a closed terminal, is left out where nohup has it ignored."""
     return [number for number in STOP_SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def hang_up():
-    """After the terminal was closed: drop what is printed to it from now on, as writing there fails."""
+    """Send stdout and stderr to /dev/null where they go to a closed terminal, because writing there fails."""
     for stream in (1, 2):
         try:
             os.write(stream, b"\n")
@@ -26,7 +26,7 @@ def hang_up():
 
 
 class StopSignals:
-    """Context manager: the first stop signal sets `received`, which the loop reads at the end of each step.
+    """A context manager that notes the first stop signal in `received`, which the loop reads at the end of each step.
 
     A second signal interrupts at once, unless it comes within 3 seconds: torchrun's ranks may receive the same signal
     twice, once directly and once from the launcher.
@@ -52,12 +52,12 @@ class StopSignals:
 
     @contextmanager
     def exit_immediately(self):
-        """Exit on the first signal within this block: for an evaluation, which takes minutes and is simply repeated."""
+        """Exit as soon as a signal arrives within this block: for an evaluation, which the resumed run then repeats."""
         self.immediate = True
         if self.received:
             raise SystemExit(STOPPED)
         yield
-        self.immediate = False  # not in a finally: an error ends the training and this object
+        self.immediate = False  # needs no finally: after an error this object is not used again
 
     def __exit__(self, kind, *error):
         for number, handler in self.before.items():

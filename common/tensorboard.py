@@ -1,4 +1,4 @@
-"""The numbers of a run's log in TensorBoard too, where --tensorboard asks for it and the package is installed."""
+"""TensorBoard, which shows the numbers of a run's log where --tensorboard asks for it and the package is installed."""
 from contextlib import contextmanager
 
 from common.distributed import is_main
@@ -6,7 +6,10 @@ from common.errors import UserError
 
 
 def summary_writer():
-    """TensorBoard's class for writing. Raises UserError if the package, which nothing else needs, is absent."""
+    """Import and return torch's SummaryWriter. Raises UserError if the package tensorboard is not installed.
+
+    Nothing else needs this package, so it is not among the requirements.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -17,8 +20,9 @@ def summary_writer():
 
 @contextmanager
 def board(run, start):
-    """Write what the run logs in this block to its folder for TensorBoard, if its settings say so. What was written
-    there after step `start`, from which the run goes on, no longer counts.
+    """Write what the run logs in this block for TensorBoard too, into the run's folder, if its settings say so.
+
+    start: the step from which the run continues; TensorBoard then drops what it had of later steps.
     """
     if not (is_main() and run.settings.get("tensorboard")):
         yield
@@ -32,7 +36,7 @@ def board(run, start):
 
 
 def add_row(writer, row):
-    """Write the numbers of a row of log.jsonl; {"step": 3, "probe": {"knn_token": 20.0}} has one, probe/knn_token."""
+    """Write the numbers of a row of log.jsonl. {"step": 3, "probe": {"rank_token": 9.0}} has one: probe/rank_token."""
     for name, value in row.items():
         numbers = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
         for tag, number in numbers.items():

@@ -1,4 +1,4 @@
-"""The training loop that every method shares. It counts optimizer steps, not epochs."""
+"""The training loop that all methods share. It counts optimizer steps, not epochs."""
 import warnings
 from contextlib import closing, nullcontext
 
@@ -23,7 +23,7 @@ from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention
 class Method:
     """Base class of the training methods: a model, its loss, and optional hooks around each optimizer step.
 
-    The hooks are for momentum encoders, moving averages and DINO's centre.
+    The hooks serve momentum encoders, moving averages and DINO's centre.
     """
 
     def __init__(self, model):
@@ -35,18 +35,18 @@ class Method:
         self.forward = compile_and_distribute(self.model, device, dtype, compiled)
 
     def loss(self, batch, step):
-        """Compute (loss, logs) of a micro-batch through `self.forward`: a scalar, and scalar tensors by name to log."""
+        """Return (loss, logs) of a micro-batch, computed through `self.forward`; logs: {name: scalar tensor} to log."""
         raise NotImplementedError
 
     def accumulate(self, step, engine):
-        """Accumulate the gradients of a step over its micro-batches. Returns the sum of their losses, detached.
+        """Accumulate the gradients of a step over its micro-batches. Return the sum of their losses, detached.
 
-        A method whose loss couples the micro-batches (contrastive loss, batch norm) overrides this.
+        A method whose loss couples the images of a batch (contrastive loss, batch norm) overrides this.
         """
         losses = 0.0
         for micro in range(engine.accumulation):
             batch = engine.batch(step, micro)
-            last = micro == engine.accumulation - 1  # DDP averages gradients in the last backward only
+            last = micro == engine.accumulation - 1  # DDP averages gradients over ranks here only
             with nullcontext() if last or not hasattr(self.forward, "no_sync") else self.forward.no_sync():
                 with engine.autocast():
                     loss, logs = self.loss(batch, step)
@@ -56,16 +56,16 @@ class Method:
         return losses
 
     def before_step(self, step):
-        """Called after the learning rate is set, before the gradients are computed."""
+        """Hook: the learning rate is set, no gradient is computed yet."""
 
     def before_update(self, step):
-        """Called when the gradients are averaged over ranks and unscaled: for own clipping, frozen layers."""
+        """Hook: the gradients are averaged over ranks and unscaled. For clipping of one's own, or frozen layers."""
 
     def after_step(self, step):
-        """Called after the optimizer step: for momentum encoders, moving averages."""
+        """Hook: the weights are updated. For momentum encoders and moving averages."""
 
     def state_dict(self):
-        """Return what a checkpoint must hold of the method beside the model."""
+        """Return what a checkpoint must hold of the method besides the model's weights."""
         return {}
 
     def load_state_dict(self, state):
@@ -73,9 +73,10 @@ class Method:
 
 
 def choose_precision(precision, device):
-    """Return the autocast dtype, or None for float32. "auto" takes bf16 only where the hardware supports it natively.
+    """Return the dtype of autocast for --precision (auto, fp32, bf16, fp16), or None for float32.
 
-    Raises UserError for fp16 on a CPU.
+    "auto" is bf16 where the hardware supports it natively, and otherwise fp16 on a GPU, float32 on a CPU. Raises
+    UserError for fp16 on a CPU.
     """
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -93,8 +94,8 @@ def compile_and_distribute(model, device, dtype, compiled):
     if compiled:
         model = torch.compile(model)
     if distributed.world_size() > 1:
-        # find_unused_parameters keeps DDP from rebuilding its buckets after the first step. A resumed run would rebuild
-        # them at a later step, sum gradients of three or more ranks in another order, and differ in the last bits.
+        # find_unused_parameters keeps DDP from rebuilding its buckets after the first step. A resumed run would do so
+        # at a later step, add the gradients of three or more ranks in another order, and differ in the last bits.
         warnings.filterwarnings("ignore", message="find_unused_param|`broadcast_buffers` is deprec")
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                         gradient_as_bucket_view=True, broadcast_buffers=False,
@@ -103,7 +104,7 @@ def compile_and_distribute(model, device, dtype, compiled):
 
 
 class Engine:
-    """Provides a method with what it needs to compute gradients: micro-batches, autocast, backward, logging."""
+    """What a method needs to compute its gradients: micro-batches, autocast, backward, logging."""
 
     def __init__(self, args, device, meter):
         self.args, self.device, self.meter, self.batches = args, device, meter, iter(())
@@ -112,20 +113,20 @@ class Engine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def execution(self):
-        """Return what must not change when a run is resumed, besides its settings, for a bit-exact result."""
+        """Return what besides the settings must be the same in a resumed run for the same bits: {name: value}."""
         place = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else \
             {"device": "cpu", "threads": torch.get_num_threads()}
         return {**place, "ranks": distributed.world_size(), "accumulation": self.accumulation,
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
     def announce(self):
-        """Print where and how the run is executed, and make torch deterministic if that is asked for."""
+        """Print where and how the run is executed, and make torch deterministic if the settings say so."""
         torch.use_deterministic_algorithms(self.args.deterministic)
         print0(", ".join(f"{name} {value}" for name, value in self.execution().items()))
         mention_busy_cores(self.device)
 
     def micro_batches(self, images, transform, start, total, bad_images):
-        """Yield the micro-batches of this rank from step `start` to `total`, on the device, normalised."""
+        """Yield this rank's micro-batches from step `start` up to `total`, normalised and on the device."""
         args, world = self.args, distributed.world_size()
         keys = step_batches(len(images), batch_size=args.batch_size, accumulation=self.accumulation, seed=args.seed,
                             start_step=start, total_steps=total, rank=distributed.rank(), world=world)
@@ -137,36 +138,38 @@ class Engine:
             yield batch
 
     def batch(self, step, micro):
-        """Return the next micro-batch and seed the generators for it (mixup, drop path)."""
+        """Return the next micro-batch, and seed the generators for what is random in the model (mixup, drop path)."""
         batch = next(self.batches)
         seed_everything("step", self.args.seed, step, distributed.rank(), micro)
         return batch
 
     def autocast(self):
-        """Return the autocast context of the chosen precision."""
+        """Return the autocast context of the run's precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss):
-        """Backpropagate the loss, scaled where the precision is fp16."""
+        """Backpropagate the loss, which is scaled first if the precision is fp16."""
         self.scaler.scale(loss).backward()
 
     def log(self, **values):
-        """Log scalars of one micro-batch; a row of the log has their mean over the micro-batches."""
+        """Add scalar tensors of one micro-batch to the log, a row of which has their means over micro-batches."""
         self.meter.add(**{name: value / self.accumulation for name, value in values.items()})
 
 
 def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
     """Train `method.model` on `images` for args.epochs, or for args.iterations steps where a recipe has that setting.
 
-    schedule(step): the learning rate. transform: an image -> a training view, a dict of tensors. evaluate(): returns
-    {"top1": ..., ...}; runs every args.eval_every epochs and at the end; its first number decides on the best weights.
-    Resumes from the run's newest intact checkpoint. After a stop signal: saves and exits with code STOPPED.
-    Returns {"seconds", "images_per_second", "bad_images", "last", "best"}; the last two are evaluation results.
-    Raises FloatingPointError for a non-finite loss, gradient or weight, and where fp16 skips every update.
+    schedule(step): returns the learning rate. transform(image): returns a training view, a dict of tensors. evaluate():
+    returns {"top1": ..., ...}; it runs every args.eval_every epochs and at the end, and its first number decides which
+    weights are the best. Training continues from the run's newest intact checkpoint. After a stop signal it saves one
+    and exits with code STOPPED.
+
+    Returns {"seconds", "images_per_second", "bad_images", "last", "best"}; the last two are results of evaluate().
+    Raises FloatingPointError for a non-finite loss, gradient or weight, and if fp16 skips every update.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
     total = getattr(args, "iterations", None) or per_epoch * args.epochs
-    every = (per_epoch * args.eval_every or total) if evaluate else None  # in steps; eval_every 0: only at the end
+    every = (per_epoch * args.eval_every or total) if evaluate else None  # steps; eval_every 0: at the end
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
     engine.announce()
@@ -180,7 +183,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
 
     with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_out_of_memory(engine.micro_batch),
           closing(engine.batches), board(run, start)):
-        if progress["evaluate"]:  # the run was stopped before this evaluation finished
+        if progress["evaluate"]:  # the run was stopped during this evaluation
             evaluate_and_log(snapshot, stop, evaluate, per_epoch)
         method.model.train()
         for step in range(start, total):
@@ -207,7 +210,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 progress["bad_images"] = bad_images.all_ranks()
                 snapshot.save(done)
                 run.draw_now_and_then()
-            if stopping:  # also after the last step: a table must not start its next stage
+            if stopping:  # also after the last step: a table must not go on to its next stage
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
                 evaluate_and_log(snapshot, stop, evaluate, per_epoch)
@@ -218,12 +221,12 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
 
 
 def speed(seconds, images):
-    """Return the time and the rate of a training that saw so many images, as its result gives them."""
+    """Return the duration and the rate of a training that saw this many images, as a run's result holds them."""
     return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
 
 
 def log_measured(run, step, per_epoch, what, result):
-    """Log and print what an evaluation or a probe has measured after a step, {name: value}. Returns the epoch."""
+    """Log and print what an evaluation or a probe measured after a step, {name: value}. Return the epoch."""
     epoch = step / per_epoch
     run.log({"step": step, "epoch": epoch, what: result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
@@ -231,12 +234,12 @@ def log_measured(run, step, per_epoch, what, result):
 
 
 def evaluate_and_log(snapshot, stop, evaluate, per_epoch):
-    """Evaluate, log the result, and save best.pt if its first number is the best so far."""
+    """Evaluate, log the result, and save the weights as best.pt if its first number is the best so far."""
     run, progress = snapshot.run, snapshot.progress
-    with stop.exit_immediately():  # a stopped evaluation is repeated from its start
+    with stop.exit_immediately():  # a resumed run repeats the evaluation
         result = evaluate()
         epoch = log_measured(run, progress["step"], per_epoch, "eval", result)
-        measure = next(iter(result))  # the first is the main one: top1, or box_ap
+        measure = next(iter(result))  # the first is the main measure: top1, or box_ap
         better = result[measure] > progress["best"].get(measure, -1.0)
         if better and distributed.is_main():
             save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))

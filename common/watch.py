@@ -1,4 +1,4 @@
-"""Monitoring: progress bars, and of a training run log, non-finite values, unreadable images, memory."""
+"""Monitoring: progress bars, and in a training the log, non-finite values, unreadable images and memory."""
 import math
 import os
 import time
@@ -11,17 +11,21 @@ from common import checkpoint, distributed
 from common.distributed import print0, printable
 from common.errors import DataError
 
-BAD_LIMIT = 0.01  # share of unreadable images above which --on-bad-image skip stops the run
-MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3  # updates skipped in a row, scale of the loss: beyond, fp16 learns nothing
+BAD_LIMIT = 0.01  # with --on-bad-image skip, a run stops at a larger share of unreadable images
+# A run in fp16 stops when it has skipped as many updates in a row, or when its loss scale is smaller
+MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3
 
 
 def progress_bar(total, unit="image", leave=False, **how):
-    """Make a tqdm bar with count, rate and time left, for rank 0 alone; None: tqdm is silent without a terminal."""
+    """Make a progress bar with count, rate and time left, shown on rank 0, and by tqdm only on a terminal."""
     return tqdm(total=total, unit=unit, leave=leave, disable=None if distributed.is_main() else True, **how)
 
 
 def progress(items, what, total=None, **how):
-    """Yield the items while a bar called `what` counts them up to `total`; of a loader it counts the images."""
+    """Yield the items while a progress bar called `what` counts them, or the images in them if they are batches.
+
+    items: a loader of evaluation batches, a sequence, or any iterable if its length is given as `total`.
+    """
     keys = getattr(items, "batch_sampler", None)
     total = sum(map(len, keys)) if keys is not None else len(items) if total is None else total
     with progress_bar(total, desc=what, **how) as line:
@@ -31,8 +35,10 @@ def progress(items, what, total=None, **how):
 
 
 def mention_busy_cores(device):
-    """Print a hint where other processes keep the cores busy, beside which several threads crawl: the threads of one
-    operation wait for each other busily. Measured beside six processes on two cores: one thread 6 times as fast as two.
+    """Print a hint to use one thread if other processes keep the cores busy.
+
+    The threads of an operation spin while they wait for each other, so all are slow if one has no core. Measured beside
+    six other processes on two cores: one thread was 6 times as fast as two.
     """
     threads, cores = torch.get_num_threads(), os.cpu_count()
     if device.type == "cpu" and threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2:
@@ -41,21 +47,21 @@ def mention_busy_cores(device):
 
 
 class Guard:
-    """Blocks all weight updates from the first non-finite loss or gradient on, without synchronising the device.
+    """A guard that blocks all updates from the first non-finite loss or gradient on, without synchronising the device.
 
-    PyTorch's fused optimizers skip an update where their attribute `found_inf` is 1. With fp16 the gradient scaler sets
-    that attribute itself, skips gradients that overflow and halves its scale. So a non-finite gradient is bad in fp16
-    only if halving does not help: after MOST_SKIPPED of them in a row, or all of a short run.
+    PyTorch's fused optimizers skip an update if their attribute `found_inf` is 1. In fp16 the gradient scaler sets that
+    attribute itself: it skips an update whose gradients overflow, and halves the loss scale. So in fp16 a non-finite
+    gradient is an error only if halving does not help: after MOST_SKIPPED in a row, or all the steps of a shorter run.
     """
 
     def __init__(self, run, optimizer, engine, schedule, total):
         self.run, self.optimizer, self.scaler, self.schedule = run, optimizer, engine.scaler, schedule
         self.step, self.most_skipped = 0, min(MOST_SKIPPED, total)
         self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=engine.device)
-        self.skipped = torch.zeros_like(self.bad_step)  # in a row, up to the last step
+        self.skipped = torch.zeros_like(self.bad_step)  # updates in a row, counted back from the last step
 
     def check(self, step, loss, grad_norm):
-        """Note the first bad step on the device and tell the optimizer whether to skip this update."""
+        """Record the first bad step, on the device, and tell the optimizer whether to skip this update."""
         self.step, finite = step, torch.isfinite(grad_norm)
         self.skipped = torch.where(finite, 0.0, self.skipped + 1)
         good = torch.isfinite(loss) & (finite | self.scaler.is_enabled())
@@ -64,8 +70,9 @@ class Guard:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
 
     def raise_if_bad(self):
-        """Raise FloatingPointError on every rank if a step was bad, fp16 learns nothing, or weights are not finite.
-        Synchronises the device: only to log or to save.
+        """Raise FloatingPointError on every rank if a step was bad, fp16 skips all updates, or weights are not finite.
+
+        Synchronises the device, so it is called only before logging, saving or probing.
         """
         weights = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         largest = torch.nn.utils.get_total_norm(weights, math.inf)
@@ -88,9 +95,9 @@ class Guard:
 
 
 class Meter:
-    """Means of the logged values, speed, share of time spent waiting for data, and the progress bar.
+    """The log of a training and its progress bar: means of values, speed, share of time spent waiting for data.
 
-    Sums stay on the device and are read only when a row of log.jsonl is due.
+    The sums stay on the device and are read only when a row of log.jsonl is due.
     """
 
     def __init__(self, run, total, batch_size):
@@ -100,7 +107,7 @@ class Meter:
 
     @contextmanager
     def bar(self, start):
-        """Show a progress bar on rank 0; without a terminal, print a line every two minutes instead."""
+        """Show a progress bar on rank 0 in this block, or without a terminal print a line every two minutes."""
         self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
         with progress_bar(self.total, initial=start, unit="step", leave=True) as self.line:
             yield
@@ -126,13 +133,16 @@ class Meter:
         self.line.update()
 
     def state(self):
-        """Return the sums averaged over ranks, for a checkpoint: a row averages over ranks in any case."""
+        """Return the sums and their number of steps, for a checkpoint. All ranks call it.
+
+        The sums are averaged over the ranks, as a row is in any case.
+        """
         sums = {name: distributed.all_sum(value.clone()) / distributed.world_size()
                 for name, value in sorted(self.sums.items())}
         return {"sums": {name: value.cpu() for name, value in sums.items()}, "steps": self.steps}
 
     def restore(self, state, device):
-        """Restore what `state` returned, on the device."""
+        """Restore what `state` returned, onto the device."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.steps = state["steps"]
 
@@ -160,38 +170,36 @@ class Meter:
 
 
 class BadImages:
-    """Records the unreadable images that `--on-bad-image skip` replaced by others and lists them in the run's folder.
-
-    More than BAD_LIMIT of the images stop the run.
-    """
+    """The unreadable images that --on-bad-image skip replaced by others, also listed in a file in the run's folder."""
 
     def __init__(self, run, images, known=()):
         self.run, self.images, self.known = run, images, set(known)
 
     def all_ranks(self):
-        """Return the sorted indices of all ranks' unreadable images."""
+        """Return the sorted indices of the unreadable images of all ranks. All ranks call it."""
         return sorted(set().union(*distributed.gather(self.known)))
 
     def record(self, indices):
-        """Record a batch's tensor of indices (-1: readable). Raises DataError above BAD_LIMIT."""
+        """Record the "bad" indices of a batch (-1: readable). Raises DataError above a share of BAD_LIMIT."""
         new = {index for index in indices.tolist() if index >= 0} - self.known
         if not new:
             return
         self.known |= new
         path = self.run.folder / f"bad_images-rank{distributed.rank()}.txt"
         path.write_text("\n".join(str(self.images.where(index)) for index in sorted(self.known)) + "\n",
-                        encoding="utf-8", errors="surrogateescape")  # names as they are, also where they are no UTF-8
+                        encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8
         names = ", ".join(str(self.images.where(index)) for index in sorted(new))
-        print(printable(f"unreadable and replaced: {names}"), flush=True)  # every rank prints: each reads other images
-        share = len(self.known) / len(self.images)  # this rank alone: after some epochs it has read all
+        print(printable(f"unreadable and replaced: {names}"), flush=True)  # on every rank: each reads other images
+        share = len(self.known) / len(self.images)  # of this rank, which after some epochs has read all
         if share > BAD_LIMIT:
             raise DataError(f"{share:.1%} of {len(self.images)} images are unreadable, more than {BAD_LIMIT:.0%}: "
                             f"see {path}")
 
 
 def out_of_memory(error):
-    """Return whether an error reports that this process, not one that loads for it, has exhausted the memory; on a CPU
-    torch has no own class for it, only its message.
+    """Return whether an error means that this process, and not one of its workers, ran out of memory.
+
+    On a CPU, torch has no error class for it, only a message.
     """
     message = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in message and "DataLoader" not in message
@@ -199,7 +207,7 @@ def out_of_memory(error):
 
 @contextmanager
 def explain_out_of_memory(micro_batch):
-    """Re-raise out-of-memory errors of this block as a MemoryError that says which argument to lower."""
+    """Turn an out-of-memory error of this block into a MemoryError that says which argument to lower."""
     try:
         yield
     except RuntimeError as error:
