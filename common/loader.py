@@ -6,23 +6,17 @@ of workers, ranks and accumulation steps never changes which pixels are seen.
 """
 import hashlib
 import itertools
-import os
 import random
-import resource
-import shutil
-import signal
-import tempfile
 from contextlib import suppress
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.errors import UserError
 from common.images import DataError, UnreadableImage
-from common.machine import SHARED_MEMORY
+from common.workers import default_workers, ignore_stop_signals, limit_workers
 
-# Entries of a batch whose name begins like this stay on the CPU. All other uint8 tensors are taken for images
+# Names of a batch's entries that stay on the CPU begin like this. All other uint8 tensors are taken for images
 HOST = ("index", "bad", "host_")
 
 
@@ -67,8 +61,10 @@ class Views(Dataset):
         return {**views, "label": label, "index": index, "bad": index if used != index else -1}
 
     def read(self, epoch, index):
-        """Return an image and its index, or what replaces it if it cannot be read: another image, drawn by a generator
-        seeded with the same key, and that image's index; or a black image and -1.
+        """Return an image and its index, or a replacement of both if the image cannot be read.
+
+        The replacement is another image and its index, drawn by a generator seeded with the same key, or a black image
+        and -1. Raises DataError if 100 draws give no readable image.
         """
         try:
             return self.images.read(index), index
@@ -92,37 +88,13 @@ def step_batches(length, *, batch_size, accumulation, seed, start_step, total_st
     `accumulation` micro-batches. The keys run through all epochs, so that workers never restart.
     """
     steps_per_epoch = length // batch_size  # the remainder is dropped, as in the authors' loader
-    micro_batch, epoch = batch_size // world // accumulation, None
     for step in range(start_step, total_steps):
-        if step // steps_per_epoch != epoch:
-            epoch = step // steps_per_epoch
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0 or step == start_step:
             order = epoch_order(length, seed, epoch)
-        first = step % steps_per_epoch * batch_size + rank * batch_size // world
-        for begin in range(first, first + accumulation * micro_batch, micro_batch):
-            yield [(epoch, int(index)) for index in order[begin:begin + micro_batch]]
-
-
-def outlive_signals(worker):
-    """Keep a worker alive when a stop signal reaches the whole job: the main process needs it to finish the step.
-
-    SIGTERM is delayed by 30 seconds rather than ignored, because Python ends remaining workers by it.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-
-
-def default_workers(workers, device):
-    """Return the number of worker processes of this rank: `workers`, or if that is negative, its share of the cores.
-
-    At most 32, and at most 2 where the model runs on the CPU and needs the cores itself: its threads spin while they
-    wait for each other, so a worker that takes the core of one thread stalls all of them.
-    """
-    if workers >= 0:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(32, max(1, share - 1)) if device.type == "cuda" else min(2, max(0, share - 2))
+        batch = order[place * batch_size:(place + 1) * batch_size]
+        for indices in batch.reshape(world, accumulation, -1)[rank].tolist():
+            yield [(epoch, index) for index in indices]
 
 
 def data_loader(views, batches, workers, device):
@@ -133,10 +105,10 @@ def data_loader(views, batches, workers, device):
     workers, ahead = default_workers(workers, device), None
     if workers:
         first, batches = peek(batches)
-        workers, ahead = affordable(views, first, workers)
+        workers, ahead = limit_workers(views, first, workers)
     return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
                       collate_fn=Collate(getattr(views.transform, "collate", default_collate)),
-                      worker_init_fn=outlive_signals, prefetch_factor=ahead)
+                      worker_init_fn=ignore_stop_signals, prefetch_factor=ahead)
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
@@ -152,9 +124,9 @@ def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1,
 
 
 def peek(batches):
-    """Return the first batch, and all batches with it still among them."""
+    """Return the first batch of keys ([] if there is none), and an iterable of all batches, the first included."""
     if isinstance(batches, list):
-        return (batches or [[]])[0], batches
+        return batches[0] if batches else [], batches
     first = next(batches, [])
     return first, itertools.chain([first] if first else [], batches)
 
@@ -172,45 +144,6 @@ class Collate:
     def __call__(self, samples):
         batch = self.function(samples)
         return {name: value.share_memory_() for name, value in batch.items()} if get_worker_info() else batch
-
-
-def affordable(views, first, workers):
-    """Return (number of workers, batches that each prepares ahead), as many as the shared memory has room for.
-
-    Each worker prepares 2 batches ahead, or fewer where all would fill more than this rank's part of half of the free
-    shared memory. `first` is the keys of a batch. Raises UserError if not even one batch fits, if the path of the
-    temporary folder is too long, or if too few files may be open.
-    """
-    if not first:
-        return workers, None
-    tensors = [value for value in views[first[0]].values() if isinstance(value, torch.Tensor)]
-    batch = len(first) * sum(value.nbytes for value in tensors)
-    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 1 << 40
-    room = int(free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / max(1, batch))
-    if not room:
-        raise UserError(f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, and loading processes need twice the "
-                        f"{batch / 2**20:,.1f} MiB of a batch of {len(first)} images for each rank: give the container "
-                        f"more (docker run --shm-size=16g), pass a smaller --micro-batch, or --workers 0")
-    workers, ahead = min(workers, room), 1 if room < 2 * workers else 2
-    if len(tempfile.gettempdir()) > 75:  # the path of a socket has at most 107
-        raise UserError(f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of loading processes: set it to a "
-                        f"folder whose path has at most 75 characters, or pass --workers 0")
-    open_files(100 + workers * (5 + ahead * (len(tensors) + 4)))
-    return workers, ahead
-
-
-def open_files(needed):
-    """Raise this process's limit of open files to `needed`: each tensor sent by a worker is one open file.
-
-    Raises UserError if the system does not allow as many.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        if limit < needed:
-            raise UserError(f"{limit} files may be open at once and the loading processes need {needed}: raise the "
-                            f"limit (ulimit -n {needed}), or pass a smaller --workers")
 
 
 def to_device(batch, device, mean, std):
@@ -235,18 +168,18 @@ def on_device(batches, device, mean, std):
     if device.type != "cuda":
         yield from (to_device(batch, device, mean, std) for batch in batches)
         return
-    stream, waiting = torch.cuda.Stream(device), None
-    for batch in itertools.chain(batches, [None]):
-        if batch is not None:
-            with torch.cuda.stream(stream):
-                batch = to_device(batch, device, mean, std)
-            batch = batch, stream.record_event()
-        if waiting is not None:
-            yield arrived(*waiting, torch.cuda.current_stream(device))
-        waiting = batch
+    stream, copying = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = to_device(batch, device, mean, std), stream.record_event()
+        if copying:
+            yield wait_for_copy(*copying, torch.cuda.current_stream(device))
+        copying = following
+    if copying:
+        yield wait_for_copy(*copying, torch.cuda.current_stream(device))
 
 
-def arrived(batch, copied, stream):
+def wait_for_copy(batch, copied, stream):
     """Make `stream` wait for the copy of a batch by another stream (event `copied`). Returns the batch.
 
     record_stream keeps its memory from being reused before `stream` is done with it.

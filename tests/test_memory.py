@@ -1,4 +1,4 @@
-"""common/memory.py and the limits of common/loader.py: kept images change no pixel, and what is full is said."""
+"""common/memory.py and the limits of common/workers.py: kept images change no pixel, and what is full is said."""
 import json
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import loader, memory
+from common import memory, workers
 from common.augment import pretrain_transform
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
@@ -103,34 +103,34 @@ def sample_views(side=8):
 
 
 def shared_memory(monkeypatch, mebibytes):
-    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=mebibytes * 2**20))
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=mebibytes * 2**20))
 
 
 def test_what_waits_stays_below_half_of_the_shared_memory(monkeypatch):
     views, first = sample_views(64), [(0, index) for index in range(32)]  # 384 KiB a batch
     for mebibytes, expected in ((64, (4, 2)), (4.6, (4, 1)), (1.6, (2, 1))):
         shared_memory(monkeypatch, mebibytes)
-        assert loader.affordable(views, first, 4) == expected
+        assert workers.limit_workers(views, first, 4) == expected
     shared_memory(monkeypatch, 0.5)
     with pytest.raises(UserError, match=r"/dev/shm has 0.5 MiB free.*--shm-size.*--workers 0"):
-        loader.affordable(views, first, 4)
+        workers.limit_workers(views, first, 4)
 
 
 def test_a_long_tmpdir_is_said_before_a_socket_fails(monkeypatch):
-    monkeypatch.setattr(loader.tempfile, "gettempdir", lambda: "/t" * 50)
+    monkeypatch.setattr(workers.tempfile, "gettempdir", lambda: "/t" * 50)
     with pytest.raises(UserError, match="TMPDIR.*at most 75 characters.*--workers 0"):
-        loader.affordable(sample_views(), [(0, 0)], 2)
+        workers.limit_workers(sample_views(), [(0, 0)], 2)
 
 
 def test_the_limit_of_open_files_is_raised_or_said(monkeypatch):
     limits = []
-    monkeypatch.setattr(loader.resource, "setrlimit", lambda which, pair: limits.append(pair))
-    monkeypatch.setattr(loader.resource, "getrlimit", lambda which: (64, 4096))
-    loader.open_files(500)
+    monkeypatch.setattr(workers.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    monkeypatch.setattr(workers.resource, "getrlimit", lambda which: (64, 4096))
+    workers.allow_open_files(500)
     assert limits == [(500, 4096)]
-    monkeypatch.setattr(loader.resource, "getrlimit", lambda which: (64, 256))
+    monkeypatch.setattr(workers.resource, "getrlimit", lambda which: (64, 256))
     with pytest.raises(UserError, match=r"256 files.*ulimit -n 500.*--workers"):
-        loader.open_files(500)
+        workers.allow_open_files(500)
 
 
 @pytest.mark.parametrize(("said", "meant"), [

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed, entry, loader, options, report, runs, scripts, tables
+from common import distributed, entry, options, report, runs, scripts, tables, workers
 from common.errors import UserError
 from common.runs import open_run, settings_hash
 from sec3_benchmark import detect, finetune, pretrain_mae, pretrain_mocov3
@@ -217,12 +217,12 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [loader.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
-    assert loader.default_workers(-1, gpu) == 15
+    assert [workers.default_workers(n, cpu) for n in (-1, 0, 5)] == [2, 0, 5]
+    assert workers.default_workers(-1, gpu) == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert loader.default_workers(-1, gpu) == 3
+    assert workers.default_workers(-1, gpu) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert [loader.default_workers(-1, device) for device in (cpu, gpu)] == [0, 1]
+    assert [workers.default_workers(-1, device) for device in (cpu, gpu)] == [0, 1]
 
 
 # A run's identity
