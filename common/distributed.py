@@ -20,6 +20,19 @@ def start_process_group(device="auto") -> torch.device:
     device: auto, cpu, cuda or cuda:N. May be called again. The ranks exchange CPU tensors by gloo and GPU tensors by
     nccl, so that control messages never wait for the GPU. Raises UserError if the device cannot be used.
     """
+    device = choose_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # full float32, whatever the environment says
+        torch.set_float32_matmul_precision("highest")
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))
+    return device
+
+
+def choose_device(device) -> torch.device:
+    """Return the torch device of this rank for --device: auto, cpu, cuda or cuda:N. Raises UserError if it has none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user hid the GPU on purpose
@@ -30,24 +43,18 @@ def start_process_group(device="auto") -> torch.device:
         device = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
-        if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError(f"--device {device} under torchrun would put all ranks on one GPU: leave it out and choose "
-                            f"GPUs by CUDA_VISIBLE_DEVICES")
-        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        if index >= torch.cuda.device_count():
-            raise UserError(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
-                             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # full float32, whatever the environment says
-        torch.set_float32_matmul_precision("highest")
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=60))
-    return device
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or check the driver")
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {device} under torchrun would put all ranks on one GPU: leave it out and choose "
+                        f"GPUs by CUDA_VISIBLE_DEVICES")
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"rank {index} of this node has no GPU: {torch.cuda.device_count()} visible; "
+                        f"start torchrun with --nproc-per-node={torch.cuda.device_count()}")
+    return torch.device("cuda", index)
 
 
 def stop_process_group():
