@@ -64,7 +64,7 @@ def save_torch(path, content):
     def write(file):
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's own error, which hides the system's (a full disk)
+        except RuntimeError as error:  # torch raises its own error, which hides the system's (a full disk)
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     write_atomically(path, write)
 
@@ -89,10 +89,15 @@ def require_finite(path, content, name=""):
     if isinstance(content, (dict, list, tuple)):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             require_finite(path, value, f"{name}.{key}" if name else key)
-    elif isinstance(content, (float, np.ndarray, np.floating)) and np.asarray(content).dtype.kind == "f" \
-            and not np.isfinite(content).all():
-        raise UserError(f"{path} is not written: {name} is not finite. The weights or the images give no number there: "
-                        f"look at both")
+    elif isinstance(content, (float, np.floating)) or (isinstance(content, np.ndarray) and content.dtype.kind == "f"):
+        if not np.isfinite(content).all():
+            raise UserError(f"{path} is not written: {name} is not finite. The weights or the images give no number "
+                            f"there: look at both")
+
+
+def step_file(step):
+    """Return the name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}.pt"
 
 
 def steps_saved(folder):
@@ -101,11 +106,11 @@ def steps_saved(folder):
 
 
 def save_step(folder, step, state):
-    """Write step-<step>.pt, then delete all checkpoints but the newest `KEEP`."""
+    """Write the checkpoint of a step, then delete all but the newest `KEEP`."""
     folder = Path(folder)
-    save_torch(folder / f"step-{step:08d}.pt", state)
+    save_torch(folder / step_file(step), state)
     for old in steps_saved(folder)[KEEP:]:
-        (folder / f"step-{old:08d}.pt").unlink(missing_ok=True)
+        (folder / step_file(old)).unlink(missing_ok=True)
 
 
 def verify(path):
@@ -117,9 +122,11 @@ def verify(path):
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        bad = next((record.filename for record in records if record.external_attr & 0x10), None)
-        if bad := bad or any(record.CRC for record in records) and archive.testzip():
-            raise zipfile.BadZipFile(f"record {bad} is not as it was written")
+        damaged = next((record.filename for record in records if record.external_attr & 0x10), None)
+        if damaged is None and any(record.CRC for record in records):
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"record {damaged} is not as it was written")
 
 
 def load_verified(path):
@@ -135,7 +142,7 @@ def load_newest(folder):
     """
     steps = steps_saved(folder)
     for step in steps:
-        path = Path(folder) / f"step-{step:08d}.pt"
+        path = Path(folder) / step_file(step)
         try:
             return load_verified(path)
         except Exception as error:  # damaged bytes can raise any exception
@@ -159,8 +166,8 @@ class Snapshot:
     def restore(self):
         """Restore the newest intact checkpoint, and cut the log to its step. Return the number of steps done, or 0.
 
-        Raises UserError if the ranks read different checkpoints. Without --allow-inexact also if the run cannot be
-        continued to the same bits here, because the device, number of ranks or threads, or the precision is another.
+        Raises UserError if the ranks read different checkpoints. Without --allow-inexact, raises it also if the run
+        cannot end in the same bits here, because the device, the number of ranks or threads, or the precision differs.
         """
         saved = load_newest(self.run.folder)
         step = saved["progress"]["step"] if saved else 0
@@ -195,10 +202,14 @@ class Snapshot:
         meter = self.engine.meter.state()  # collective: every rank takes part
         if distributed.is_main():
             save_step(self.run.folder, step, {
-                **self.run.weights(self.method.model), "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.engine.scaler.state_dict(),
-                "meter": meter, "progress": self.progress,
-                "execution": self.engine.execution(), "log_size": self.run.log_size()})
+                **self.run.weights(self.method.model),
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.engine.scaler.state_dict(),
+                "meter": meter,
+                "progress": self.progress,
+                "execution": self.engine.execution(),
+                "log_size": self.run.log_size()})
         distributed.barrier()  # if a rank exited now, torchrun would kill rank 0 while it writes
 
     def seconds(self):

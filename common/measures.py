@@ -28,7 +28,8 @@ def vote(train, labels, queries, num_classes, k=20, temperature=0.07, chunk=6553
     for first in range(0, len(train), chunk):
         similarity = queries @ train[first:first + chunk].T
         places = torch.arange(first, first + similarity.shape[1], device=index.device).expand(len(queries), -1)
-        best, chosen = torch.cat([best, similarity], dim=1).topk(min(k, index.shape[1] + similarity.shape[1]), dim=1)
+        candidates = torch.cat([best, similarity], dim=1)
+        best, chosen = candidates.topk(min(k, candidates.shape[1]), dim=1)
         index = torch.cat([index, places], dim=1).gather(1, chosen)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
     weights = ((best - best[:, :1]) / temperature).exp()  # less the largest: exp(1 / 0.011) overflows

@@ -2,8 +2,10 @@
 
 The loader's worker processes share this memory.
 """
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,25 +51,24 @@ def keep_decoded(images, share):
     """
     if not share or not images.from_files or images.kept is not None or not len(images):
         return
-    probed = [image.numel() for image in map(decode_or_none(images), range(0, len(images), -(-len(images) // PROBE)))
-              if image is not None]
+    decode = partial(decode_or_none, images)
+    probed = map(decode, range(0, len(images), math.ceil(len(images) / PROBE)))
+    sizes = [image.numel() for image in probed if image is not None]
     available = share * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not probed or np.mean(probed) * len(images) > available:
+    if not sizes or np.mean(sizes) * len(images) > available:
         return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        decoded = ordered_map(pool, decode_or_none(images), len(images))
+        decoded = ordered_map(pool, decode, len(images))
         images.kept = DecodedImages(progress(decoded, f"decoding {images.name}", len(images)))
     print0(f"{images.name}: {len(images):,} decoded images kept in memory ({len(images.kept.block) / 2**20:,.0f} MiB)")
 
 
-def decode_or_none(images):
-    """Make a function that maps an index to its decoded tensor, or to None if it is unreadable."""
-    def decode(index):
-        try:
-            return images.decode(index)
-        except UnreadableImage:
-            return None
-    return decode
+def decode_or_none(images, index):
+    """Decode an image, or return None if it is unreadable."""
+    try:
+        return images.decode(index)
+    except UnreadableImage:
+        return None
 
 
 def ordered_map(pool, function, count, chunk=1000):
@@ -92,12 +93,15 @@ def free_memory():
 def cgroup_files():
     """Yield the paths of the files (limit, usage) of every memory control group of this process (cgroup v1 and v2)."""
     own = Path("/proc/self/cgroup")
-    for line in own.read_text().splitlines() if own.exists() else ():
+    if not own.exists():
+        return
+    for line in own.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         version1 = "memory" in controllers.split(",")
         top = Path("/sys/fs/cgroup/memory" if version1 else "/sys/fs/cgroup")
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version1 else ("memory.max", "memory.current")
         if version1 or not controllers:
             below = top / path.lstrip("/")
-            yield from ((folder / names[0], folder / names[1]) for folder in (below, *below.parents)
-                        if folder.is_relative_to(top))
+            for folder in (below, *below.parents):
+                if folder.is_relative_to(top):
+                    yield folder / names[0], folder / names[1]

@@ -24,17 +24,18 @@ def steps_per_epoch(images, batch_size) -> int:
         small = "pass --preset small, which is made for such a set, or " if batch_size > 512 else ""
         batch = len(images) // 8 * 2 or 1
         raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: {small}lower "
-                        f"--batch-size, say to {batch}, and raise a --base-lr, which is multiplied by the batch: as it "
-                        f"is the peak rate would fall to {batch / batch_size:.2g} of what it was")
+                        f"--batch-size, say to {batch}, and raise --base-lr if the script has it: it is multiplied by "
+                        f"the batch size, so that the peak rate would fall to {batch / batch_size:.2g} of what it was")
     return len(images) // batch_size
 
 
 def describe_epoch(images, batch_size) -> str:
     """Describe an epoch in words: its images and steps, and how many images it leaves out if they are many."""
-    left = len(images) % batch_size
-    hint = f" ({left} images sit out each epoch: lower --batch-size, raise --base-lr)" \
-        if left > 0.1 * len(images) else ""
-    return f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch{hint}"
+    left_out = len(images) % batch_size
+    text = f"{len(images)} images, {steps_per_epoch(images, batch_size)} steps per epoch"
+    if left_out > 0.1 * len(images):
+        text += f" ({left_out} images sit out each epoch: lower --batch-size, raise --base-lr)"
+    return text
 
 
 def split_batch(batch_size: int, micro_batch: int, world: int) -> tuple[int, int]:
@@ -58,9 +59,12 @@ def warmup_cosine(args, images, min_lr=0.0, warmup_lr=0.0, per=256, peak=None):
     The peak is base lr * batch size / `per` unless it is given.
     """
     per_epoch = steps_per_epoch(images, args.batch_size)
-    why = f"{args.base_lr:g} x {args.batch_size} / {per}" if peak is None else "lr, whatever the batch"
-    peak = args.base_lr * args.batch_size / per if peak is None else peak
-    print0(f"{describe_epoch(images, args.batch_size)}; peak lr {peak:.3g} = {why}")
+    if peak is None:
+        peak = args.base_lr * args.batch_size / per
+        formula = f"{args.base_lr:g} x {args.batch_size} / {per}"
+    else:
+        formula = "--lr, whatever the batch size"
+    print0(f"{describe_epoch(images, args.batch_size)}; peak lr {peak:.3g} = {formula}")
     return lambda step: learning_rate(step, peak=peak, total_steps=args.epochs * per_epoch,
                                       warmup_steps=args.warmup_epochs * per_epoch, warmup_lr=warmup_lr, min_lr=min_lr)
 

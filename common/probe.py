@@ -27,33 +27,32 @@ from common.pretrained import interpret
 from common.vit import build_model, eval_mode
 from common.watch import progress
 
-TRAIN, VAL, UNLABELLED = 2000, 1000, 1000  # the largest number of images that are measured
+TRAIN, VAL, UNLABELLED = 2000, 1000, 1000  # how many images are measured, at most
 
 
-def some(images, count):
+def draw_images(images, count):
     """Draw up to `count` images of an ImageSet at random, but always the same ones."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
     labels = None if images.labels is None else images.labels[chosen]
     return replace(images, images=images.images[chosen], labels=labels)
 
 
-def labelled(args):
+def labelled_images(args):
     """Return some labelled training and validation images. If there are none, print why and return None."""
     try:
         train, val = load_sets(args)
+        if len(train.classes) > 1:
+            return draw_images(train, TRAIN), draw_images(val, VAL)
+        why = f"{train.name} has one class"
     except DataError as error:
         why = str(error)
-    else:
-        if len(train.classes) > 1:
-            return some(train, TRAIN), some(val, VAL)
-        why = f"{train.name} has one class"
     print0(f"--probe-every measures spread and rank alone, on up to {UNLABELLED} images, as nearest neighbours need "
            f"labels: {why}")
     return None
 
 
-def encoder_of(content):
-    """Build the ViT of a checkpoint's content, with its weights and without a head."""
+def build_encoder(content):
+    """Build the ViT that a checkpoint of this content describes, with its weights and without a head."""
     weights = interpret(content, "the model in training")
     vit = build_model(**{name: weights.config[name] for name in SHAPE}, num_classes=0, global_pool="token")
     load_encoder(vit, weights)
@@ -65,22 +64,25 @@ class Probe:
 
     def __init__(self, args, images, device):
         self.args, self.device = args, device
-        self.train, self.val = labelled(args) or (some(images, UNLABELLED), None)
+        self.train, self.val = labelled_images(args) or (draw_images(images, UNLABELLED), None)
 
     def __call__(self, content):
         """Measure the features that a checkpoint of this content gives. All ranks call it and get the same.
 
-        Returns {"knn_token": top-1 in percent, only if there are labels, "spread_token", "rank_token", and the same for
-        "patches"}.
+        Returns {"knn_token", "spread_token", "rank_token", "knn_patches", ...}. The first is a top-1 in percent, and
+        absent if there are no labels.
         """
-        vit, found = eval_mode(encoder_of(content), self.device), {}
+        vit = eval_mode(build_encoder(content), self.device)
         train, labels = self.features(vit, self.train)
-        val, targets = self.features(vit, self.val) if self.val else ((None, None), ())
-        for name, ours, queries in zip(("token", "patches"), train, val):
-            if len(targets):
-                found[f"knn_{name}"] = knn_accuracy(ours, labels, queries, targets, len(self.train.classes))["top1"]
-            found |= {f"spread_{name}": spread(ours), f"rank_{name}": effective_rank(ours)}
-        return found
+        val, targets = self.features(vit, self.val) if self.val else (None, ())
+        measured = {}
+        for place, name in enumerate(("token", "patches")):
+            if len(targets):  # 0 also if no image can be read
+                accuracy = knn_accuracy(train[place], labels, val[place], targets, len(self.train.classes))
+                measured[f"knn_{name}"] = accuracy["top1"]
+            measured[f"spread_{name}"] = spread(train[place])
+            measured[f"rank_{name}"] = effective_rank(train[place])
+        return measured
 
     @torch.inference_mode()
     def features(self, vit, images):

@@ -36,17 +36,17 @@ class StopSignals:
         self.run, self.progress, self.total = run, progress, total
 
     def __enter__(self):
-        self.received, self.at, self.immediate = False, 0.0, False
-        self.before = {number: signal.signal(number, self._handle) for number in stop_signals()}
+        self.received, self.received_at, self.immediate = False, 0.0, False
+        self.previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def _handle(self, number, frame):
         if number == signal.SIGHUP:
             hang_up()
-        if self.received and time.monotonic() > self.at + 3:
+        if self.received and time.monotonic() > self.received_at + 3:
             raise KeyboardInterrupt
         if not self.received:
-            self.received, self.at = True, time.monotonic()
+            self.received, self.received_at = True, time.monotonic()
             if self.immediate:
                 raise SystemExit(STOPPED)
 
@@ -60,7 +60,7 @@ class StopSignals:
         self.immediate = False  # needs no finally: after an error this object is not used again
 
     def __exit__(self, kind, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
         if kind is SystemExit:
             how = "without --fresh" if self.run.settings.get("fresh") else "to continue"

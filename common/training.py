@@ -35,7 +35,7 @@ class Method:
         self.forward = compile_and_distribute(self.model, device, dtype, compiled)
 
     def loss(self, batch, step):
-        """Return (loss, logs) of a micro-batch, computed through `self.forward`; logs: {name: scalar tensor} to log."""
+        """Return a micro-batch's loss, a scalar computed through `self.forward`, and {name: scalar tensor} to log."""
         raise NotImplementedError
 
     def accumulate(self, step, engine):
@@ -46,8 +46,9 @@ class Method:
         losses = 0.0
         for micro in range(engine.accumulation):
             batch = engine.batch(step, micro)
-            last = micro == engine.accumulation - 1  # DDP averages gradients over ranks here only
-            with nullcontext() if last or not hasattr(self.forward, "no_sync") else self.forward.no_sync():
+            # DDP averages the gradients over ranks in the last backward pass only
+            defer = micro < engine.accumulation - 1 and hasattr(self.forward, "no_sync")
+            with self.forward.no_sync() if defer else nullcontext():
                 with engine.autocast():
                     loss, logs = self.loss(batch, step)
                 engine.backward(loss / engine.accumulation)
@@ -56,13 +57,13 @@ class Method:
         return losses
 
     def before_step(self, step):
-        """Hook: the learning rate is set, no gradient is computed yet."""
+        """Do what must precede the gradients of a step. Its learning rate is already set."""
 
     def before_update(self, step):
-        """Hook: the gradients are averaged over ranks and unscaled. For clipping of one's own, or frozen layers."""
+        """Change the gradients before the update (own clipping, frozen layers): the mean over ranks, without scale."""
 
     def after_step(self, step):
-        """Hook: the weights are updated. For momentum encoders and moving averages."""
+        """Do what follows the update of the weights: momentum encoders, moving averages."""
 
     def state_dict(self):
         """Return what a checkpoint must hold of the method besides the model's weights."""
@@ -107,16 +108,19 @@ class Engine:
     """What a method needs to compute its gradients: micro-batches, autocast, backward, logging."""
 
     def __init__(self, args, device, meter):
-        self.args, self.device, self.meter, self.batches = args, device, meter, iter(())
+        self.args, self.device, self.meter = args, device, meter
+        self.batches = iter(())  # set by `train`
         self.accumulation, self.micro_batch = split_batch(args.batch_size, args.micro_batch, distributed.world_size())
         self.dtype = choose_precision(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def execution(self):
         """Return what besides the settings must be the same in a resumed run for the same bits: {name: value}."""
-        place = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else \
-            {"device": "cpu", "threads": torch.get_num_threads()}
-        return {**place, "ranks": distributed.world_size(), "accumulation": self.accumulation,
+        if self.device.type == "cuda":
+            hardware = {"device": torch.cuda.get_device_name(self.device)}
+        else:
+            hardware = {"device": "cpu", "threads": torch.get_num_threads()}
+        return {**hardware, "ranks": distributed.world_size(), "accumulation": self.accumulation,
                 "precision": str(self.dtype or torch.float32), "compile": self.args.compile}
 
     def announce(self):
@@ -152,7 +156,7 @@ class Engine:
         self.scaler.scale(loss).backward()
 
     def log(self, **values):
-        """Add scalar tensors of one micro-batch to the log, a row of which has their means over micro-batches."""
+        """Log scalar tensors of one micro-batch: a row of the log has their means over micro-batches and steps."""
         self.meter.add(**{name: value / self.accumulation for name, value in values.items()})
 
 
@@ -173,7 +177,8 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     meter = Meter(run, total, args.batch_size)
     engine = Engine(args, device, meter)
     engine.announce()
-    guard, snapshot = Guard(run, optimizer, engine, schedule, total), Snapshot(run, method, optimizer, engine)
+    guard = Guard(run, optimizer, engine, schedule, total)
+    snapshot = Snapshot(run, method, optimizer, engine)
     start, progress = snapshot.restore(), snapshot.progress
     bad_images = BadImages(run, images, progress["bad_images"])
     method.prepare(device, engine.dtype, args.compile)
@@ -184,7 +189,7 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_out_of_memory(engine.micro_batch),
           closing(engine.batches), board(run, start)):
         if progress["evaluate"]:  # the run was stopped during this evaluation
-            evaluate_and_log(snapshot, stop, evaluate, per_epoch)
+            evaluate_and_log(snapshot, stop, evaluate, start / per_epoch)
         method.model.train()
         for step in range(start, total):
             set_learning_rate(optimizer, schedule(step))
@@ -196,16 +201,16 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             method.after_step(step)
             meter.step(grad_norm=grad_norm)
 
-            done = step + 1
+            done, epoch = step + 1, (step + 1) / per_epoch
             progress["evaluate"] = every is not None and (done % every == 0 or done == total)
             if done % args.log_every == 0 or done == total:
                 guard.raise_if_bad()
-                meter.log_row(done, done / per_epoch, schedule(step))
+                meter.log_row(done, epoch, schedule(step))
             if probe and (done % (args.probe_every * per_epoch) == 0 or done == total):
                 guard.raise_if_bad()
-                log_measured(run, done, per_epoch, "probe", probe(run.weights(method.model)))
+                log_measured(run, done, epoch, "probe", probe(run.weights(method.model)))
             stopping, due = distributed.all_max(stop.received, snapshot.is_due())
-            if stopping or progress["evaluate"] or due and done < total:
+            if stopping or progress["evaluate"] or (due and done < total):
                 guard.raise_if_bad()
                 progress["bad_images"] = bad_images.all_ranks()
                 snapshot.save(done)
@@ -213,36 +218,31 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
             if stopping:  # also after the last step: a table must not go on to its next stage
                 raise SystemExit(STOPPED)
             if progress["evaluate"]:
-                evaluate_and_log(snapshot, stop, evaluate, per_epoch)
+                evaluate_and_log(snapshot, stop, evaluate, epoch)
                 method.model.train()
     guard.raise_if_bad()
-    return {**speed(snapshot.seconds(), total * args.batch_size), "bad_images": len(bad_images.all_ranks()),
-            "last": progress["last"], "best": progress["best"]}
+    seconds = snapshot.seconds()
+    return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
+            "bad_images": len(bad_images.all_ranks()), "last": progress["last"], "best": progress["best"]}
 
 
-def speed(seconds, images):
-    """Return the duration and the rate of a training that saw this many images, as a run's result holds them."""
-    return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
-
-
-def log_measured(run, step, per_epoch, what, result):
-    """Log and print what an evaluation or a probe measured after a step, {name: value}. Return the epoch."""
-    epoch = step / per_epoch
+def log_measured(run, step, epoch, what, result):
+    """Log and print the result of an evaluation or a probe after a step, {name: value}."""
     run.log({"step": step, "epoch": epoch, what: result})
     print0(f"epoch {epoch:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    return epoch
 
 
-def evaluate_and_log(snapshot, stop, evaluate, per_epoch):
+def evaluate_and_log(snapshot, stop, evaluate, epoch):
     """Evaluate, log the result, and save the weights as best.pt if its first number is the best so far."""
     run, progress = snapshot.run, snapshot.progress
     with stop.exit_immediately():  # a resumed run repeats the evaluation
         result = evaluate()
-        epoch = log_measured(run, progress["step"], per_epoch, "eval", result)
+        log_measured(run, progress["step"], epoch, "eval", result)
         measure = next(iter(result))  # the first is the main measure: top1, or box_ap
         better = result[measure] > progress["best"].get(measure, -1.0)
         if better and distributed.is_main():
             save_torch(run.folder / "best.pt", run.weights(snapshot.method.model))
-    progress["evaluate"], progress["last"] = False, {"epoch": epoch, **result}
+    progress["evaluate"] = False
+    progress["last"] = {"epoch": epoch, **result}
     if better:
         progress["best"] = dict(progress["last"])

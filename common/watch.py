@@ -7,18 +7,20 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, distributed
+from common import distributed
+from common.checkpoint import step_file, steps_saved
 from common.distributed import print0, printable
 from common.errors import DataError
 
-BAD_LIMIT = 0.01  # with --on-bad-image skip, a run stops at a larger share of unreadable images
-# A run in fp16 stops when it has skipped as many updates in a row, or when its loss scale is smaller
-MOST_SKIPPED, SMALLEST_SCALE = 50, 1e-3
+BAD_LIMIT = 0.01  # largest share of unreadable images that --on-bad-image skip replaces
+MOST_SKIPPED = 50  # in fp16, a run stops after so many skipped updates in a row,
+SMALLEST_SCALE = 1e-3  # or when the loss scale has become smaller than this
 
 
 def progress_bar(total, unit="image", leave=False, **how):
-    """Make a progress bar with count, rate and time left, shown on rank 0, and by tqdm only on a terminal."""
-    return tqdm(total=total, unit=unit, leave=leave, disable=None if distributed.is_main() else True, **how)
+    """Make a progress bar with count, rate and time left. Only rank 0 shows it, and only on a terminal."""
+    disable = None if distributed.is_main() else True  # None lets tqdm look for a terminal
+    return tqdm(total=total, unit=unit, leave=leave, disable=disable, **how)
 
 
 def progress(items, what, total=None, **how):
@@ -26,16 +28,19 @@ def progress(items, what, total=None, **how):
 
     items: a loader of evaluation batches, a sequence, or any iterable if its length is given as `total`.
     """
-    keys = getattr(items, "batch_sampler", None)
-    total = sum(map(len, keys)) if keys is not None else len(items) if total is None else total
-    with progress_bar(total, desc=what, **how) as line:
+    batches = getattr(items, "batch_sampler", None)  # of a loader: lists of sample keys
+    if batches is not None:
+        total = sum(map(len, batches))
+    elif total is None:
+        total = len(items)
+    with progress_bar(total, desc=what, **how) as bar:
         for item in items:
             yield item
-            line.update(1 if keys is None else len(item["index"]))
+            bar.update(1 if batches is None else len(item["index"]))
 
 
 def mention_busy_cores(device):
-    """Print a hint to use one thread if other processes keep the cores busy.
+    """Print the advice to use a single thread if other processes keep the cores busy.
 
     The threads of an operation spin while they wait for each other, so all are slow if one has no core. Measured beside
     six other processes on two cores: one thread was 6 times as fast as two.
@@ -58,16 +63,18 @@ class Guard:
         self.run, self.optimizer, self.scaler, self.schedule = run, optimizer, engine.scaler, schedule
         self.step, self.most_skipped = 0, min(MOST_SKIPPED, total)
         self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=engine.device)
-        self.skipped = torch.zeros_like(self.bad_step)  # updates in a row, counted back from the last step
+        self.skipped = torch.zeros_like(self.bad_step)  # number of consecutive skipped updates, up to the last step
 
     def check(self, step, loss, grad_norm):
         """Record the first bad step, on the device, and tell the optimizer whether to skip this update."""
-        self.step, finite = step, torch.isfinite(grad_norm)
+        self.step = step
+        finite = torch.isfinite(grad_norm)
         self.skipped = torch.where(finite, 0.0, self.skipped + 1)
         good = torch.isfinite(loss) & (finite | self.scaler.is_enabled())
         self.bad_step = torch.where((self.bad_step < 0) & ~good, float(step), self.bad_step)
         if not self.scaler.is_enabled():
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
+            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = (self.bad_step >= 0).float()
 
     def raise_if_bad(self):
         """Raise FloatingPointError on every rank if a step was bad, fp16 skips all updates, or weights are not finite.
@@ -87,8 +94,8 @@ class Guard:
             self._raise(self.step, "non-finite weights", "its update made them, they were not saved")
 
     def _raise(self, step, what, effect):
-        saved = checkpoint.steps_saved(self.run.folder)
-        good = f"the last good checkpoint is step-{saved[0]:08d}.pt" if saved else "no checkpoint was saved before"
+        saved = steps_saved(self.run.folder)
+        good = f"the last good checkpoint is {step_file(saved[0])}" if saved else "no checkpoint was saved before"
         raise FloatingPointError(
             f"{what} in step {step + 1} (learning rate {self.schedule(step):.3g}): {effect}; {good} in "
             f"{self.run.folder}. Try a lower --base-lr, --clip-grad 1 or --precision fp32")
@@ -148,13 +155,14 @@ class Meter:
 
     def log_row(self, step, epoch, lr):
         """Write one row to log.jsonl: means over the steps since the last row and over ranks."""
-        names, now = sorted(self.sums), time.perf_counter()
+        now = time.perf_counter()
+        elapsed, names = now - self.since, sorted(self.sums)
         sums = distributed.all_sum(torch.stack([self.sums[name] for name in names])).tolist()
         means = {name: value / self.steps / distributed.world_size() for name, value in zip(names, sums)}
-        speed, waiting = self.timed * self.batch_size / (now - self.since), self.waited / (now - self.since)
-        # JSON has no infinity, which gradient norms may reach in fp16's first steps
-        kept = {name: value if math.isfinite(value) else None for name, value in means.items()}
-        self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **kept,
+        speed, waiting = self.timed * self.batch_size / elapsed, self.waited / elapsed
+        # JSON has no infinity, which gradient norms may reach in the first steps of fp16
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self.run.log({"step": step, "epoch": round(epoch, 4), "lr": lr, **finite,
                       "images_per_second": round(speed, 1), "waiting": round(waiting, 3)})
         self.show_progress(step, means["loss"], lr, speed, waiting, now)
         self.sums, self.steps, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
@@ -202,7 +210,7 @@ def out_of_memory(error):
     On a CPU, torch has no error class for it, only a message.
     """
     message = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in message and "DataLoader" not in message
+    return isinstance(error, torch.OutOfMemoryError) or ("can't allocate" in message and "DataLoader" not in message)
 
 
 @contextmanager

@@ -206,11 +206,11 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):
 
 def test_the_images_are_few_fixed_and_keep_their_labels():
     many = images(5000)
-    first, again = probe.some(many, 2000), probe.some(many, 2000)
+    first, again = probe.draw_images(many, 2000), probe.draw_images(many, 2000)
     assert len(first) == 2000 and (first.images == again.images).all()
     place = {pixels.tobytes(): label for pixels, label in zip(many.images, many.labels)}
     assert [place[pixels.tobytes()] for pixels in first.images] == first.labels.tolist()
-    assert len(probe.some(images(5), 2000)) == 5
+    assert len(probe.draw_images(images(5), 2000)) == 5
 
 
 def test_two_ranks_measure_what_one_process_measures(tmp_path):
