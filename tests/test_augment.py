@@ -1,5 +1,5 @@
-"""common/augment.py and sec3_benchmark/randaugment.py against the definition of a resize, Pillow by hand, timm's own
-pipeline, and the numbers of timm 0.4.12.
+"""common/augment.py and sec3_benchmark/randaugment.py, compared with the definition of resizing, with Pillow's
+operations, with timm's own transforms, and with the numbers of timm 0.4.12.
 """
 import math
 import pickle
@@ -21,7 +21,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def seed_all(seed):
-    """What the loader does before each sample."""
+    """Seed all generators, as the loader does before each sample."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def seeded(seed, transform, image):
 
 
 def pixels(height, width, channels=3, seed=0):
-    """A smooth picture with some noise: interpolation modes and shifts all show. uint8 (H, W, C)."""
+    """Make a smooth picture with some noise, uint8 (H, W, C), in which interpolation modes and shifts differ."""
     rng = np.random.RandomState(seed)
     waves = np.sin(np.arange(height)[:, None, None] / 9 + np.arange(width)[None, :, None] / 13 + np.arange(channels))
     return np.clip(127 + 90 * waves + 12 * rng.randn(height, width, channels), 0, 255).astype(np.uint8)
@@ -46,13 +46,13 @@ def picture(height, width, seed=0):
 # Crop
 
 def crop_boxes(crop, shape, count):
-    """(top, left, height, width) of `count` crops, (count, 4)."""
+    """Draw `count` crop boxes (top, left, height, width): an array (count, 4)."""
     seed_all(0)
     return np.array([crop.box(*shape) for _ in range(count)])
 
 
 def test_crop_area_is_uniform_and_aspect_log_uniform():
-    # Up to half of a square image every aspect fits, so no draw is rejected and the distributions are exact.
+    # A crop of at most half a square image fits at any aspect ratio: no draw is rejected, the distributions are exact.
     crop = augment.RandomResizedCrop(8, scale=(0.08, 0.5))
     top, left, height, width = crop_boxes(crop, (1000, 1000), 3000).T
     limit = 1.95 / math.sqrt(3000)
@@ -72,7 +72,7 @@ def test_crop_is_timms_number_by_number(shape):
 
 
 def test_crop_bounds_and_distribution_where_draws_are_rejected():
-    """Against torchvision's draw of the same distribution, from another generator."""
+    """Compared with torchvision, which draws from the same distribution with another generator."""
     image, crop = Image.new("L", (300, 200)), augment.RandomResizedCrop(8)
     ours = crop_boxes(crop, (200, 300), 3000)
     theirs = np.array([transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)])
@@ -90,7 +90,7 @@ def test_crop_bounds_and_distribution_where_draws_are_rejected():
 
 @pytest.mark.parametrize("shape, box", [((10, 300), (143, 0, 156, 10)), ((300, 10), (0, 143, 10, 156))])
 def test_crop_of_an_extreme_aspect_is_central(shape, box):
-    # 8 % of it is already longer than the short side allows: 10 tries fail, and 10 * 4/3 = 13 px remain of 300.
+    # Even a crop of 8 % of the area is longer than the short side: 10 draws fail, and 10 * 4/3 = 13 of 300 px remain.
     image = picture(*shape)
     expected = image.crop(box).resize((24, 16), BICUBIC)
     for seed in range(3):
@@ -110,7 +110,7 @@ def test_crop_is_the_part_that_timm_draws_resized(mode):
 
 
 def kernel(mode, x):
-    """Bilinear or bicubic (a = -0.5) weight at distance x, in float64."""
+    """Return the bilinear or bicubic (a = -0.5) weight at distance x, in float64."""
     x = np.abs(x)
     if mode == "bilinear":
         return np.clip(1 - x, 0, None)
@@ -118,7 +118,7 @@ def kernel(mode, x):
 
 
 def definition(mode, length, new):
-    """The matrix (new, length) of an antialiased resize along one axis: the kernel, as wide as an output pixel."""
+    """Return the matrix (new, length) of an antialiased resize along an axis, whose kernel is an output pixel wide."""
     scale = length / new
     centres = (np.arange(new) + 0.5) * scale
     width = max(scale, 1)
@@ -128,7 +128,7 @@ def definition(mode, length, new):
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_the_resize_is_as_near_to_its_definition_as_pillows(mode):
-    """In float64, rounded once. Torch and Pillow round between their two passes as well."""
+    """The definition is computed in float64. Torch and Pillow round between their two passes as well."""
     ours, pillows = [], []
     for seed, (shape, new) in enumerate([((90, 120), (32, 32)), ((40, 30), (64, 64)), ((375, 500), (224, 224)),
                                          ((61, 47), (48, 56))]):
@@ -220,7 +220,7 @@ def test_randaugment_draws_two_of_fifteen_with_replacement_half_of_them_executed
 
 
 def run_op(name, image, config="rand-m10-inc1", seed=0):
-    """One operation, executed for sure at magnitude 10."""
+    """Execute one operation, with probability 1, at magnitude 10."""
     op = {op.name: op for op in randaugment.rand_augment(config, image.size[::-1]).ops}[name]
     op.prob = 1.0
     return seeded(seed, op, image)
@@ -239,7 +239,7 @@ def test_posterize_to_zero_bits_is_black_and_timms_table_untouched():
     image = picture(24, 36)
     assert run_op("PosterizeIncreasing", image).tobytes() == bytes(24 * 36 * 3)
     assert {function.__module__ for function in auto_augment.NAME_TO_OP.values()} == {"timm.data.auto_augment"}
-    try:  # why it is needed: Pillow of today raises for 0 bits; if another one does not, it must agree
+    try:  # Pillow raises for 0 bits, which is why we replace it; a version that does not raise must agree
         assert auto_augment.posterize(image, 0).tobytes() == bytes(24 * 36 * 3)
     except ValueError:
         pass
@@ -287,7 +287,7 @@ def test_randaugment_equals_timms_own_on_the_same_seed():
         changed += out.tobytes() != image.tobytes()
         try:
             assert out.tobytes() == seeded(seed, timms, image).tobytes(), seed
-        except ValueError:  # timm's posterize to 0 bits; ours went on
+        except ValueError:  # timm fails when it posterizes to 0 bits; ours does not
             refused += 1
     assert changed > 100 and refused < 15
 
@@ -301,7 +301,7 @@ def test_train_transform_is_crop_then_flip_then_randaugment():
         flipped = seeded(seed, lambda image: flip(crop(image)), image)
         assert torch.equal(seeded(seed, plain, image), flipped)
         seed_all(seed)
-        flip(crop(image))  # so that the generators are where the operations find them
+        flip(crop(image))  # to bring the generators into the state in which the operations use them
         expected = operations(Image.fromarray(flipped.permute(1, 2, 0).numpy()))
         assert torch.equal(seeded(seed, ours, image), chw(expected))
 
@@ -357,7 +357,7 @@ def test_eval_equals_timms_at_square_sizes():
 def test_eval_covers_the_crop_whatever_the_shape(size, shape):
     out = augment.eval_transform(size)(torch.full((3, *shape), 255, dtype=torch.uint8))
     assert out.shape == ((3, size, size) if isinstance(size, int) else (3, *size))
-    assert (out == 255).all()  # no padding anywhere
+    assert (out == 255).all()  # no padding
 
 
 def test_eval_cuts_the_middle_of_a_fitting_image():

@@ -1,4 +1,4 @@
-"""common/loader.py: the pixels of a run are a function of seed, epoch and index; nothing else changes them."""
+"""common/loader.py: what a run sees is a function of seed, epoch and index, and of nothing else."""
 import io
 import random
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ N = 26
 
 
 class Draws:
-    """A view that uses every generator there is."""
+    """A transform that draws from every random generator."""
 
     crop = staticmethod(pretrain_transform(8))
 
@@ -44,7 +44,7 @@ def image_set(count=N):
 
 def batches(steps=10, workers=0, batch_size=6, accumulation=1, seed=3, start=0, rank=0, world=1, images=None,
             bad="stop"):
-    """All micro-batches of a rank, as the training loop gets them."""
+    """Return all micro-batches of a rank, as the training loop gets them."""
     images = images or image_set()
     keys = step_batches(len(images), batch_size=batch_size, accumulation=accumulation, seed=seed, start_step=start,
                         total_steps=steps, rank=rank, world=world)
@@ -54,7 +54,7 @@ def batches(steps=10, workers=0, batch_size=6, accumulation=1, seed=3, start=0, 
 
 
 def same(a, b):
-    """Two lists of batches hold the same names and the same bytes."""
+    """Return whether two lists of batches have the same names and the same bytes."""
     return len(a) == len(b) and all(
         x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in zip(a, b))
 
@@ -70,7 +70,7 @@ def indices(found):
 # Order
 
 def test_worker_count_changes_nothing():
-    """Ten steps over three epochs, every tensor, whatever the generators held before."""
+    """In no tensor of ten steps over three epochs, whatever the state of the generators was before."""
     expected = batches(workers=0)
     assert expected[0]["image"].shape == (6, 3, 8, 8) and expected[0]["image"].dtype == torch.uint8
     for workers in (0, 1, 3):
@@ -106,7 +106,7 @@ def test_labels_belong_to_the_images():
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 3), (2, 1), (2, 3), (3, 2), (6, 1), (1, 6)])
 def test_ranks_and_accumulation_share_out_the_same_batch(world, accumulation):
-    """All tensors of a step, put together rank by rank, are the single process's batch."""
+    """The tensors of a step, concatenated rank by rank, are the batch of a single process."""
     steps, expected = 6, batches(steps=6)
     shares = [batches(steps=steps, world=world, rank=rank, accumulation=accumulation) for rank in range(world)]
     for step in range(steps):
@@ -117,7 +117,7 @@ def test_ranks_and_accumulation_share_out_the_same_batch(world, accumulation):
 
 @pytest.mark.parametrize(("start", "accumulation", "workers"), [(1, 1, 0), (4, 1, 2), (6, 2, 0), (9, 3, 0), (10, 1, 0)])
 def test_a_resumed_loader_gives_the_batches_that_remain(start, accumulation, workers):
-    """In the middle of an epoch, at its end (4 steps), and after the last step."""
+    """Resumed in the middle of an epoch, at its end (4 steps), and after the last step."""
     whole = batches(accumulation=accumulation)
     assert same(batches(accumulation=accumulation, start=start, workers=workers), whole[start * accumulation :])
 
@@ -166,7 +166,7 @@ def test_seeding_reaches_python_numpy_and_torch_alike():
         seed_everything("any", *key)
         assert draw() == first
         seen.append(first)
-    for values in zip(*seen):  # each generator by itself tells the keys apart
+    for values in zip(*seen):  # every generator by itself draws other numbers for each key
         assert len(set(values)) == len(keys)
 
 
@@ -174,7 +174,7 @@ def test_seeding_reaches_python_numpy_and_torch_alike():
 
 @pytest.fixture
 def damaged(tmp_path):
-    """200 image files, numbers 7 and 11 of which cannot be read."""
+    """Make 200 image files, of which numbers 7 and 11 cannot be read."""
     paths = []
     for i, array in enumerate(image_set(200).images):
         paths.append(str(tmp_path / f"{i:03}.png"))
@@ -199,10 +199,10 @@ def test_a_skipped_image_is_replaced_alike_by_any_number_of_workers(damaged):
     bad = everything["bad"] >= 0
     assert sorted(everything["bad"][bad].tolist()) == sorted(everything["index"][bad].tolist()) == [7, 11]
     assert torch.equal(everything["label"][~bad], everything["index"][~bad])
-    substitutes = everything["label"][bad].tolist()  # a replacement brings its own label
+    substitutes = everything["label"][bad].tolist()  # labels of the replacements
     assert not set(substitutes) & {7, 11}
     next_epoch = joined(batches(steps=40, start=20, batch_size=10, images=damaged, bad="skip"))
-    assert next_epoch["label"][next_epoch["bad"] >= 0].tolist() != substitutes  # not one favourite for the whole run
+    assert next_epoch["label"][next_epoch["bad"] >= 0].tolist() != substitutes  # drawn anew in every epoch
 
 
 def test_a_replacement_gets_the_view_of_the_sample_it_stands_for(damaged):
@@ -223,7 +223,7 @@ def test_nothing_but_unreadable_images_is_an_error(tmp_path):
 def test_bad_images_are_counted_once_and_listed(damaged, tmp_path, capsys):
     run = SimpleNamespace(folder=tmp_path)
     watch = BadImages(run, damaged)
-    for batch in batches(steps=40, batch_size=10, images=damaged, bad="skip"):  # two epochs: each is met twice
+    for batch in batches(steps=40, batch_size=10, images=damaged, bad="skip"):  # two epochs: each image is read twice
         watch.record(batch["bad"])
     assert watch.known == {7, 11}
     [listing] = tmp_path.glob("bad_images*.txt")
@@ -234,7 +234,7 @@ def test_bad_images_are_counted_once_and_listed(damaged, tmp_path, capsys):
 
 
 def test_more_than_one_percent_of_bad_images_stops(damaged, tmp_path):
-    """Two of 200 are just 1 %; with the third it is enough."""
+    """Two of 200 images are exactly 1 %, which is allowed; a third is too many."""
     watch = BadImages(SimpleNamespace(folder=tmp_path), damaged)
     watch.record(torch.tensor([7, -1, 11]))
     with pytest.raises(DataError, match=r"1\.5% of 200 images are unreadable, more than 1%.*bad_images") as error:
@@ -244,7 +244,7 @@ def test_more_than_one_percent_of_bad_images_stops(damaged, tmp_path):
 
 
 def test_one_percent_is_of_the_images_whatever_the_number_of_ranks(damaged, tmp_path, monkeypatch):
-    """After some epochs a rank has met every image, so every bad one."""
+    """Because after some epochs a rank has read all images, including all unreadable ones."""
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
     BadImages(SimpleNamespace(folder=tmp_path), damaged).record(torch.tensor([7, 11]))
 
@@ -253,7 +253,7 @@ def test_one_percent_is_of_the_images_whatever_the_number_of_ranks(damaged, tmp_
 
 @pytest.mark.parametrize(("count", "workers"), [(26, 0), (26, 2), (8, 0), (2, 0)])
 def test_ranks_together_evaluate_each_image_once(count, workers):
-    """Nothing is padded, also where the images do not divide by batch or ranks, or are fewer than the ranks."""
+    """No image is repeated, also if their number is no multiple of the batch or the ranks, or less than the ranks."""
     def share_of(rank, world, workers=workers):
         return list(eval_loader(image_set(count), pretrain_transform(8), 5, workers, CPU, rank, world))
     whole = joined(share_of(0, 1, workers=0))
@@ -269,7 +269,7 @@ def test_ranks_together_evaluate_each_image_once(count, workers):
 
 
 def test_an_unreadable_image_stops_an_evaluation(damaged):
-    """A validation set with a replaced image would be another validation set."""
+    """A replaced image would make it another validation set."""
     with pytest.raises(UnreadableImage, match=r"007\.png"):
         list(eval_loader(damaged, pretrain_transform(8), 5, 0, CPU))
 
@@ -306,7 +306,7 @@ def batches_of(sizes):
     (lambda: batches_of([3, 3, 2]), {}, "8/8"), (lambda: range(5), {}, "5/5"),
     (lambda: iter("abc"), {"total": 3}, "3/3")])
 def test_progress_counts_on_a_terminal_of_rank_0_and_is_silent_elsewhere(monkeypatch, items, given, count):
-    """A loader's batches count as images."""
+    """Of a loader the images are counted, not the batches."""
     for rank, terminal in (("0", Terminal()), ("1", Terminal()), ("0", io.StringIO())):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr("sys.stderr", terminal)

@@ -1,4 +1,4 @@
-"""common/memory.py and the limits of common/workers.py: kept images change no pixel, and what is full is said."""
+"""common/memory.py and common/workers.py: kept images are the same pixels, and exhausted resources are reported."""
 import json
 import os
 import subprocess
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def images(tmp_path):
-    """Thirty images of different sizes, colour and grey; number 4 cannot be read."""
+    """Make thirty image files of different sizes, in colour and grey, of which number 4 cannot be read."""
     rng, paths = np.random.RandomState(0), []
     for number in range(30):
         shape = (*rng.randint(5, 40, 2), 3)[:2 if number % 7 == 0 else 3]
@@ -68,7 +68,7 @@ def test_only_what_fits_is_kept(images, monkeypatch):
         assert (images.kept is not None) == kept
     images.kept = None
     monkeypatch.setattr(memory, "free_memory", lambda: 4.2 * total)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank of a node keeps its own
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank of a node keeps a copy of its own
     keep_decoded(images, 0.25)
     assert images.kept is None
     keep_decoded(images, 0)
@@ -152,7 +152,7 @@ def test_troubles_of_loading_processes_are_explained(said, meant):
 @pytest.mark.parametrize("error", [RuntimeError("something else"), OSError(28, "No space left on device", "/data/x"),
                                    RuntimeError("out of resource: shared memory, Required: 100, Hardware limit: 64")])
 def test_other_troubles_are_not_taken_for_them(error):
-    """A full disk, say, or a GPU's own shared memory."""
+    """For example a full disk, or the shared memory of a GPU."""
     with pytest.raises(type(error)) as raised, explain_troubles():
         raise error
     assert raised.value is error
@@ -178,7 +178,7 @@ print(json.dumps(max(float(value) for value in loader)))
 
 
 def test_reading_every_name_copies_no_list_into_a_loading_process():
-    """Private memory of a loading process that looks at all names, 200,000 against 10: a list of them takes 20 MiB."""
+    """Compare the private memory of a worker that reads 200,000 names and 10. A list of strings would add 20 MiB."""
     few, many = (json.loads(subprocess.run([sys.executable, "-c", PRIVATE, str(count)], text=True, check=True,
                                            capture_output=True).stdout) for count in (10, 200_000))
     assert many - few < 8

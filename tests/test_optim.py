@@ -1,4 +1,4 @@
-"""common/optim.py and layer_decay.py against the authors, and against what AdamW then does to the weights."""
+"""common/optim.py and layer_decay.py against the authors' code, and against what AdamW does to the weights."""
 import numpy as np
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_schedule_without_warmup_and_beyond_its_end():
     rates = [learning_rate(step, peak=2.0, total_steps=4, warmup_steps=0, min_lr=1.0) for step in range(7)]
     assert rates == pytest.approx([2.0, 1.5 + 0.5 * 0.5**0.5, 1.5, 1.5 - 0.5 * 0.5**0.5, 1.0, 1.0, 1.0])
     assert learning_rate(1, peak=2.0, total_steps=2, warmup_steps=2, warmup_lr=1.0) == 1.5
-    assert learning_rate(2, peak=2.0, total_steps=2, warmup_steps=2) == 2.0  # nothing but warm-up: no division by zero
+    assert learning_rate(2, peak=2.0, total_steps=2, warmup_steps=2) == 2.0  # all warm-up: no division by zero
 
 
 @pytest.mark.parametrize(("module", "per_epoch", "warmup", "peak", "end"), [
@@ -55,7 +55,7 @@ def test_the_papers_rates_on_imagenet(module, per_epoch, warmup, peak, end, caps
 # Layer decay and groups
 
 def by_name(groups, key):
-    """Name -> a value of its group; a name in two groups would be counted twice, so none may be."""
+    """Return {parameter name: its group's value of `key`}, after checking that no name is in two groups."""
     found = [(name, group[key]) for group in groups for name in group["names"]]
     assert len(found) == len(dict(found))
     return dict(found)
@@ -75,7 +75,7 @@ def test_reference_layer_decay(monkeypatch):
 
 @pytest.mark.parametrize(("layer_decay", "smallest"), [(0.85, 0.121), (0.75, 0.0238), (0.65, 0.0037)])
 def test_smallest_scales_at_depth_12(layer_decay, smallest):
-    """14 values, the embeddings' smallest, head and fc_norm at the full rate."""
+    """There are 14 scales. The embeddings have the smallest; head and fc_norm have the full rate."""
     groups = layer_groups(build_vit("vit_demo", img_size=32, patch_size=8, num_classes=3), 0.05, layer_decay)
     scales = by_name(groups, "lr_scale")
     assert len(set(scales.values())) == 14
@@ -114,7 +114,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(name, layer_decay):
 
 
 def test_mae_pretraining_decays_its_tokens():
-    """Only vectors and biases are exempt; the fixed positions are no parameters to train."""
+    """Only vectors and biases are exempt. The fixed position embeddings are not trained."""
     model = models()["mae"]
     decay = by_name(parameter_groups(model, 0.05), "weight_decay")
     assert decay["cls_token"] == decay["mask_token"] == 0.05
@@ -133,7 +133,7 @@ def test_finetuning_exempts_positions_and_class_token():
 
 
 def test_adamw_shrinks_each_weight_by_its_own_rate_and_decay():
-    """With zero gradients AdamW only decays: w * (1 - lr * scale * decay), vectors and exempt names untouched."""
+    """With zero gradients AdamW only decays, w * (1 - lr * scale * decay), and leaves exempt names and vectors."""
     vit = models()["vit"]
     before = {name: p.detach().clone() for name, p in vit.named_parameters()}
     optimizer = adamw(layer_groups(vit, 0.5, 0.7), betas=(0.9, 0.95))

@@ -1,5 +1,5 @@
-"""The training loop in this process, with a model of 305 numbers: its arithmetic, stopping after every step, damaged
-checkpoints, non-finite values, a full disk, refusals, reuse. tests/test_resume.py does the same with real processes.
+"""The training loop in this process, with a tiny model: its arithmetic, stopping after every step, damaged checkpoints,
+non-finite values, a full disk, refusals, reuse. tests/test_resume.py tests resuming with real processes.
 """
 import math
 import os
@@ -31,9 +31,8 @@ IMAGES, BATCH, PER_EPOCH, EPOCHS = 13, 4, 3, 3  # one image of 13 is left out of
 TOTAL, PEAK, WARMUP = PER_EPOCH * EPOCHS, 0.02, 2
 
 
-
 class Net(nn.Module):
-    """Twelve pixels of an image and its number -> how large that number is, with dropout on the way."""
+    """A small network with dropout: the twelve pixel values of an image -> two numbers."""
 
     def __init__(self, dropout):
         super().__init__()
@@ -46,8 +45,9 @@ class Net(nn.Module):
 
 
 class Toy(Method):
-    """A regression that keeps an average of its weights. A signal arrives after `stop_at` steps; `fault(step, loss)`
-    may spoil a loss.
+    """A method that regresses an image's index from its pixels and keeps a moving average of its weights.
+
+    stop_at: sends this process a stop signal after this many steps. fault(step, loss): replaces the loss.
     """
 
     def __init__(self, dropout=0.3, stop_at=None, fault=None):
@@ -76,7 +76,7 @@ class Toy(Method):
 
 
 def settings(**changes):
-    """A run of nine steps: a row in the log after each, a checkpoint only when stopped."""
+    """Make the settings of a run of nine steps, with a log row after each and a checkpoint only when stopped."""
     row = dict(data="folder", device="cpu", precision="fp32", workers=0, epochs=EPOCHS, warmup_epochs=0,
                batch_size=BATCH, log_every=1, save_minutes=60, eval_every=0)
     return settings_of(finetune, {**row, **changes}, {})
@@ -92,7 +92,7 @@ def schedule(step):
 
 
 def fit(folder, args, toy=None, evaluate=None):
-    """Trains a Toy in a run's folder, or continues what lies there. Returns it, with `result` in it."""
+    """Train a Toy in a run's folder, or continue the run in it. Return the Toy, with the run's `result` set on it."""
     Path(folder).mkdir(exist_ok=True)
     toy = toy or Toy()
     toy.result = train(Run(folder, vars(args)), args, toy, toy.optimizer, schedule, toy_images(), contiguous,
@@ -101,7 +101,7 @@ def fit(folder, args, toy=None, evaluate=None):
 
 
 def fit_until(step, folder, args, evaluate=None):
-    """The same, stopped by a signal after `step` steps."""
+    """Train a Toy as `fit` does until a signal stops it after `step` steps."""
     with pytest.raises(SystemExit) as stopped:
         fit(folder, args, Toy(stop_at=step), evaluate)
     assert stopped.value.code == 75 and steps_saved(folder)[0] == step
@@ -119,7 +119,7 @@ def no_picture(monkeypatch):
 # The arithmetic
 
 def hand_written_loop(accumulation, clip):
-    """What the loop should compute, written without it: plain AdamW, one process. Weights, and per step lr and norm."""
+    """Train as the loop should, in plain PyTorch. Return the weights, and the learning rate and norm of each step."""
     pixels, mean, std = toy_images().images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     torch.manual_seed(1)
     net, rates, norms = Net(0.0), [], []
@@ -169,7 +169,7 @@ def test_log_rows_are_means_over_their_steps(tmp_path):
 
 
 def test_what_is_random_in_a_step_depends_on_seed_step_and_micro_step(tmp_path):
-    """Not on the samples before it, which the loader draws in this process or in others."""
+    """It does not depend on the random numbers drawn for samples, in this process or in workers."""
     def drawn(name, **changes):
         numbers = []
         toy = Toy(dropout=0.0, fault=lambda step, loss: numbers.append(
@@ -187,7 +187,7 @@ def test_what_is_random_in_a_step_depends_on_seed_step_and_micro_step(tmp_path):
 
 @pytest.mark.parametrize("stop", range(1, TOTAL + 1))  # the last too: a table must not go on to its next stage
 def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path, stop):
-    """With dropout, two micro-batches, a state of the method's own, an evaluation, and log rows of three steps."""
+    """With dropout, two micro-batches, a state of the method's own, evaluations, and log rows of two steps."""
     def evaluate(toy):
         return {"top1": 50 - toy.model.layers[0].weight.detach().square().sum().item()}  # falls: the first is best
     args = settings(micro_batch=2, log_every=2, eval_every=1)
@@ -203,7 +203,7 @@ def test_stopped_after_any_step_it_ends_in_the_same_bits(tmp_path, stop):
 
 
 def test_a_checkpoint_holds_plain_values_only(tmp_path):
-    """It loads with weights_only=True, which is how PyTorch keeps code out; and what it holds is what we put there."""
+    """So it loads with weights_only=True, by which PyTorch refuses to run code from a file."""
     def walk(value):
         assert isinstance(value, (torch.Tensor, int, float, str, list, tuple, dict, type(None))), type(value)
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, har
 
 
 def test_no_flipped_bit_is_loaded_or_stops_the_search(tmp_path):
-    """A bit anywhere, in the archive's directory above all: the checkpoint is passed over, or loads as it was."""
+    """Wherever the bit is, above all in the zip directory, the checkpoint is skipped or loads unchanged."""
     saved = {"model": nn.Linear(3, 2).state_dict(), "step": 7}
     checkpoint.save_step(tmp_path, 7, saved)
     path = tmp_path / "step-00000007.pt"
@@ -254,7 +254,7 @@ def test_no_flipped_bit_is_loaded_or_stops_the_search(tmp_path):
 
 @contextmanager
 def full_disk(free=500):
-    """No file can grow beyond `free` bytes: writing fails as it does on a full disk, for C++ code as well."""
+    """Let no file grow beyond `free` bytes in this block: writes fail as on a full disk, those of C++ code as well."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
     try:
@@ -275,7 +275,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
                                    PermissionError(13, "Permission denied")])
 def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, error):
-    """PyTorch says that a loading process was killed whatever the main one is doing, so while it saves too."""
+    """PyTorch reports a killed worker by an error that may arise anywhere in the main process, also while it saves."""
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(type(error).__mro__[-3]) as raised:
         checkpoint.save_torch(tmp_path / "best.pt", {})
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
 # Non-finite values
 
 def spoil(what):
-    """A loss that is not finite at index 5, the sixth step, and there alone: in itself, in its gradient, or in both."""
+    """Make a fault that spoils the sixth step alone (index 5): the loss is not finite, or its gradient, or both."""
     def fault(step, loss):
         if step != 5:
             return loss
@@ -316,7 +316,7 @@ def spoil(what):
 @pytest.mark.parametrize("save_minutes", [0, 60])
 @pytest.mark.parametrize("what", ["loss", "gradient", "both"])
 def test_nothing_is_updated_or_saved_after_a_non_finite_value(tmp_path, what, save_minutes):
-    """It is noticed at once where each step is saved, else with the next row of the log, here three steps later."""
+    """It is noticed at once if every step is saved, otherwise with the next log row, here two steps later."""
     args, bad = settings(log_every=4, save_minutes=save_minutes, micro_batch=2), Toy(fault=spoil(what))
     fit_until(5, tmp_path / "good", args)
     with pytest.raises(FloatingPointError, match=f"in step 6 .learning rate {schedule(5):.3g}."):
@@ -340,12 +340,12 @@ def test_a_non_finite_loss_of_the_first_micro_batch_is_noticed(tmp_path):
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """A CPU that takes fp16, scaler and all."""
+    """Let the CPU train in fp16, with a gradient scaler."""
     monkeypatch.setattr(training, "choose_precision", lambda precision, device: torch.float16)
 
 
 def without_gradient(steps):
-    """A finite loss whose gradient is NaN in these steps."""
+    """Make a fault: in these steps the loss is finite, but its gradient is NaN."""
     def fault(step, loss):
         if step in steps:
             loss.register_hook(lambda gradient: gradient * math.nan)
@@ -372,7 +372,7 @@ def test_fp16_that_skips_fifty_updates_at_a_scale_that_stays_stops(tmp_path, fp1
 
 
 def test_fp16_may_skip_some_updates(tmp_path, fp16):
-    """As its first ones, until the scale fits; and one now and then."""
+    """It skips the first updates, until the scale fits, and later one now and then."""
     toy = fit(tmp_path, settings(epochs=10), Toy(fault=without_gradient([*range(8), *range(10, 30, 2)])))
     assert toy.result["images_per_second"] > 0
     assert all(torch.isfinite(value).all() for value in toy.model.state_dict().values())
@@ -391,7 +391,7 @@ def test_weights_that_the_last_update_makes_infinite_are_not_saved(tmp_path, sav
 
 # Refusals and reuse
 
-CHANGES = {  # how it is continued -> what is said of it
+CHANGES = {  # what differs in the continued run -> its settings, and the message
     "accumulation": (dict(micro_batch=2), "accumulation 1 before, 2 now"),
     "precision": (dict(precision="bf16"), "precision torch.float32 before, torch.bfloat16 now"),
     "threads": ({}, "threads 1 before, 2 now"),
@@ -406,7 +406,7 @@ def test_an_inexact_continuation_is_refused_unless_allowed(tmp_path, change):
     fit_until(5, tmp_path, settings())
     if change == "threads":
         torch.set_num_threads(2)
-    elif change in ("ranks", "device"):  # as if it had run so before
+    elif change in ("ranks", "device"):  # as if the first part had run so
         saved = load_newest(tmp_path)
         saved["execution"][change] = {"ranks": 8, "device": "cuda"}[change]
         checkpoint.save_step(tmp_path, 5, saved)
@@ -418,7 +418,7 @@ def test_an_inexact_continuation_is_refused_unless_allowed(tmp_path, change):
 
 @pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))  # the last too: a table must not go on to its next stage
 def test_a_signal_during_an_evaluation_is_obeyed_at_once(tmp_path, epoch):
-    """An evaluation may take minutes. The same command evaluates anew, and all is as if nothing had been."""
+    """Because an evaluation may take minutes. The same command evaluates again, and the result is the same."""
     evaluations = []
 
     def evaluate(toy):
@@ -491,7 +491,7 @@ def test_impossible_batches_are_refused(tmp_path):
 
 @pytest.fixture
 def small_mae(tmp_path, monkeypatch):
-    """pretrain_mae.main with a model of one narrow block, on the images of this file: settings -> result."""
+    """Return a function settings -> result that runs pretrain_mae.main on this file's images with one narrow block."""
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 8, "depth": 1})
     monkeypatch.setitem(DECODERS, "vit_demo", (8, 1, 2))
     monkeypatch.setattr(pretrain_mae.subsets, "pretraining_images", lambda args: (args, toy_images()))

@@ -1,4 +1,4 @@
-"""Watching a pre-training: probes of the features, which change no bit of it, the picture of the log, TensorBoard."""
+"""Watching a pre-training: probes of its features, which do not change it, the picture of its log, and TensorBoard."""
 import json
 import sys
 from types import ModuleType
@@ -46,7 +46,7 @@ def images(count, classes=3, seed=0):
 
 @pytest.fixture
 def labels(monkeypatch):
-    """Twelve and seven labelled images beside those that are trained on; networks are narrow."""
+    """Make the probe's labelled images, 12 to train on and 7 to validate, and let networks be narrow."""
     sets = images(12), images(7, seed=1)
     monkeypatch.setitem(SIZES, "vit_demo", {"embed_dim": 8, "depth": 2})
     monkeypatch.setattr(probe, "load_sets", lambda args: sets)
@@ -89,7 +89,7 @@ def test_spread_of_the_sphere_of_a_point_and_of_two_poles():
     noise = torch.randn(20000, 24, generator=torch.Generator().manual_seed(0))
     assert spread(noise) == pytest.approx(1, abs=0.01) == pytest.approx(spread(5 * noise), abs=0.01)
     for same in (torch.ones(9, 4), torch.arange(1.0, 9).unsqueeze(1) * torch.ones(4), torch.zeros(3, 2), noise[:1]):
-        assert spread(same) == pytest.approx(0, abs=1e-6)  # length says nothing
+        assert spread(same) == pytest.approx(0, abs=1e-6)  # the features' length does not matter
     assert spread(torch.eye(9)[:1] * torch.tensor([[1.0], [-1.0]])) == pytest.approx(1 / 3)  # one of nine dimensions
 
 
@@ -98,7 +98,7 @@ def test_spread_of_the_sphere_of_a_point_and_of_two_poles():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_watched_run_ends_in_the_same_bits_and_its_probe_is_of_its_file(method, labels, teacher, tmp_path,
                                                                         monkeypatch):
-    """Against the features that appendix/features.py computes from weights.pt, and NumPy's measures of them."""
+    """The reference: features that appendix/features.py computes from weights.pt, measured with NumPy."""
     module, more = METHODS[method]
     plain = tiny_run(module, tmp_path / "plain", monkeypatch, **{**SMALL, **more})
     watched = tiny_run(module, tmp_path / "watched", monkeypatch, probe_every=1, **{**SMALL, **more})
@@ -133,7 +133,7 @@ def test_a_watched_run_resumes_exactly_and_has_each_row_once(method, stop, label
 
 
 def test_a_row_without_its_checkpoint_is_taken_back(labels, tmp_path, monkeypatch):
-    """The process ends between the probe and the checkpoint; loading processes change nothing."""
+    """The process ends between a probe and its checkpoint, and is continued with a worker, which changes nothing."""
     whole = tiny_run(pretrain_mae, tmp_path / "whole", monkeypatch, probe_every=1, **SMALL)
     save = training.Snapshot.save
 
@@ -186,7 +186,7 @@ def test_without_labels_spread_and_rank_remain_and_one_line_says_why(folders, tm
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, capsys):
-    """One image of each part, or the whole of the validation set."""
+    """One image of each split, or all of the validation set."""
     for seed, folder in enumerate(("train/a", "train/b", "val/a", "val/b")):
         write(tmp_path / folder, 4, seed)
     args = pretraining(tmp_path)
@@ -291,7 +291,7 @@ def test_tensorboard_has_the_numbers_of_the_log(labels, tmp_path, monkeypatch):
 # The picture
 
 def drawn(rows, tmp_path, monkeypatch):
-    """{label of a panel: the lines in it} of a log's picture."""
+    """Draw the picture of a log; return {a panel's label: the values of its lines}."""
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
@@ -336,6 +336,6 @@ def test_the_picture_is_drawn_with_the_checkpoints_but_not_all_the_time(labels, 
     run.draw_now_and_then()
     assert (tmp_path / "curve.png").stat().st_mtime_ns == first
     run.drawn_at -= 31
-    run.log_path.write_text("{", encoding="utf-8")  # what cannot be drawn stops nothing
+    run.log_path.write_text("{", encoding="utf-8")  # a log that cannot be drawn stops no training
     run.draw_now_and_then()
     assert "was not drawn" in capsys.readouterr().out
