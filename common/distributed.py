@@ -31,18 +31,18 @@ def start_process_group(device="auto") -> torch.device:
     return device
 
 
-def choose_device(device) -> torch.device:
-    """Return the torch device of this rank for --device: auto, cpu, cuda or cuda:N. Raises UserError if it has none."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(name) -> torch.device:
+    """Return this rank's device for --device auto, cpu, cuda or cuda:N. Raises UserError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # the user hid the GPU on purpose
-        if device == "cpu" and os.path.exists("/dev/nvidia0") and not hidden:
+        if name == "cpu" and os.path.exists("/dev/nvidia0") and not hidden:
             raise UserError("there is an NVIDIA GPU, but PyTorch cannot use it: is its driver too old for this PyTorch "
                             "(`python -c 'import torch; torch.zeros(1).cuda()'` says)? --device cpu goes on without")
     try:
-        device = torch.device(device)
+        device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {device}: choose auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from None
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -92,7 +92,7 @@ def is_main() -> bool:
 
 
 def printable(text) -> str:
-    """Escape control characters and all that cannot be printed: names of files may hold any character."""
+    """Escape control characters and whatever cannot be printed, because names of files may hold any character."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -109,7 +109,7 @@ def remark(text):
 
 
 def barrier():
-    """Wait until every rank has arrived. By gloo, because a barrier of nccl would wait for the GPU."""
+    """Wait until every rank has arrived. Uses gloo, because a barrier of nccl would use the GPU."""
     all_max(0)
 
 
@@ -128,7 +128,7 @@ def broadcast_object(value):
 
 
 def all_max(*flags) -> list[int]:
-    """Return the maximum over ranks of each integer or flag. By gloo on the CPU: so ranks agree to stop or save."""
+    """Return the maximum of each integer or flag over the ranks, exchanged on the CPU: to agree to stop or to save."""
     if not dist.is_initialized():
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int64)

@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 
 
 def stop_signals():
-    """Return the signals that stop a run. SIGHUP, of a closed terminal, is left out where nohup has it ignored."""
+    """Return the signals that stop a run. SIGHUP (the terminal was closed) is left out if nohup made it ignored."""
     return [number for number in STOP_SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -20,7 +20,7 @@ def hang_up():
     """Send stdout and stderr to /dev/null where they go to a closed terminal, because writing there fails."""
     for stream in (1, 2):
         try:
-            os.write(stream, b"\n")
+            os.write(stream, b"\n")  # fails if its terminal is closed
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 

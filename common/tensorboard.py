@@ -1,4 +1,4 @@
-"""TensorBoard, which shows the numbers of a run's log where --tensorboard asks for it and the package is installed."""
+"""Writing the numbers of a run's log for TensorBoard too, if --tensorboard asks for it."""
 from contextlib import contextmanager
 
 from common.distributed import is_main
@@ -20,9 +20,9 @@ def summary_writer():
 
 @contextmanager
 def board(run, start):
-    """Write what the run logs in this block for TensorBoard too, into the run's folder, if its settings say so.
+    """Write what the run logs in this block to its folder for TensorBoard too, if its settings say so.
 
-    start: the step from which the run continues; TensorBoard then drops what it had of later steps.
+    start: the step from which the run continues. TensorBoard drops what it has of later steps.
     """
     if not (is_main() and run.settings.get("tensorboard")):
         yield
