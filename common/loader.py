@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import random
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,9 +107,9 @@ def data_loader(views, batches, workers, device):
     if workers:
         first, batches = peek(batches)
         workers, ahead = limit_workers(views, first, workers)
+    collate = partial(join_samples, collate=getattr(views.transform, "collate", default_collate))
     return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-                      collate_fn=Collate(getattr(views.transform, "collate", default_collate)),
-                      worker_init_fn=ignore_stop_signals, prefetch_factor=ahead)
+                      collate_fn=collate, worker_init_fn=ignore_stop_signals, prefetch_factor=ahead)
 
 
 def eval_loader(images, transform, batch_size, workers, device, rank=0, world=1, epoch=0, on_bad_image=None):
@@ -131,19 +132,14 @@ def peek(batches):
     return first, itertools.chain([first] if first else [], batches)
 
 
-class Collate:
-    """Join samples to a batch by the given function, and in a worker move the batch to shared memory.
+def join_samples(samples, collate):
+    """Join samples to a batch by the function `collate`, and in a worker move the batch to shared memory.
 
     PyTorch would move it in a thread of the worker's queue, where an error (no shared memory left) loses the batch. An
     error raised here reaches the main process.
     """
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, samples):
-        batch = self.function(samples)
-        return {name: value.share_memory_() for name, value in batch.items()} if get_worker_info() else batch
+    batch = collate(samples)
+    return {name: value.share_memory_() for name, value in batch.items()} if get_worker_info() else batch
 
 
 def to_device(batch, device, mean, std):

@@ -24,8 +24,8 @@ def steps_per_epoch(images, batch_size) -> int:
         small = "pass --preset small, which is made for such a set, or " if batch_size > 512 else ""
         batch = len(images) // 8 * 2 or 1
         raise UserError(f"{images.name} has {len(images)} images, fewer than one batch of {batch_size}: {small}lower "
-                        f"--batch-size, say to {batch}, and raise --base-lr if the script has it: it is multiplied by "
-                        f"the batch size, so that the peak rate would fall to {batch / batch_size:.2g} of what it was")
+                        f"--batch-size, say to {batch}, and raise a --base-lr, which is multiplied by the batch size: "
+                        f"left as it is, it gives a peak rate of {batch / batch_size:.2g} times what it was")
     return len(images) // batch_size
 
 
