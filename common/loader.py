@@ -101,7 +101,7 @@ def step_batches(length, *, batch_size, accumulation, seed, start_step, total_st
 def data_loader(views, batches, workers, device):
     """Make a DataLoader that reads `batches`, which are lists of sample keys, in their order. Images stay uint8.
 
-    A transform with an attribute `collate` has its samples joined to a batch by it.
+    Samples are joined to a batch by the transform's own function `collate`, if it has one.
     """
     workers, ahead = default_workers(workers, device), None
     if workers:

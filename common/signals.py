@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 
 
 def stop_signals():
-    """Return the signals that stop a run. SIGHUP (the terminal was closed) is left out if nohup made it ignored."""
+    """Return the signals that stop a run. SIGHUP (the terminal was closed) is left out if nohup ignores it."""
     return [number for number in STOP_SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
 

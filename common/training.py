@@ -60,7 +60,7 @@ class Method:
         """Do what must precede the gradients of a step. Its learning rate is already set."""
 
     def before_update(self, step):
-        """Change the gradients before the update (own clipping, frozen layers): the mean over ranks, without scale."""
+        """Change the gradients before the update: clip, or zero some. They are averaged over ranks and unscaled."""
 
     def after_step(self, step):
         """Do what follows the update of the weights: momentum encoders, moving averages."""

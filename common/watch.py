@@ -24,9 +24,9 @@ def progress_bar(total, unit="image", leave=False, **how):
 
 
 def progress(items, what, total=None, **how):
-    """Yield the items while a progress bar called `what` counts them, or the images in them if they are batches.
+    """Yield the items while a progress bar labelled `what` counts them, or of a loader's batches the images.
 
-    items: a loader of evaluation batches, a sequence, or any iterable if its length is given as `total`.
+    items: a loader over a list of batches, a sequence, or any iterable whose length is given as `total`.
     """
     batches = getattr(items, "batch_sampler", None)  # of a loader: lists of sample keys
     if batches is not None:
