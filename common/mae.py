@@ -24,7 +24,7 @@ from common.ranges import Float, Int
 from common.vit import check_heads, model_size, pair, patch_grid
 
 DECODERS = {  # encoder -> its default decoder: width, depth, heads
-    "vit_tiny": (96, 1, 3),  # the paper's lightweight decoder (Appendix A.2)
+    "vit_tiny": (96, 1, 3),  # the authors' code; Appendix A.2 compares depths of the decoder
     "vit_small": (192, 1, 6),
     "vit_base": (512, 8, 16),  # the official MAE
     "vit_demo": (48, 1, 3),
