@@ -25,6 +25,11 @@ class Row:
     extra: dict = field(default_factory=dict)  # further columns
     column: str = ""  # of a table where rows of one key fill several
 
+    @property
+    def stages(self):
+        """Return the names of its scripts, as --set takes them."""
+        return [Path(line.split()[0]).stem for line in self.lines]
+
 
 def words_of(line, args, seed, previous=PREVIOUS):
     """Return the script of a row's line and all the words behind it: the row's, the table's, --set's."""
@@ -36,15 +41,21 @@ def words_of(line, args, seed, previous=PREVIOUS):
     return script, [*words, *options.to_argv(table), *last]
 
 
+def split_setting(text):
+    """Split a SCRIPT.KEY=VALUE of --set into the three; what is not there is empty."""
+    name, _, value = text.partition("=")
+    stage, _, key = name.partition(".")
+    return stage, key, value
+
+
 def settings_set(script, args):
     """Return {name: words} of what --set says of a script; of two values the last counts."""
     found = {}
-    for text in args.set:
-        (stage, _, key), value = text.partition("=")[0].partition("."), text.partition("=")[2]
+    for stage, key, value in map(split_setting, args.set):
         if stage == Path(script).stem:
-            is_list = value[0] == "["
-            found[key.replace("-", "_")] = value.strip("[]").replace(",", " ").split() if is_list else [value]
-    return {name: [] if words == ["true"] else words for name, words in found.items()}
+            words = value.strip("[]").replace(",", " ").split() if value[0] == "[" else [value]
+            found[key.replace("-", "_")] = [] if words == ["true"] else words
+    return found
 
 
 def overruled(row, args):

@@ -29,6 +29,11 @@ def own_settings(script):
     return options.defaults(parser_of(script)).keys() - set(getattr(module_of(script), "NOT_OF_TABLES", ()))
 
 
+def reads(script):
+    """Return what a script reads of --data: "labels", "images" or None."""
+    return getattr(module_of(script), "READS", None)
+
+
 def settings_of(script, words=()):
     """Return the settings that a script has with these words behind its name."""
     module = module_of(script)

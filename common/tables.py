@@ -5,6 +5,7 @@
 import argparse
 import shlex
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import HubError
 from common.ranges import Int
-from common.rows import PREVIOUS, overruled, remedy, words_of
+from common.rows import PREVIOUS, overruled, remedy, split_setting, words_of
 
 PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as every script's
 NOTES = {
@@ -64,62 +65,32 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
         parser.error("--save-to names one file and a table makes many: each run's weights.pt lies in its own folder")
     args = options.parse(parser, presets, argv=argv)
     for text in args.set:
-        if not all(text.partition("=")[0].partition(".")) or not text.partition("=")[2]:
+        if not all(split_setting(text)):
             parser.error(f"--set {text}: write SCRIPT.KEY=VALUE, for example finetune.epochs=100")
     jobs_wanted = args.jobs or (1 if argv is not None else None)  # another program's processes are its own affair
     given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     return options.replaced(args, given=given, jobs=jobs_wanted)
 
 
-# From a row's lines to runs
+# Runs
 
-def run_row(row, seed, args, done, started_from=()):
-    """Return the results of one row with one seed, in order. `done` keeps lines that rows share from running twice;
-    in a dry run the weights of those in `started_from` have a file.
+def run_row(row, seed, args, run):
+    """Call `run(script, *words)` for each line of a row, in order, and return the results.
+
+    `{previous}` in a line becomes the "checkpoint" in the result of the line before.
     """
     results, previous = [], PREVIOUS
     for line in row.lines:
         script, words = words_of(line, args, seed, previous)
-        key = (script, *words)
-        if key not in done:
-            done[key] = {**print_line(script, words, key in started_from, args), "row": row.name} if args.dry_run \
-                else scripts.run(script, words)
-        elif args.dry_run:
-            print0(f"# {Path(script).name}: as above, in row {done[key]['row']}")
-        results.append(done[key])
-        previous = done[key]["checkpoint"]
+        results.append(run(script, *words))
+        previous = results[-1]["checkpoint"]
     return results
 
 
-def weights_place(script, words, args):
-    """Return the file of a line's weights that a dry run names: the same in every table."""
-    digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]
-    return str(Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt")
+def run_once():
+    """Return a function that runs a script, or remembers the result: rows share lines."""
+    return cache(lambda script, *words: scripts.run(script, words))
 
-
-def print_line(script, words, saved, args):
-    """Print a command, which saves its weights if other lines start from them, of this table or of any."""
-    weights = weights_place(script, words, args)
-    saved = saved or getattr(scripts.module_of(script), "READS", None) == "images"
-    save = ["--save-to", weights] if saved else []
-    print0(f"{args.launch} {script} {shlex.join([*words, *save])}".rstrip())
-    return {"checkpoint": weights}
-
-
-def starting_points(rows, args):
-    """Return the lines, (script, *words), from whose weights another line of their row starts."""
-    found = set()
-    for row in rows:
-        for seed in args.seeds:
-            previous = PREVIOUS
-            for line in row.lines[:-1]:
-                script, words = words_of(line, args, seed, previous)
-                found.add((script, *words))
-                previous = weights_place(script, words, args)
-    return found
-
-
-# All rows
 
 def chosen(rows, args, demo):
     """Return the rows to run; those asked for by name that cannot be run are an error."""
@@ -142,23 +113,21 @@ def run_rows(rows, args, demo, script):
     device = distributed.start_process_group("cpu" if args.dry_run else args.device)
     to_run = chosen(rows, args, demo)
     check_rows(rows, to_run, args)
+    if args.dry_run:
+        return print_commands(to_run, args), {}
     at_once = args.jobs or (jobs.CORES if device.type == "cpu" else 1)
-    if at_once > 1 and distributed.world_size() == 1 and not args.dry_run:
+    if at_once > 1 and distributed.world_size() == 1:
         train_at_once(to_run, args, script, at_once)
-    results, unavailable, done = {}, {}, {}
-    started_from = starting_points(to_run, args) if args.dry_run else ()
+    results, unavailable, run = {}, {}, run_once()
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
             try:
-                results.setdefault(row.key, {}).setdefault(row.column, []).append(
-                    run_row(row, seed, args, done, started_from))
+                results.setdefault(row.key, {}).setdefault(row.column, []).append(run_row(row, seed, args, run))
             except HubError as error:  # the other rows can go on
                 unavailable[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
                 print0(unavailable[row.key])
                 break
-    if args.dry_run:
-        print0("\n# then this command without --dry-run: it finds these runs by their content")
     return {key: columns.get("", columns) for key, columns in results.items()}, unavailable
 
 
@@ -175,24 +144,61 @@ def train_rows(rows, seed, args, script):
     """What one of these processes does. What fails is met again, and said, by the table itself."""
     with entry.errors_in_one_line(script):
         entry.exit_on_stop_signals()
-        done = {}
+        run = run_once()
         for row in rows:
             with suppress(HubError):
-                run_row(row, seed, args, done)
+                run_row(row, seed, args, run)
+
+
+def print_commands(rows, args):
+    """Print the commands of the rows, each once. Return what run_rows does, the results being the commands.
+
+    A command saves its weights if others start from them: in this table or, from a pre-training, in any.
+    """
+    def command(script, *words):
+        digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]  # the same in every table
+        weights = Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt"
+        return {"script": script, "words": words, "checkpoint": str(weights)}
+
+    plan = [(row, seed, run_row(row, seed, args, command)) for row in rows for seed in args.seeds]
+    started_from = {line["checkpoint"] for _, _, lines in plan for line in lines[:-1]}
+    results, printed = {}, {}
+    for row, seed, lines in plan:
+        print0(f"\n# row {rows.index(row) + 1} of {len(rows)}: {row.name}, seed {seed}")
+        results.setdefault(row.key, []).append(lines)
+        for line in lines:
+            script, weights = line["script"], line["checkpoint"]
+            if weights in printed:
+                print0(f"# {Path(script).name}: as above, in row {printed[weights]}")
+                continue
+            printed[weights] = row.name
+            saved = weights in started_from or scripts.reads(script) == "images"
+            words = [*line["words"], *(["--save-to", weights] if saved else [])]
+            print0(f"{args.launch} {script} {shlex.join(words)}".rstrip())
+    print0("\n# then this command without --dry-run: it finds these runs by their content")
+    return results
+
+
+# Checks
+
+def check_set(rows, to_run, args):
+    """Raise a UserError for a --set without a script here, and for seeds that would make the same run twice."""
+    settings = [split_setting(text) for text in args.set]
+    stages = {stage for row in rows for stage in row.stages}
+    unknown = sorted({stage for stage, _, _ in settings} - stages)
+    if unknown and stages:  # else no row can run, and the table says why
+        raise UserError(f"--set names no script of this table: {', '.join(unknown)}; its scripts are "
+                        f"{', '.join(sorted(stages))}")
+    last = {row.stages[-1] for row in to_run}
+    fixed = any(stage in last and key == "seed" for stage, key, _ in settings)
+    different = 1 if fixed else len(set(args.seeds))
+    if len(args.seeds) > different:
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last script's")
 
 
 def check_rows(rows, to_run, args):
     """Raise an error for what would otherwise be found after hours: settings, data, weights that are not there."""
-    stages = {Path(line.split()[0]).stem for row in rows for line in row.lines}
-    unknown = sorted({text.partition(".")[0] for text in args.set} - stages)
-    if unknown and stages:  # else no row can run, and the table says why
-        raise UserError(f"--set names no script of this table: {', '.join(unknown)}; its scripts are "
-                        f"{', '.join(sorted(stages))}")
-    last = {Path(row.lines[-1].split()[0]).stem for row in to_run}
-    one_seed = len(args.seeds) > 1 and any(text.partition("=")[0] in {f"{name}.seed" for name in last}
-                                           for text in args.set)
-    if one_seed or len(args.seeds) > len(set(args.seeds)):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: two are equal, or --set has the last script's")
+    check_set(rows, to_run, args)
     reads = set()
     for row in to_run:
         for line in row.lines:
@@ -202,7 +208,7 @@ def check_rows(rows, to_run, args):
                 raise UserError(f"{row.name} starts from the weights that its line before leaves: --set "
                                 f"{Path(script).stem}.init has no place there; --rows leaves the row out, and "
                                 f"{script} starts from any weights")
-            reads.add(getattr(scripts.module_of(script), "READS", None))
+            reads.add(scripts.reads(script))
             for source in filter(None, (settings.get("init"), settings.get("teacher"))):
                 anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: it is trained too
                 if not (args.dry_run or anywhere or Path(source).exists()):
@@ -210,7 +216,8 @@ def check_rows(rows, to_run, args):
         if words := overruled(row, args):
             print0(f"{row.name}: {words} by the command line, so that name and published number mean another run")
     if reads & {"images", "labels"} and args.data != "fractals" and not (args.dry_run and args.data_path):
-        (load_sets if "labels" in reads else load_images)(options.resolve(args))
+        load = load_sets if "labels" in reads else load_images
+        load(options.resolve(args))
 
 
 def require_weights(unavailable):
