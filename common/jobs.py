@@ -20,19 +20,18 @@ def groups(rows):
     """Rows of a table in lists: those that begin with the same line stay together, and train it once. The longest,
     which have most lines, come first, so that none of them is left for the end.
     """
-    found = []  # [(rows, their keys, their first lines)]
+    found = []
     for row in rows:
-        first = row.lines[0]
-        home = next((group for group in found if row.key in group[1] or first in group[2]), None)
-        if home is None:
-            found.append(home := ([], set(), set()))
-        home[0].append(row)
-        home[1].add(row.key)
-        home[2].add(first)
-    return sorted((members for members, _, _ in found), key=lambda rows: -sum(len(row.lines) for row in rows))
+        for group in found:
+            if any(row.key == other.key or row.lines[0] == other.lines[0] for other in group):
+                group.append(row)
+                break
+        else:
+            found.append([row])
+    return sorted(found, key=lambda group: -sum(len(row.lines) for row in group))
 
 
-def run_at_once(tasks, limit=CORES):
+def run_at_once(tasks, limit):
     """Call the functions of `tasks`, a list of (name, function, arguments), each in a new process, at most `limit` at
     the same time; return when all have ended. Cores are shared out as threads; lines are printed with the name before
     them. What fails in one is for the caller to meet again. One that was stopped by a signal stops all.
