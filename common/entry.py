@@ -76,14 +76,18 @@ def announce(parser, args):
     """Print the preset and what differs from the defaults: of a stage these are the paper's values, while a table has
     only few settings of its own.
     """
-    usual, is_table = options.defaults(parser), "given" in args
+    usual = options.defaults(parser)
     changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
-    if changed.pop("preset", None):
-        network = {} if is_table else {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
-                                       if name in changed or name in usual and getattr(args, name) is None}
-        words = options.to_argv({**network, **changed})
-        rest = "each stage prints its own settings" if is_table else "else the paper's values"
-        print0(" ".join([f"# preset {args.preset}:", *words, f"({rest})"]))
+    if not changed.pop("preset", None):
+        return
+    if "given" in args:  # a table
+        network, rest = {}, "each stage prints its own settings"
+    else:
+        network = {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
+                   if name in usual and (name in changed or getattr(args, name) is None)}
+        rest = "else the paper's values"
+    words = options.to_argv({**network, **changed})
+    print0(" ".join([f"# preset {args.preset}:", *words, f"({rest})"]))
 
 
 def check_clone():

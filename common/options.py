@@ -28,22 +28,25 @@ NETWORKS = {  # and images: what each preset has instead
 SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # whose own addition would be "(default: None)", or say it twice
+        said = action.help or ""
+        return said if action.default is None or "default" in said else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the usage, which fills a screen
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = {name for word in unknown for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}
+        remedy = (f"perhaps {', '.join(sorted(near))}? " if near else "") + "--help lists the arguments"
+        if "--set" in self._option_string_actions:
+            remedy += "; those of a stage are given by --set SCRIPT.KEY=VALUE"
+        self.exit(2, f"{self.prog}: error: {message} ({remedy})\n")
+
+
 def make_parser(description):
     """A parser whose help starts with the script's docstring and shows each default."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):  # whose own addition would be "(default: None)", or say it twice
-            said = action.help or ""
-            return said if action.default is None or "default" in said else super()._get_help_string(action)
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # without the usage, which fills a screen
-            near = {name for word in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized")
-                    for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}
-            remedy = (f"perhaps {', '.join(sorted(near))}? " if near else "") + "--help lists the arguments"
-            if "--set" in self._option_string_actions:
-                remedy += "; those of a stage are given by --set SCRIPT.KEY=VALUE"
-            self.exit(2, f"{self.prog}: error: {message} ({remedy})\n")
-    return Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_data(parser):
@@ -56,9 +59,9 @@ def add_data(parser):
 def add_images(group, img_size=None):
     group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
+    default = "%(default)s" if img_size else "as the weights say, else 224"
     group.add_argument("--img-size", type=Int(1), nargs="+", default=img_size and [img_size], metavar="PX",
-                       help="side, or height and width; default: " + ("%(default)s" if img_size else "as the weights "
-                                                                      "say, else 224"))
+                       help=f"side, or height and width; default: {default}")
     group.add_argument("--in-chans", type=Int(1),
                        help="channels, other than 1 and 3 read from .npy files; default: as the weights say, else 3")
     group.add_argument("--mean", type=Float(0, 1), nargs="+",
@@ -147,15 +150,14 @@ def resolve(args, weights=None, names=SHAPE):
     """Return new settings in which nothing about the network and its images is open any more: given on the command
     line, else as the Weights say (of `names`; their mean and deviation always), else as the preset has it.
     """
-    says = {name: (weights.config or {}).get(name) for name in names} if weights else {}
-    usual = {**PAPER, **NETWORKS.get(args.preset, {})}
-    wanting = [name for name in usual if name in args and getattr(args, name) is None]
-    said = {name: says[name] for name in wanting
-            if says.get(name) is not None and not same_value(name, says[name], usual[name])}
-    if said:
-        print0("as the weights say:", *to_argv(said))
-    resolved = {**{name: usual[name] for name in wanting}, **said}
-    resolved = replaced(args, **resolved)
+    by_preset = {**PAPER, **NETWORKS.get(args.preset, {})}
+    unset = [name for name in by_preset if name in args and getattr(args, name) is None]
+    config = (weights.config if weights else None) or {}
+    by_weights = {name: config[name] for name in unset if name in names and config.get(name) is not None
+                  and not same_value(name, config[name], by_preset[name])}
+    if by_weights:
+        print0("as the weights say:", *to_argv(by_weights))
+    resolved = replaced(args, **{name: by_preset[name] for name in unset} | by_weights)
     return data.with_statistics(resolved, weights) if "mean" in args else resolved
 
 
