@@ -97,10 +97,14 @@ def read_numbers(path, item, key=None):
         raise UserError(f"--from-numbers {path}: no such file") from None
     except Exception as error:  # damaged bytes can raise any exception
         raise UserError(f"{unfit}; it cannot be read ({type(error).__name__}: {error})") from None
-    whose = str(content.pop("item", item)) if isinstance(content, dict) else None
-    numbers = whose == item and (content.get(key) if key else content)
+    if not isinstance(content, dict):
+        content = {}
+    owner = str(content.pop("item", item))
+    if owner != item:
+        raise UserError(f"{unfit}; this one holds {owner}")
+    numbers = content.get(key) if key else content
     if not numbers:
-        raise UserError(f"{unfit}; this one holds {whose if whose and whose != item else 'nothing of the kind'}")
+        raise UserError(f"{unfit}; this one holds nothing of the kind")
     return numbers
 
 
@@ -127,14 +131,18 @@ def curve(log_path, path):
 
     def points(name, part=None):
         """[(epoch, value)] of the rows that have it, by itself or in a part."""
-        found = [(row["epoch"], (row.get(part, {}) if part else row).get(name)) for row in rows]
-        return [point for point in found if point[1] is not None]
+        found = [(row["epoch"], row.get(part, {}) if part else row) for row in rows]
+        return [(epoch, values[name]) for epoch, values in found if values.get(name) is not None]
 
-    main = next((next(iter(row["eval"])) for row in rows if "eval" in row), None)  # the first is the main one
-    panels = {"training loss": {"": points("loss")}, "learning rate": {"": points("lr")},
-              {"top1": "top-1", "box_ap": "box AP"}.get(main, f"{main}") + " on val (%)": {"": points(main, "eval")},
-              "top-1 of neighbours (%)": {what: points(f"knn_{name}", "probe") for name, what in TOKENS.items()},
-              "effective rank": {what: points(f"rank_{name}", "probe") for name, what in TOKENS.items()}}
+    metric = next((next(iter(row["eval"])) for row in rows if "eval" in row), None)  # the first is the main one
+    metric_name = {"top1": "top-1", "box_ap": "box AP"}.get(metric, metric)
+    panels = {
+        "training loss": {"": points("loss")},
+        "learning rate": {"": points("lr")},
+        f"{metric_name} on val (%)": {"": points(metric, "eval")},
+        "top-1 of neighbours (%)": {what: points(f"knn_{name}", "probe") for name, what in TOKENS.items()},
+        "effective rank": {what: points(f"rank_{name}", "probe") for name, what in TOKENS.items()},
+    }
     panels = {name: lines for name, lines in panels.items() if any(lines.values())}
     if "training loss" not in panels:
         return
@@ -192,8 +200,11 @@ def write_table(item, args, columns, rows, notes=()):
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
     absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"
                        for row in rows if not row["measured"])
-    notes = list(filter(None, [f"Not measured here (published: why): {absent}" if absent else "", *notes,
-                               f"For all rows: --set {' '.join(args.set)}" if getattr(args, "set", ()) else ""]))
+    notes = [note for note in notes if note]
+    if absent:
+        notes.insert(0, f"Not measured here (published: why): {absent}")
+    if getattr(args, "set", ()):
+        notes.append(f"For all rows: --set {' '.join(args.set)}")
     text = "\n\n".join([f"{item}, {origin(args.preset, args.data)}", text, *notes])
-    write_text(Path(args.output) / item, item, {"item": item, "preset": args.preset, "data": args.data, "rows": rows,
-                                                "notes": notes}, text)
+    content = {"item": item, "preset": args.preset, "data": args.data, "rows": rows, "notes": notes}
+    write_text(Path(args.output) / item, item, content, text)

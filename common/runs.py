@@ -175,19 +175,19 @@ def finished(folder):
     """The result of a finished run, else None, also where its result or its weights are damaged, which is said. The
     folder may have moved since, and the weights may be gone.
     """
-    done, weights = folder / "result.json", folder / WEIGHTS
-    try:
-        result = json.loads(done.read_text())
-        result["environment"]  # the last that is written
-        done = weights
-        verify(weights)
-    except FileNotFoundError:
-        if done != weights:
-            return None
-    except Exception as error:  # damaged bytes can raise any exception
-        print0(f"{done} is damaged ({type(error).__name__}): this run is continued or made again")
+    file = folder / "result.json"
+    if not file.exists():
         return None
-    return {**result, "run": str(folder), "checkpoint": str(weights)}
+    try:
+        result = json.loads(file.read_text())
+        result["environment"]  # the last that is written
+        file = folder / WEIGHTS
+        if file.exists():
+            verify(file)
+    except Exception as error:  # damaged bytes can raise any exception
+        print0(f"{file} is damaged ({type(error).__name__}): this run is continued or made again")
+        return None
+    return {**result, "run": str(folder), "checkpoint": str(file)}
 
 
 def _lock(folder):
