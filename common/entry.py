@@ -1,4 +1,4 @@
-"""Where every script starts: settings, signals, and errors that the user can mend as one line."""
+"""The start of every script: it reads the settings, handles stop signals, and shows a user's errors as one line."""
 import io
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ def run_script(main, parser, *presets_and_recipes, parse=options.parse):
     check_clone()
     with errors_in_one_line(parser.prog):
         args = parse(parser, *presets_and_recipes)
-        if "RANK" not in os.environ:  # a rank could not obey without the others
+        if "RANK" not in os.environ:  # under torchrun, one rank must not stop without the others
             exit_on_stop_signals()
         announce(parser, args)
         result = main(args)
@@ -29,7 +29,8 @@ def run_script(main, parser, *presets_and_recipes, parse=options.parse):
 
 
 def exit_on_stop_signals():
-    """Exit with STOPPED at any of them: the same command continues. A training has handlers of its own."""
+    """Exit with code STOPPED at a stop signal; the same command then continues. A training installs its own handlers.
+    """
     def stop(number, frame):
         if number == signal.SIGHUP:
             hang_up()
@@ -41,24 +42,27 @@ def exit_on_stop_signals():
 
 @contextmanager
 def errors_in_one_line(prog):
-    """End what the user can mend in one line instead of a traceback; end loading processes and the process group."""
+    """Show errors that the user can correct as one line instead of a traceback; clean up in any case.
+
+    The clean-up ends the loader's worker processes and leaves the process group.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding does not have
+            stream.reconfigure(errors="backslashreplace")  # instead of failing at a character that the terminal lacks
     try:
         try:
             with explain_troubles():
                 yield
         finally:
-            print(end="", flush=True)
-    except BrokenPipeError:  # as of `| head`, which wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more as it flushes
+            print(end="", flush=True)  # a closed pipe raises here rather than when Python exits
+    except BrokenPipeError:  # the reader has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python would fail again when it flushes at exit
         distributed.abort()
     except KeyboardInterrupt:
         distributed.abort(f"{prog}: interrupted; the same command goes on")
     except (UserError, OSError, MemoryError, FloatingPointError) as error:
         text = str(error).strip()
-        if "DataLoader worker process" in text:  # the traceback of a loading process: its last line is the message
+        if "DataLoader worker process" in text:  # a worker's whole traceback: its last line is the message
             text = text.splitlines()[-1].split(": ", 1)[-1]
         distributed.abort(f"{prog}: error: {' '.join(text.split())}")
     except Exception:
@@ -66,21 +70,22 @@ def errors_in_one_line(prog):
             raise
         distributed.abort(traceback.format_exc())
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for loading in multiprocessing.active_children():  # they outlive the SIGTERM by which Python would end them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise when a worker ends
+        for loading in multiprocessing.active_children():  # they survive the SIGTERM that Python sends at exit
             loading.kill()
         distributed.stop_process_group()
 
 
 def announce(parser, args):
-    """Print the preset and what differs from the defaults: of a stage these are the paper's values, while a table has
-    only few settings of its own.
+    """Print the preset and the settings that differ from the parser's defaults.
+
+    A table's own settings are few; the scripts of its rows announce theirs when they start.
     """
     usual = options.defaults(parser)
     changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
     if not changed.pop("preset", None):
         return
-    if "given" in args:  # a table
+    if "given" in args:  # the settings of a table
         network, rest = {}, "each stage prints its own settings"
     else:
         network = {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
@@ -91,7 +96,7 @@ def announce(parser, args):
 
 
 def check_clone():
-    """Exit if the `common` that Python found belongs to another clone than the script that was started."""
+    """Exit if the script that was started and the imported `common` belong to different clones of the repository."""
     script = Path(getattr(sys.modules["__main__"], "__file__", "") or ".").resolve()
     clone = next((folder for folder in script.parents if (folder / "common" / "vit.py").is_file()), options.ROOT)
     if clone != options.ROOT:

@@ -1,22 +1,21 @@
-"""Errors that the user can fix: scripts print them as one line. Any other error is a bug and shows its traceback."""
+"""Errors that the user can correct: scripts print them as one line. Other errors are bugs and show a traceback."""
 
-
-STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that a signal stopped: it is saved, the same command continues it
+STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was stopped by a signal: saved, and continued by the same command
 
 
 class UserError(ValueError):
-    """An error of input or settings. The message names the wrong value, where it comes from and the remedy."""
+    """An error of input or settings. The message names the wrong value, where it comes from and what to do."""
 
 
 class DataError(UserError):
-    """The data are not what the arguments say. The message names the place, what was found and the remedy."""
+    """Data that are not what the arguments say. The message names the place, what was found and what to do."""
 
 
 class FormatError(UserError):
-    """Weights that cannot be read, are not understood or do not fit: says which, and what to do."""
+    """Weights that cannot be read, are of an unknown format or do not fit. The message says which, and what to do."""
 
 
 def listed(names):
-    """`2 (a, b)`: how many, and the first ten by name."""
+    """Write names as "2 (a, b)": their number, and the first ten of them."""
     shown = ", ".join([str(name) for name in names][:10]) + (", ..." if len(names) > 10 else "")
     return f"{len(names)} ({shown})" if names else "0"

@@ -1,8 +1,8 @@
-"""Trainings at the same time, each in a process of its own.
+"""Several trainings at the same time, each in a process of its own.
 
-On a CPU two trainings with one thread each are faster than one after the other with two: the steps of small models are
-short, and in each of them threads wait for each other many times, busily. So one busy neighbour slows them down four
-times, where single threads just share the cores.
+On a CPU, two trainings with one thread each are faster together than one after the other with two threads. The steps of
+small models are short, and within a step the threads of a training often wait for each other, in busy loops. Another
+busy process on the machine then makes them four times slower, whereas single threads just share the cores with it.
 """
 import multiprocessing
 import os
@@ -17,8 +17,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def groups(rows):
-    """Rows of a table in lists: those that begin with the same line stay together, and train it once. The longest,
-    which have most lines, come first, so that none of them is left for the end.
+    """Divide rows into lists that can be trained in parallel, the longest first.
+
+    Rows with the same first line stay together, so that it is trained once; so do rows with the same key.
     """
     found = []
     for row in rows:
@@ -32,15 +33,17 @@ def groups(rows):
 
 
 def run_at_once(tasks, limit):
-    """Call the functions of `tasks`, a list of (name, function, arguments), each in a new process, at most `limit` at
-    the same time; return when all have ended. Cores are shared out as threads; lines are printed with the name before
-    them. What fails in one is for the caller to meet again. One that was stopped by a signal stops all.
+    """Run tasks in new processes, at most `limit` at once, and return when all have ended.
+
+    tasks: [(name, function, arguments)]. Each has its share of the cores as threads, and its output is printed line by
+    line after its name. Failures are not returned: the caller repeats what failed. If a task is stopped by a signal,
+    all are, and this process exits with STOPPED.
     """
     waiting, at_once = list(tasks), min(len(tasks), limit)
     threads = max(1, CORES // at_once)
     print(f"{len(waiting)} trainings, {at_once} at once with {threads} threads each (--jobs 1: one after the other)",
           flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when a process imports torch; this one has
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the new processes: torch reads it on import
     running, ended = [], threading.Semaphore(0)
     try:
         while waiting or running:
@@ -53,13 +56,14 @@ def run_at_once(tasks, limit):
                 raise SystemExit(STOPPED)
     finally:
         for process in running:
-            process.terminate()  # it saves
+            process.terminate()  # a training then saves a checkpoint
         for process in running:
             process.join()
 
 
 def start(name, function, arguments, ended):
-    """The process of one task; `ended` hears of its end."""
+    """Start a task and return its process. A thread prints the output and, at the end, releases the semaphore `ended`.
+    """
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=call, args=(there, function, arguments), name=name)
     process.start()
@@ -81,7 +85,7 @@ def start(name, function, arguments, ended):
 
 
 def call(pipe, function, arguments):
-    """In the new process: what it prints goes to the one that started it."""
+    """Call the function, in the new process, with stdout and stderr sent through the pipe to the process before."""
     for number in (1, 2):
         os.dup2(pipe.fileno(), number)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)

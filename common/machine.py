@@ -1,4 +1,4 @@
-"""The machine: what a result says of it, and what its troubles with loading processes mean."""
+"""The machine: what results record about it, and what the obscure errors of the loader's processes mean."""
 import os
 import platform
 import re
@@ -13,9 +13,9 @@ import torch
 from common.errors import UserError
 from common.options import ROOT
 
-SHARED_MEMORY = "/dev/shm"  # through which loading processes hand over their batches
+SHARED_MEMORY = "/dev/shm"  # where loading processes leave their batches
 STARVED = "for want of memory: pass a smaller --workers, or --keep-decoded 0"
-TROUBLES = {  # what PyTorch or the system say, as a pattern -> what it means; the first that is found counts
+TROUBLES = {  # {pattern in the message of PyTorch or the system: what it means}; the first pattern that matches counts
     r"killed by signal: Bus error|shared memory\(shm\)|</torch_.*No space left":
         f"shared memory ran full: free some of {SHARED_MEMORY}, give the container more (docker run --shm-size=16g), "
         f"or pass --workers 0",
@@ -30,10 +30,10 @@ TROUBLES = {  # what PyTorch or the system say, as a pattern -> what it means; t
 
 
 def environment():
-    """What a result should say about where it was made."""
+    """Return what a result records about where it was made: versions, hardware, date and command."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # no path of this machine
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # without folders of this machine
     versions = {name: getattr(sys.modules.get(name), "__version__", None)
                 for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), **versions, "gpu": gpu,
@@ -45,7 +45,7 @@ def environment():
 def explain_troubles():
     """Turn an error about loading processes into one that says what to do.
 
-    For a whole program: of the end of a loading process the main one hears by a signal, whatever it is doing then.
+    Meant for a whole program: that a loading process has died is reported by a signal, at any point of the main one.
     """
     try:
         yield

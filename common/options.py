@@ -1,8 +1,11 @@
-"""Command lines: arguments that scripts share, and what decides a setting.
+"""Command lines: the arguments that scripts share, and the order in which settings override each other.
 
-Later words win: default < preset < recipe < command line; a table puts a row's words before the user's. A script's
-defaults are the paper's values; its `PRESETS` lists only what the smaller presets change. What weights can say of their
-network and images has no default: `resolve` takes what was given, else what the weights say, else the preset's.
+Precedence, the strongest last: script's default, preset, recipe, command line. On the command line the last of several
+equal flags counts, and a table puts a row's own arguments before the user's. The defaults are the paper's values; a
+script's `PRESETS` lists only what the smaller presets change.
+
+A file of weights may record the network and the image size that it was trained with. The arguments for these default to
+None, and `resolve` fills them in: from the weights if they say, else from the preset.
 """
 import argparse
 import copy
@@ -20,22 +23,26 @@ from common.vit import SIZES, pair
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_NAMES = ("demo", "laptop", "small", "paper")
 PAPER = dict(model="vit_tiny", img_size=[224], patch_size=16, in_chans=3, num_heads=12, global_pool="avg")
-NETWORKS = {  # and images: what each preset has instead
+NETWORKS = {  # the network and image size of each smaller preset, where they differ from PAPER
     "demo": dict(model="vit_demo", img_size=[36], patch_size=6),
     "laptop": dict(model="vit_demo", img_size=[48], patch_size=8),
     "small": dict(img_size=[64], patch_size=8),
 }
-SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # of a ViT, whatever is made of it
+SHAPE = ("model", "img_size", "patch_size", "in_chans", "num_heads")  # the settings that define an encoder
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # whose own addition would be "(default: None)", or say it twice
+    """Help that keeps the docstring's lines and shows each default once."""
+
+    def _get_help_string(self, action):  # argparse would also add "(default: None)", or repeat a default from the help
         said = action.help or ""
         return said if action.default is None or "default" in said else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the usage, which fills a screen
+    """A parser that reports a mistake in one line and suggests the argument that was meant."""
+
+    def error(self, message):  # argparse would print the usage first, which fills a screen here
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = {name for word in unknown for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}
         remedy = (f"perhaps {', '.join(sorted(near))}? " if near else "") + "--help lists the arguments"
@@ -45,11 +52,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description):
-    """A parser whose help starts with the script's docstring and shows each default."""
+    """Return a parser whose help begins with `description`, the script's docstring."""
     return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_data(parser):
+    """Add --data, --data-path and the arguments of add_images."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
     group.add_argument("--data-path", metavar="DIR", help="where the data set lies")
@@ -57,6 +65,10 @@ def add_data(parser):
 
 
 def add_images(group, img_size=None):
+    """Add --preset and the arguments that say how images are read.
+
+    img_size: a default, for scripts where it does not depend on the weights.
+    """
     group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     default = "%(default)s" if img_size else "as the weights say, else 224"
@@ -70,6 +82,7 @@ def add_images(group, img_size=None):
 
 
 def add_model(parser, models=SIZES):
+    """Add the arguments that choose the encoder, one of the names in `models`."""
     group = parser.add_argument_group("model", "default: as the weights say, else vit_tiny, 12 heads, patch size 16")
     group.add_argument("--model", choices=tuple(models), help="the encoder")
     group.add_argument("--patch-size", type=Int(1), help="pixels")
@@ -77,8 +90,10 @@ def add_model(parser, models=SIZES):
 
 
 def add_execution(parser, pretraining=True):
-    """How a run is executed and watched. None of these enters a run's identity; every table passes them on to its
-    stages. pretraining: the script is, or its rows have, a pre-training.
+    """Add the arguments that say how a run is executed and watched, and return the parser.
+
+    None of them changes the identity of a run. Tables pass them on to the scripts of their rows. `pretraining`: whether
+    the script pre-trains, itself or in a row.
     """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(ROOT / "outputs"), metavar="DIR", help="where runs and results are kept")
@@ -106,15 +121,15 @@ def add_execution(parser, pretraining=True):
 
 
 def defaults(parser):
-    """Every argument's name and default, those of required ones too (None)."""
+    """Return {name: default} of all arguments; None for required ones."""
     return {action.dest: action.default for action in parser._actions if action.dest != "help"}
 
 
-EXECUTION = tuple(defaults(add_execution(argparse.ArgumentParser())))  # names of these settings
+EXECUTION = tuple(defaults(add_execution(argparse.ArgumentParser())))  # the names of these settings
 
 
 def given(parser, argv=None):
-    """Return what stands on the command line alone, as a dict without defaults."""
+    """Return {name: value} of the arguments that stand on the command line, without defaults."""
     bare = copy.deepcopy(parser)
     for action in bare._actions:
         action.default = argparse.SUPPRESS
@@ -123,32 +138,38 @@ def given(parser, argv=None):
 
 
 def parse(parser, presets=None, recipes=None, argv=None):
-    """Return the settings of a command line (None: the one typed), by the order of precedence."""
-    parser = copy.deepcopy(parser)  # whose defaults stay the paper's
+    """Return the settings of a command line by the order of precedence above.
+
+    presets, recipes: {name: {setting: value}}. argv: words, or None for those of this process. Parsing is repeated: the
+    first pass finds the preset, the second the recipe, which the preset may choose.
+    """
+    parser = copy.deepcopy(parser)  # the caller's parser keeps the paper's defaults
     args = parser.parse_args(argv)
     data_given = getattr(args, "data_path", None) or getattr(args, "dataset_path", None)
     preset = getattr(args, "preset", None) or ("paper" if data_given else "demo")
     parser.set_defaults(**(presets or {}).get(preset, {}))
     args = parser.parse_args(argv)
-    recipe = getattr(args, "recipe", getattr(args, "dataset", None))  # transfer.py's go by data set
+    recipe = getattr(args, "recipe", getattr(args, "dataset", None))  # transfer.py has one recipe per data set
     parser.set_defaults(**(recipes or {}).get(recipe, {}), preset=preset)
     args = parser.parse_args(argv)
-    if empty := [name for name, value in vars(args).items() if value == ""]:  # not taken for "none"
+    if empty := [name for name, value in vars(args).items() if value == ""]:  # else it would count as not given
         raise UserError(f"--{empty[0].replace('_', '-')} is empty: is a shell variable in it not set?")
     check_warmup(args)
     if getattr(args, "tensorboard", False):
-        summary_writer()  # not after hours
+        summary_writer()  # if TensorBoard is missing, fail now and not when the run begins
     return args
 
 
 def replaced(args, **changes):
-    """Return new settings with some changed."""
+    """Return a copy of the settings with some changed."""
     return argparse.Namespace(**{**vars(args), **changes})
 
 
 def resolve(args, weights=None, names=SHAPE):
-    """Return new settings in which nothing about the network and its images is open any more: given on the command
-    line, else as the Weights say (of `names`; their mean and deviation always), else as the preset has it.
+    """Return a copy of the settings in which those of the network and its images are no longer None.
+
+    A value of the command line stays. Else the value recorded in `weights` is taken, if the setting is one of `names`;
+    else the preset's. Mean and standard deviation of the pixels are the weights' too; a DataError if others were given.
     """
     by_preset = {**PAPER, **NETWORKS.get(args.preset, {})}
     unset = [name for name in by_preset if name in args and getattr(args, name) is None]
@@ -162,12 +183,12 @@ def resolve(args, weights=None, names=SHAPE):
 
 
 def same_value(name, ours, theirs):
-    """Whether two values of a setting mean the same: 64 pixels are 64 x 64."""
+    """Return whether two values of the setting `name` mean the same: an image size of 64 is 64 x 64."""
     return pair(ours) == pair(theirs) if name in ("img_size", "position_size") else ours == theirs
 
 
 def check_warmup(args):
-    """Raise a UserError if the warm-up is all of the training."""
+    """Raise a UserError if the warm-up is as long as the training."""
     settings = vars(args)
     for unit in ("epochs", "iterations"):
         total, warmup = settings.get(unit), settings.get(f"warmup_{unit}")
@@ -176,7 +197,7 @@ def check_warmup(args):
 
 
 def parse_pairs(texts, flag):
-    """["NAME=VALUE", ...] -> {NAME: VALUE}."""
+    """Split ["NAME=VALUE", ...] into {NAME: VALUE}. Raises a UserError that names `flag` for any other text."""
     pairs = [text.partition("=")[::2] for text in texts]
     wrong = [text for text, (name, value) in zip(texts, pairs) if not (name and value)]
     if wrong or len({name for name, _ in pairs}) < len(pairs):
@@ -185,7 +206,7 @@ def parse_pairs(texts, flag):
 
 
 def to_argv(settings):
-    """Settings as words of a command line, where every flag is its setting's name; None and False are left out."""
+    """Write {name: value} as words of a command line: --name value. None and False are left out."""
     line = []
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")

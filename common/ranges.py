@@ -1,4 +1,4 @@
-"""Numeric arguments: the type of each says which values have a meaning, and the parser refuses all others.
+"""Types of numeric arguments, with their range: the parser refuses a value outside of it.
 
     parser.add_argument("--epochs", type=Int(1))
     parser.add_argument("--mask-ratio", type=Float(0, 1))  # argument --mask-ratio: '75' is not a number from 0 to 1
@@ -9,7 +9,7 @@ import sys
 
 
 class Float:
-    """Read a finite number from `low` to `high`, both included. Raises argparse's error of one line for other text."""
+    """The type of a finite number from `low` to `high`, both included; for other text argparse reports an error."""
 
     kind, words, most = float, "a number", sys.float_info.max
 
@@ -34,6 +34,6 @@ class Float:
 
 
 class Int(Float):
-    """Read a whole number from `low` to `high`, both included, at most what 64 bits hold."""
+    """The type of a whole number from `low` to `high`, both included, that fits in 64 bits."""
 
     kind, words, most = int, "a whole number", 2**63 - 1

@@ -1,4 +1,4 @@
-"""Tables as JSON and Markdown, with published numbers beside ours, and the common style of the figures."""
+"""Results: tables as JSON and Markdown with the published numbers beside ours, and the figures' common style."""
 import json
 import os
 import statistics
@@ -14,16 +14,16 @@ from common.machine import environment
 
 # The palette of Okabe and Ito, distinguishable for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TOKENS = {"token": "class token", "patches": "mean of patches"}  # of which a probe measures the features
+TOKENS = {"token": "class token", "patches": "mean of patches"}  # the features that a probe measures
 
 
 def subplots(rows=1, columns=1, *, figsize, **settings):
     """Create a figure and its axes in the common style. pyplot does not register it, so it need not be closed.
 
-    matplotlib is imported where something is drawn, after this: it would fail if the environment named the backend of a
-    notebook, which a shell inherits from it and need not be installed here.
+    matplotlib is imported here, after the backend is set, and nowhere at the top of a file. A shell that was started
+    from a notebook inherits the notebook's backend, and the import would fail where that is not installed.
     """
-    os.environ["MPLBACKEND"] = "agg"  # pictures are files
+    os.environ["MPLBACKEND"] = "agg"  # pictures are only written to files
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({
@@ -35,10 +35,10 @@ def subplots(rows=1, columns=1, *, figsize, **settings):
 
 
 def save_figure(figure, path):
-    """Write a figure as a picture of the kind that the path's suffix names, completely or not at all."""
+    """Write a figure to a file, .png or .pdf, completely or not at all."""
     kind, about = Path(path).suffix[1:], None
     if kind == "pdf":
-        about = {"CreationDate": None}  # the same figure is the same file
+        about = {"CreationDate": None}  # the same figure gives the same bytes
         for axis in figure.axes:
             for image in axis.images:
                 image.set_interpolation("none")  # its own pixels, not resampled
@@ -46,7 +46,7 @@ def save_figure(figure, path):
 
 
 def add_pictures(parser, numbers):
-    """Add what a script with a figure takes; `numbers` is the suffix of the file that it draws from."""
+    """Add the arguments of a script that draws a figure from a file; `numbers` is that file's suffix."""
     group = parser.add_argument_group("picture")
     group.add_argument("--from-numbers", metavar="FILE", help=f"draw the picture anew from this {numbers} and leave")
     group.add_argument("--figure-format", nargs="+", choices=("png", "pdf"), default=["png"],
@@ -55,13 +55,13 @@ def add_pictures(parser, numbers):
 
 @contextmanager
 def only_a_picture(path, numbers=None):
-    """Draw in this block. Results do not depend on it: if it fails, print one line and go on.
+    """Draw in this block. If that fails, print a warning and go on, since the results do not depend on the picture.
 
-    numbers: a file that was given to be drawn, which then is the reason. Raises UserError.
+    numbers: the file of --from-numbers, if given. The picture is then all that was asked for, so a failure is an error.
     """
     try:
         yield
-    except Exception as error:  # matplotlib's may be of any kind
+    except Exception as error:  # matplotlib may raise any
         why = f"({type(error).__name__}: {' '.join(str(error).split())})"
         if numbers and not isinstance(error, OSError):
             raise UserError(f"--from-numbers {numbers}: this figure cannot be drawn from it {why}") from None
@@ -71,9 +71,9 @@ def only_a_picture(path, numbers=None):
 
 
 def draw_numbers(args, item, draw, content):
-    """Draw the figure `draw(content)` as <item>.png, and what else --figure-format names, beside the numbers that it
-    shows. If that fails, a file given by --from-numbers is called unfit by a UserError; otherwise one line says so, for
-    the numbers are written.
+    """Draw the figure `draw(content)` as <item>.png, and in the other --figure-format, beside the file of its numbers.
+
+    A failure is a UserError with --from-numbers, else a warning: the numbers are written already.
     """
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json").with_suffix(".png")
     with only_a_picture(path, args.from_numbers):
@@ -84,8 +84,9 @@ def draw_numbers(args, item, draw, content):
 
 
 def read_numbers(path, item, key=None):
-    """Return the content of a file that the script of a figure has written: {name: array} of an .npz, or what stands
-    under `key` in a .json. Raises UserError for any other file.
+    """Read the numbers of a figure: {name: array} of an .npz or, if a key is given, the value of `key` in a .json.
+
+    Raises UserError unless the file was written by the script of this `item`.
     """
     kind = ".json" if key else ".npz"
     unfit = f"--from-numbers {path}: give the {kind} that this script wrote"
@@ -109,7 +110,8 @@ def read_numbers(path, item, key=None):
 
 
 def read_arrays(path):
-    """Return the {name: array} of an .npz and, as "item", whose they are, where it or the .json beside it says so."""
+    """Read {name: array} from an .npz. "item" names the figure they belong to, if the file or the .json beside it does.
+    """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     about = Path(path).with_suffix(".json")
@@ -119,22 +121,22 @@ def read_arrays(path):
 
 
 def draw_curve(log_path, path):
-    """Draw what a run's log.jsonl has, if that can be done."""
+    """Draw the curves of a run's log.jsonl on rank 0; print a warning if that fails."""
     if is_main():
         with only_a_picture(path):
             curve(log_path, path)
 
 
 def curve(log_path, path):
-    """Plot loss, learning rate, evaluations and probes (if any) of a log.jsonl over epochs; saves the image."""
+    """Plot loss, learning rate, evaluations and probes (if any) of a log.jsonl over epochs, and save the picture."""
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
 
     def points(name, part=None):
-        """[(epoch, value)] of the rows that have it, by itself or in a part."""
+        """Return [(epoch, value)] of the rows that have a value of this name, directly or in their dict `part`."""
         found = [(row["epoch"], row.get(part, {}) if part else row) for row in rows]
         return [(epoch, values[name]) for epoch, values in found if values.get(name) is not None]
 
-    metric = next((next(iter(row["eval"])) for row in rows if "eval" in row), None)  # the first is the main one
+    metric = next((next(iter(row["eval"])) for row in rows if "eval" in row), None)  # the main metric comes first
     metric_name = {"top1": "top-1", "box_ap": "box AP"}.get(metric, metric)
     panels = {
         "training loss": {"": points("loss")},
@@ -150,7 +152,7 @@ def curve(log_path, path):
     for axis, (name, lines) in zip(axes, panels.items()):
         for what, line in lines.items():
             axis.plot(*zip(*line), linewidth=1, label=what,
-                      marker="." if len(line) < 50 else None)  # few points need markers to be visible
+                      marker="." if len(line) < 50 else None)  # a few points are hard to see without markers
         axis.set(xlabel="epoch", ylabel=name)
         if len(lines) > 1:
             axis.legend()
@@ -175,7 +177,7 @@ def markdown(header, rows) -> str:
 
 
 def origin(preset, data) -> str:
-    """Say by which settings and on which data numbers were made: what is not ImageNet is never the preset "paper"."""
+    """Say in words by which preset and on which data numbers were made. Only ImageNet's are called "preset paper"."""
     if preset == "paper" and data != "imagenet":
         return f"the paper's settings on other images (data {data})"
     return f"preset {preset}, data {data}"
@@ -194,8 +196,8 @@ def write_text(folder, item, content, text):
 def write_table(item, args, columns, rows, notes=()):
     """Print a table and write it as <output>/<item>/<item>.json and .md.
 
-    rows: dicts {"name", "published", "measured", "seeds", "run", ...}. columns: heading -> function of a row.
-    Rows without a measurement are listed below the table.
+    rows: dicts {"name", "published", "measured", "seeds", "run", ...}. columns: {heading: function of a row that
+    returns the cell}. Rows without a measurement are listed below the table.
     """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
     absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"

@@ -1,9 +1,9 @@
-"""A row of a table: the command lines that one would type, run in order.
+"""A row of a table: a list of commands, as one would type them, that are run in order.
 
     Row("mae", "MAE", 78.0, ["sec3_benchmark/pretrain_mae.py", "sec3_benchmark/finetune.py --init {previous}"])
 
-`{previous}` is the weights that the line before left. Behind a row's words come those of the table's own command line,
-as far as the script knows them, then `--set`; later words win.
+`{previous}` stands for the weights that the line before wrote. After the arguments in a line come those given to the
+table, if the script has them, and then those of --set. The last of several equal flags counts.
 """
 import shlex
 from dataclasses import dataclass, field
@@ -18,21 +18,21 @@ PREVIOUS = "{previous}"
 class Row:
     key: str  # what --rows takes
     name: str  # what the table prints
-    published: float | dict | None  # None: in no source read; a dict in a table of several columns
-    lines: list = ()  # scripts with their arguments, in order; none: nothing to run
+    published: float | dict | None  # None: not found in any source; a dict in a table of several columns
+    lines: list = ()  # scripts with their arguments, in order; empty for a row that is only quoted
     note: str = ""  # where the published number comes from, what else was published
     presets: tuple = options.PRESET_NAMES  # presets in which the row makes sense
-    extra: dict = field(default_factory=dict)  # further columns
-    column: str = ""  # of a table where rows of one key fill several
+    extra: dict = field(default_factory=dict)  # values of further columns
+    column: str = ""  # which column it fills, in tables where several rows share a key
 
     @property
     def stages(self):
-        """Return the names of its scripts, as --set takes them."""
+        """Return the names of its scripts without folder and suffix, as --set takes them."""
         return [Path(line.split()[0]).stem for line in self.lines]
 
 
 def words_of(line, args, seed, previous=PREVIOUS):
-    """Return the script of a row's line and all the words behind it: the row's, the table's, --set's."""
+    """Return the script of a line, and all its arguments: those in the line, then the table's, then those of --set."""
     script, *words = [previous if word == PREVIOUS else word for word in shlex.split(line)]
     by_set = settings_set(script, args)
     known = scripts.own_settings(script) - by_set.keys()
@@ -42,14 +42,17 @@ def words_of(line, args, seed, previous=PREVIOUS):
 
 
 def split_setting(text):
-    """Split a SCRIPT.KEY=VALUE of --set into the three; what is not there is empty."""
+    """Split a text SCRIPT.KEY=VALUE of --set into (script, key, value); a missing part is ""."""
     name, _, value = text.partition("=")
     stage, _, key = name.partition(".")
     return stage, key, value
 
 
 def settings_set(script, args):
-    """Return {name: words} of what --set says of a script; of two values the last counts."""
+    """Return {name: [words of its value]} of the settings that --set gives to a script.
+
+    [a,b] is a list of values, and `true` is an argument without a value.
+    """
     found = {}
     for stage, key, value in map(split_setting, args.set):
         if stage == Path(script).stem:
@@ -59,7 +62,7 @@ def settings_set(script, args):
 
 
 def overruled(row, args):
-    """Return the settings of a row of its own that the command line changes, in words."""
+    """Return, as arguments in one string, the settings written in a row that the command line overrides."""
     changed = []
     for line in row.lines:
         script, words = words_of(line, args, args.seeds[0])
@@ -70,7 +73,10 @@ def overruled(row, args):
 
 
 def remedy(row, source, args, seed):
-    """Return where to give a folder of weights that the hub did not: for a teacher to the table, else to its script."""
+    """Return how to pass a local folder in place of `source`, a model that timm's hub did not deliver.
+
+    A teacher can be passed to the table by --set; initial weights only to the script itself, whose command is shown.
+    """
     for line in row.lines:
         script, words = words_of(line, args, seed)
         if getattr(scripts.settings_of(script, words), "teacher", None) == source:

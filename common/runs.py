@@ -1,7 +1,7 @@
-"""A run: one folder outputs/<script>/<name>-<hash>/ that knows its settings, its log and its result.
+"""A run: one folder outputs/<script>/<name>-<hash>/ with its settings, log, checkpoints and result.
 
-The hash covers the settings that change the result; data, teachers and initial weights enter by content. A finished run
-is reused, an unfinished one continues with the same command, `--fresh` starts again.
+The hash covers the settings that change the result, and the content of data, teacher and initial weights. The same
+command reuses a finished run and continues an unfinished one; with `--fresh` it starts again.
 """
 import fcntl
 import hashlib
@@ -22,39 +22,38 @@ from common.machine import environment
 from common.options import EXECUTION
 from common.tensorboard import add_row
 
-WEIGHTS = "weights.pt"  # what a finished run leaves: Run.weights
-# Not in the hash: what is read enters by content (its fingerprint), and `preset` names values that enter themselves
+WEIGHTS = "weights.pt"  # the final weights of a finished run, see Run.weights
+# Not in the hash: files that are read enter by a fingerprint of their content, and a preset by the values that it sets
 BY_CONTENT = ("data_path", "dataset_path", "init", "download", "preset")
-# New arguments, and the default under which old runs stay valid: at that value they are left out of the hash.
+# {new argument: the value that means what the code did before it existed}: at this value it is left out of the hash, so
+# that runs made before keep their identity. None and False are left out in any case.
 ADDED_LATER = {}
 
 
 def identity(settings):
-    """The settings that change a run's result. None and False say "not used" and stay out, so that a new argument whose
-    default is off leaves the identity of old runs as it was.
-    """
+    """Return those of the settings that change a run's result."""
     return {name: value for name, value in settings.items()
             if name not in EXECUTION + BY_CONTENT and value is not None and value is not False
             and (name not in ADDED_LATER or value != ADDED_LATER[name])}
 
 
 def settings_hash(settings, fingerprints):
-    """Ten hex digits for a run's identity and the content of what it reads."""
+    """Return ten hex digits that identify a run by its settings and by the {name: fingerprint} of what it reads."""
     text = json.dumps({**identity(settings), "fingerprints": fingerprints}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 class Run:
-    """An open run. On ranks other than 0 writing does nothing."""
+    """An open run. Its methods write on rank 0 only."""
 
     def __init__(self, folder, settings):
         self.folder, self.settings, self.result = Path(folder), settings, None
-        self.classes = None  # of a classifier: their names, in the order of its outputs
-        self.board, self.drawn_at = None, time.perf_counter()  # TensorBoard's writer; when the picture was drawn
+        self.classes = None  # of a classifier: the names of the classes, in the order of its outputs
+        self.board, self.drawn_at = None, time.perf_counter()  # TensorBoard's writer; when curve.png was drawn
         self.log_path, self.save_to = self.folder / "log.jsonl", settings.get("save_to")
 
     def log(self, row):
-        """Appends a row to log.jsonl."""
+        """Append a row, a dict, to log.jsonl."""
         if distributed.is_main():
             with explain_failed_write(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -62,12 +61,14 @@ class Run:
                 add_row(self.board, row)
 
     def log_size(self):
-        """Bytes."""
+        """Return the size of log.jsonl in bytes."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def cut_log(self, size):
-        """Forgets the rows after the first `size` bytes, which are those written after the checkpoint that a run
-        resumes from, so that its log reads like an uninterrupted one.
+        """Cut log.jsonl back to its first `size` bytes, and to whole rows.
+
+        A run that resumes from a checkpoint repeats the steps after it, so their rows are removed. The log then reads
+        like that of an uninterrupted run.
         """
         if distributed.is_main() and self.log_size():
             rows = self.log_path.read_bytes()
@@ -77,14 +78,16 @@ class Run:
             os.truncate(self.log_path, whole)
 
     def weights(self, model):
-        """The content of a file of weights: all that is needed to use them elsewhere."""
+        """Return the content of a file of weights: the state dict and what is needed to use it elsewhere."""
         return {"model": {name: value.cpu() for name, value in model.state_dict().items()}, "config": model.config,
                 "classes": self.classes and [str(name) for name in self.classes],
                 "statistics": channel_statistics(*(self.settings[name] for name in ("in_chans", "mean", "std")))}
 
     def finish(self, result, model):
-        """Writes weights.pt, then result.json, which marks the run as finished; drops the checkpoints before. The
-        picture comes last, so that it costs nothing where it cannot be drawn.
+        """Finish the run: write its weights and result, remove its checkpoints. Return the result with their places.
+
+        result.json marks the run as finished, so it is written after weights.pt. curve.png is drawn last: if that
+        fails, nothing is lost.
         """
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
@@ -97,19 +100,18 @@ class Run:
         return result
 
     def draw(self):
-        """Draws curve.png from the log."""
+        """Draw curve.png from the log."""
         report.draw_curve(self.log_path, self.folder / "curve.png")
         self.drawn_at = time.perf_counter()
 
     def draw_now_and_then(self):
-        """Draws curve.png, which takes about a second, unless it was drawn, or the run opened, in the last half minute.
-        """
+        """Draw curve.png, which takes about a second, if the last time, or the start, is half a minute ago."""
         if time.perf_counter() > self.drawn_at + 30:
             self.draw()
 
 
 def deliver(result, save_to):
-    """Copies a finished run's weights to --save-to."""
+    """Copy the weights of a finished run to the file `save_to`, if one was given."""
     if save_to and distributed.is_main():
         if not Path(result["checkpoint"]).exists():
             raise OSError(f"{result['checkpoint']} is gone, so --save-to has nothing to copy: --fresh makes it again")
@@ -123,11 +125,12 @@ def deliver(result, save_to):
 
 @contextmanager
 def open_run(script, name, args, fingerprints, no_identity=()):
-    """Yields the run of these settings; `run.result` is set if it is finished already. The settings of `no_identity`
-    change no result, or are told by one of the `fingerprints` of what it reads.
+    """Yield the run with these settings; if it is finished already, `run.result` holds its result.
 
-    Rank 0 creates, locks and decides; the others are told. A folder that another process holds is waited for, since
-    that process makes the same; with several ranks, who cannot wait for long, it is an error.
+    fingerprints: {name: hash of the content} of what the run reads. no_identity: names of settings that change no
+    result, or that a fingerprint covers. Rank 0 creates and locks the folder and tells the other ranks. If another
+    process holds the lock, it is making the same run, so this one waits. Several ranks cannot wait for long (their
+    collectives would time out): for them it is a UserError.
     """
     settings, save_to = vars(args), getattr(args, "save_to", None)
     if save_to and Path(save_to).is_dir():
@@ -155,7 +158,7 @@ def open_run(script, name, args, fingerprints, no_identity=()):
             deliver(result, run.save_to)
         yield run
     except BaseException:
-        if lock and {path.name for path in folder.iterdir()} <= {"lock", "settings.json"}:  # nothing came of it
+        if lock and {path.name for path in folder.iterdir()} <= {"lock", "settings.json"}:  # the run has not begun
             shutil.rmtree(folder)
         raise
     finally:
@@ -164,23 +167,25 @@ def open_run(script, name, args, fingerprints, no_identity=()):
 
 
 def remove_leftovers(folder, *patterns):
-    """Removes files of these patterns, and what a process that was killed while it wrote a file left of it."""
+    """Remove files of these patterns, and temporary files of a process that was killed while it wrote."""
     for pattern in (*patterns, ".*.tmp"):
         for path in folder.glob(pattern):
-            with suppress(OSError):  # a finished run may lie where nothing can be written
+            with suppress(OSError):  # a finished run may lie in a folder that is read-only
                 path.unlink()
 
 
 def finished(folder):
-    """The result of a finished run, else None, also where its result or its weights are damaged, which is said. The
-    folder may have moved since, and the weights may be gone.
+    """Return the result of a finished run, else None.
+
+    If the result or the weights are damaged, say so and return None. The folder may have been moved, so its paths are
+    set anew; the weights may have been deleted.
     """
     file = folder / "result.json"
     if not file.exists():
         return None
     try:
         result = json.loads(file.read_text())
-        result["environment"]  # the last that is written
+        result["environment"]  # an error if this is no result
         file = folder / WEIGHTS
         if file.exists():
             verify(file)
@@ -191,7 +196,7 @@ def finished(folder):
 
 
 def _lock(folder):
-    """The folder's lock, held. It ends with the process that holds it, so that of a killed one is free."""
+    """Lock the folder and return the open lock file. If the process is killed, the system frees the lock."""
     told = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +205,7 @@ def _lock(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
-                    return lock  # else the holder has removed the folder, as nothing came of its run
+                    return lock  # otherwise its former holder has removed the folder, and this file with it
         except BlockingIOError:
             lock.seek(0)
             in_use = f"{folder} is in use by {lock.read().strip() or 'another process'}"
@@ -217,21 +222,25 @@ def _lock(folder):
 
 
 def _prepare(folder, fresh, settings):
-    """Makes and locks the folder; the lock, to be closed, and the result of a finished run, which needs no lock."""
+    """Make and lock a run's folder. Return the lock, to be closed at the end, and None; or a finished run's result.
+
+    (None, result) if the run was finished before, since reading needs no lock; (lock, result) if another process has
+    finished it while this one waited.
+    """
     if not fresh and (result := finished(folder)):
         remove_leftovers(folder, "step-*.pt")
         return None, result
     lock = _lock(folder)
-    os.register_at_fork(after_in_child=lock.close)  # else loading processes hold it for seconds after a kill -9
+    os.register_at_fork(after_in_child=lock.close)  # or workers would hold it for seconds after a kill -9
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     if fresh:
-        (folder / "result.json").unlink(missing_ok=True)  # first: without it nobody takes the run for finished
+        (folder / "result.json").unlink(missing_ok=True)  # first: no other process may take the run for finished
         for path in folder.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if result := finished(folder):  # by another process, meanwhile
+    if result := finished(folder):  # by the process that was waited for
         return lock, result
     remove_leftovers(folder)
     save_json(folder / "settings.json", settings)

@@ -1,7 +1,7 @@
-"""Scripts of any section, run in this process by the words of their command line.
+"""Scripts of any section, run in this process with the arguments of a command line.
 
-A stage script has `build_parser()`, `PRESETS`, `main(args) -> dict`, and may have `RECIPES`, `READS` ("labels" or
-"images": what it reads of --data) and `NOT_OF_TABLES`, settings that a table does not pass on.
+Such a script has `build_parser()`, `PRESETS` and `main(args) -> dict`. It may have `RECIPES`, `READS` ("labels" or
+"images": what it reads of --data) and `NOT_OF_TABLES` (the settings that a table must not pass on to it).
 """
 import importlib
 
@@ -13,12 +13,12 @@ from common.errors import UserError
 
 
 def module_of(script):
-    """Import "sec3_benchmark/finetune.py"."""
+    """Import a script by its path, such as "sec3_benchmark/finetune.py", and return the module."""
     return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def parser_of(script):
-    """Return a script's parser, which calls itself by its path."""
+    """Return a script's parser. Its error messages begin with the script's path."""
     parser = module_of(script).build_parser()
     parser.prog = script
     return parser
@@ -30,12 +30,12 @@ def own_settings(script):
 
 
 def reads(script):
-    """Return what a script reads of --data: "labels", "images" or None."""
+    """Return what a script reads of --data: "labels" (with the images), "images" or None."""
     return getattr(module_of(script), "READS", None)
 
 
 def settings_of(script, words=()):
-    """Return the settings that a script has with these words behind its name."""
+    """Return the settings of a script started with these arguments. Raises a UserError that names the script."""
     module = module_of(script)
     try:
         return options.parse(parser_of(script), module.PRESETS, getattr(module, "RECIPES", None), list(words))
@@ -44,8 +44,9 @@ def settings_of(script, words=()):
 
 
 def run(script, words=()):
-    """Run a script's `main` in this process with these words, and return its result. Sections know each other's scripts
-    by name only.
+    """Run a script's `main` in this process with these arguments, and return its result.
+
+    Sections start each other's scripts by this function and so need not import them.
     """
     args, module = settings_of(script, words), module_of(script)
     torch.compiler.reset()

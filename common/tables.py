@@ -1,6 +1,6 @@
-"""A table: its command line and its rows (common/rows.py), run in order. A finished run is found, not repeated.
+"""Tables and figures that train models: their command line, and how their rows (common/rows.py) are run.
 
-`--dry-run` prints the rows' command lines and runs nothing.
+Rows are run in order. A run that is finished already is reused. `--dry-run` prints the commands and runs nothing.
 """
 import argparse
 import shlex
@@ -25,10 +25,12 @@ NOTES = {
                     "Same chain on other images: compare the rows with each other, not with the published column."),
     "paper": "Published numbers: ImageNet-1k; 300 epochs of fine-tuning unless the row says otherwise.",
 }
+
+
 # Command line
 
 def make_parser(description, rows, demo):
-    """Return a table's parser: data, rows, execution; `demo` names the rows of the demo preset."""
+    """Return the parser of a table with these rows. `demo`: keys of the rows that the demo preset runs."""
     parser = options.make_parser(description)
     options.add_data(parser)
     add_rows(parser, rows, demo)
@@ -37,7 +39,7 @@ def make_parser(description, rows, demo):
 
 
 def add_rows(parser, rows=(), demo=()):
-    """Add --rows and --seeds, and what figures take too: --jobs, --set, --dry-run, --launch."""
+    """Add --rows and --seeds if there are rows to choose from, and --jobs, --set, --dry-run and --launch."""
     group = parser.add_argument_group("table")
     if rows:
         group.add_argument("--rows", nargs="+", metavar="ROW", choices=["all", *(row.key for row in rows)],
@@ -54,8 +56,11 @@ def add_rows(parser, rows=(), demo=()):
 
 
 def parse(parser, argv=None, presets=PRESETS, own=()):
-    """Return a table's settings. `given` holds those on the command line, which every script of a row takes that knows
-    them; `own` are the table's alone, although a script has a setting of that name.
+    """Return a table's settings.
+
+    Among them is `given`, a dict of what stands on the command line. It is passed on to each script of a row, as far as
+    the script has these settings. own: names of settings that are not passed on, because in the scripts the same name
+    means something else.
     """
     for action in parser._actions:
         if action.dest == "save_to":
@@ -67,7 +72,7 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
     for text in args.set:
         if not all(split_setting(text)):
             parser.error(f"--set {text}: write SCRIPT.KEY=VALUE, for example finetune.epochs=100")
-    jobs_wanted = args.jobs or (1 if argv is not None else None)  # another program's processes are its own affair
+    jobs_wanted = args.jobs or (1 if argv is not None else None)  # called from Python: no new processes
     given = {name: value for name, value in given.items() if name not in own} | {"preset": args.preset}
     return options.replaced(args, given=given, jobs=jobs_wanted)
 
@@ -88,13 +93,13 @@ def run_row(row, seed, args, run):
 
 
 def run_once():
-    """Return a function that runs a script, or remembers the result: rows share lines."""
+    """Return a function(script, *words) that runs a script, once for equal arguments: rows have lines in common."""
     return cache(lambda script, *words: scripts.run(script, words))
 
 
 def chosen(rows, args, demo):
-    """Return the rows to run; those asked for by name that cannot be run are an error."""
-    wanted = getattr(args, "rows", ["all"]) or (demo if args.preset == "demo" else ["all"])  # a figure runs all its own
+    """Return the rows to run. Raises a UserError for a row in --rows that cannot be run."""
+    wanted = getattr(args, "rows", ["all"]) or (demo if args.preset == "demo" else ["all"])  # figures have no --rows
     runnable = [row for row in rows if row.lines and args.preset in row.presets]
     if "all" in wanted:
         return runnable
@@ -106,9 +111,11 @@ def chosen(rows, args, demo):
 
 
 def run_rows(rows, args, demo, script):
-    """Run the chosen rows for all seeds. Return for every row {key: [result of each line, for each seed]}, or for rows
-    with columns {key: {column: the same}}; and {key: why} of rows whose weights timm's hub did not give. Wrong
-    settings, missing data and missing weights are reported before the first training.
+    """Run the chosen rows, each with every seed. Wrong settings, missing data and weights are reported before training.
+
+    Return two dicts. The first is {row.key: results}, where results[i][j] is the result of line j with the i-th seed;
+    for rows with a column {row.key: {column: results}}. The second is {row.key: reason} of the rows whose weights could
+    not be loaded from timm's hub.
     """
     device = distributed.start_process_group("cpu" if args.dry_run else args.device)
     to_run = chosen(rows, args, demo)
@@ -124,7 +131,7 @@ def run_rows(rows, args, demo, script):
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
             try:
                 results.setdefault(row.key, {}).setdefault(row.column, []).append(run_row(row, seed, args, run))
-            except HubError as error:  # the other rows can go on
+            except HubError as error:  # which costs this row only
                 unavailable[row.key] = f"needs weights: {error}, {remedy(row, error.source, args, seed)}"
                 print0(unavailable[row.key])
                 break
@@ -132,8 +139,8 @@ def run_rows(rows, args, demo, script):
 
 
 def train_at_once(rows, args, script, at_once):
-    """Train the rows in processes of their own, so that the table then finds them finished."""
-    own = options.replaced(args, given={"workers": 0, **args.given})  # a core each is all they have
+    """Train the rows in parallel processes. The table then finds the runs finished."""
+    own = options.replaced(args, given={"workers": 0, **args.given})  # no core is left for workers
     tasks = [(group[0].key, train_rows, (group, seed, own, script))
              for seed in args.seeds for group in jobs.groups(rows)]
     if len(tasks) > 1:
@@ -141,7 +148,7 @@ def train_at_once(rows, args, script, at_once):
 
 
 def train_rows(rows, seed, args, script):
-    """What one of these processes does. What fails is met again, and said, by the table itself."""
+    """Train rows in one of the parallel processes. The table repeats what failed, and reports the error."""
     with entry.errors_in_one_line(script):
         entry.exit_on_stop_signals()
         run = run_once()
@@ -151,12 +158,13 @@ def train_rows(rows, seed, args, script):
 
 
 def print_commands(rows, args):
-    """Print the commands of the rows, each once. Return what run_rows does, the results being the commands.
+    """Print the commands of the rows, each once. Return {row.key: results} as run_rows does, without training results.
 
-    A command saves its weights if others start from them: in this table or, from a pre-training, in any.
+    A command gets --save-to if another one in this table starts from its weights. A pre-training always gets it, since
+    other tables start from it too.
     """
     def command(script, *words):
-        digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]  # the same in every table
+        digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]  # so every table names the same file
         weights = Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt"
         return {"script": script, "words": words, "checkpoint": str(weights)}
 
@@ -182,11 +190,11 @@ def print_commands(rows, args):
 # Checks
 
 def check_set(rows, to_run, args):
-    """Raise a UserError for a --set without a script here, and for seeds that would make the same run twice."""
+    """Raise a UserError if --set names a script that no row has, or if two of the --seeds would give the same run."""
     settings = [split_setting(text) for text in args.set]
     stages = {stage for row in rows for stage in row.stages}
     unknown = sorted({stage for stage, _, _ in settings} - stages)
-    if unknown and stages:  # else no row can run, and the table says why
+    if unknown and stages:  # without stages no row can run, and the table says why
         raise UserError(f"--set names no script of this table: {', '.join(unknown)}; its scripts are "
                         f"{', '.join(sorted(stages))}")
     last = {row.stages[-1] for row in to_run}
@@ -197,7 +205,8 @@ def check_set(rows, to_run, args):
 
 
 def check_rows(rows, to_run, args):
-    """Raise an error for what would otherwise be found after hours: settings, data, weights that are not there."""
+    """Raise a UserError now for wrong settings, missing data and missing weights, rather than after hours of training.
+    """
     check_set(rows, to_run, args)
     reads = set()
     for row in to_run:
@@ -210,7 +219,7 @@ def check_rows(rows, to_run, args):
                                 f"{script} starts from any weights")
             reads.add(scripts.reads(script))
             for source in filter(None, (settings.get("init"), settings.get("teacher"))):
-                anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: it is trained too
+                anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: one that is trained too
                 if not (args.dry_run or anywhere or Path(source).exists()):
                     raise UserError(f"{row.name}: no weights at {source}")
         if words := overruled(row, args):
@@ -221,6 +230,6 @@ def check_rows(rows, to_run, args):
 
 
 def require_weights(unavailable):
-    """Raise an error: a figure has no place for a row whose weights the hub did not give."""
+    """Raise a UserError if a row is unavailable, for figures, which cannot be drawn without it."""
     if unavailable:
         raise UserError("; ".join(unavailable.values()))
