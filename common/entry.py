@@ -81,18 +81,13 @@ def announce(parser, args):
 
     A table's own settings are few; the scripts of its rows announce theirs when they start.
     """
-    usual = options.defaults(parser)
-    changed = {name: value for name, value in vars(args).items() if value != usual.get(name, value)}
-    if not changed.pop("preset", None):
-        return
-    if "given" in args:  # the settings of a table
-        network, rest = {}, "each stage prints its own settings"
-    else:
-        network = {name: value for name, value in options.NETWORKS.get(args.preset, {}).items()
-                   if name in usual and (name in changed or getattr(args, name) is None)}
-        rest = "else the paper's values"
-    words = options.to_argv({**network, **changed})
-    print0(" ".join([f"# preset {args.preset}:", *words, f"({rest})"]))
+    usual, is_table = options.defaults(parser), "given" in args
+    network = {} if is_table else options.NETWORKS.get(args.preset, {})
+    settings = {name: network.get(name) if value is None else value for name, value in vars(args).items()}
+    changed = {name: value for name, value in settings.items() if value != usual.get(name, value)}
+    if changed.pop("preset", None):
+        rest = "each stage prints its own settings" if is_table else "else the paper's values"
+        print0(" ".join([f"# preset {args.preset}:", *options.to_argv(changed), f"({rest})"]))
 
 
 def check_clone():

@@ -98,8 +98,7 @@ def read_numbers(path, item, key=None):
         raise UserError(f"--from-numbers {path}: no such file") from None
     except Exception as error:  # damaged bytes can raise any exception
         raise UserError(f"{unfit}; it cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(content, dict):
-        content = {}
+    content = content if isinstance(content, dict) else {}
     owner = str(content.pop("item", item))
     if owner != item:
         raise UserError(f"{unfit}; this one holds {owner}")

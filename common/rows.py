@@ -25,20 +25,13 @@ class Row:
     extra: dict = field(default_factory=dict)  # values of further columns
     column: str = ""  # which column it fills, in tables where several rows share a key
 
-    @property
-    def stages(self):
-        """Return the names of its scripts without folder and suffix, as --set takes them."""
-        return [Path(line.split()[0]).stem for line in self.lines]
-
 
 def words_of(line, args, seed, previous=PREVIOUS):
     """Return the script of a line, and all its arguments: those in the line, then the table's, then those of --set."""
     script, *words = [previous if word == PREVIOUS else word for word in shlex.split(line)]
-    by_set = settings_set(script, args)
-    known = scripts.own_settings(script) - by_set.keys()
-    table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known}
-    last = [word for name, values in by_set.items() for word in (f"--{name.replace('_', '-')}", *values)]
-    return script, [*words, *options.to_argv(table), *last]
+    known = scripts.own_settings(script)
+    of_table = {name: value for name, value in {**args.given, "seed": seed}.items() if name in known}
+    return script, (*words, *options.to_argv({**of_table, **settings_set(script, args)}))
 
 
 def split_setting(text):

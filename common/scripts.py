@@ -29,11 +29,6 @@ def own_settings(script):
     return options.defaults(parser_of(script)).keys() - set(getattr(module_of(script), "NOT_OF_TABLES", ()))
 
 
-def reads(script):
-    """Return what a script reads of --data: "labels" (with the images), "images" or None."""
-    return getattr(module_of(script), "READS", None)
-
-
 def settings_of(script, words=()):
     """Return the settings of a script started with these arguments. Raises a UserError that names the script."""
     module = module_of(script)

@@ -80,21 +80,15 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
 # Runs
 
 def run_row(row, seed, args, run):
-    """Call `run(script, *words)` for each line of a row, in order, and return the results.
+    """Call `run(script, words)` for each line of a row, in order, and return the results.
 
     `{previous}` in a line becomes the "checkpoint" in the result of the line before.
     """
     results, previous = [], PREVIOUS
     for line in row.lines:
-        script, words = words_of(line, args, seed, previous)
-        results.append(run(script, *words))
+        results.append(run(*words_of(line, args, seed, previous)))
         previous = results[-1]["checkpoint"]
     return results
-
-
-def run_once():
-    """Return a function(script, *words) that runs a script, once for equal arguments: rows have lines in common."""
-    return cache(lambda script, *words: scripts.run(script, words))
 
 
 def chosen(rows, args, demo):
@@ -125,7 +119,7 @@ def run_rows(rows, args, demo, script):
     at_once = args.jobs or (jobs.CORES if device.type == "cpu" else 1)
     if at_once > 1 and distributed.world_size() == 1:
         train_at_once(to_run, args, script, at_once)
-    results, unavailable, run = {}, {}, run_once()
+    results, unavailable, run = {}, {}, cache(scripts.run)  # rows have lines in common
     for number, row in enumerate(to_run, 1):
         for seed in args.seeds:
             print0(f"\n# row {number} of {len(to_run)}: {row.name}, seed {seed}")
@@ -151,7 +145,7 @@ def train_rows(rows, seed, args, script):
     """Train rows in one of the parallel processes. The table repeats what failed, and reports the error."""
     with entry.errors_in_one_line(script):
         entry.exit_on_stop_signals()
-        run = run_once()
+        run = cache(scripts.run)
         for row in rows:
             with suppress(HubError):
                 run_row(row, seed, args, run)
@@ -163,7 +157,7 @@ def print_commands(rows, args):
     A command gets --save-to if another one in this table starts from its weights. A pre-training always gets it, since
     other tables start from it too.
     """
-    def command(script, *words):
+    def command(script, words):
         digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]  # so every table names the same file
         weights = Path(args.output) / "weights" / f"{Path(script).stem}-{digest}.pt"
         return {"script": script, "words": words, "checkpoint": str(weights)}
@@ -180,7 +174,7 @@ def print_commands(rows, args):
                 print0(f"# {Path(script).name}: as above, in row {printed[weights]}")
                 continue
             printed[weights] = row.name
-            saved = weights in started_from or scripts.reads(script) == "images"
+            saved = weights in started_from or getattr(scripts.module_of(script), "READS", None) == "images"
             words = [*line["words"], *(["--save-to", weights] if saved else [])]
             print0(f"{args.launch} {script} {shlex.join(words)}".rstrip())
     print0("\n# then this command without --dry-run: it finds these runs by their content")
@@ -192,12 +186,12 @@ def print_commands(rows, args):
 def check_set(rows, to_run, args):
     """Raise a UserError if --set names a script that no row has, or if two of the --seeds would give the same run."""
     settings = [split_setting(text) for text in args.set]
-    stages = {stage for row in rows for stage in row.stages}
+    stages = {Path(line.split()[0]).stem for row in rows for line in row.lines}
     unknown = sorted({stage for stage, _, _ in settings} - stages)
     if unknown and stages:  # without stages no row can run, and the table says why
         raise UserError(f"--set names no script of this table: {', '.join(unknown)}; its scripts are "
                         f"{', '.join(sorted(stages))}")
-    last = {row.stages[-1] for row in to_run}
+    last = {Path(row.lines[-1].split()[0]).stem for row in to_run}
     fixed = any(stage in last and key == "seed" for stage, key, _ in settings)
     different = 1 if fixed else len(set(args.seeds))
     if len(args.seeds) > different:
@@ -217,7 +211,7 @@ def check_rows(rows, to_run, args):
                 raise UserError(f"{row.name} starts from the weights that its line before leaves: --set "
                                 f"{Path(script).stem}.init has no place there; --rows leaves the row out, and "
                                 f"{script} starts from any weights")
-            reads.add(scripts.reads(script))
+            reads.add(getattr(scripts.module_of(script), "READS", None))
             for source in filter(None, (settings.get("init"), settings.get("teacher"))):
                 anywhere = source in (PREVIOUS, "own") or source.startswith("timm:")  # own: one that is trained too
                 if not (args.dry_run or anywhere or Path(source).exists()):
