@@ -29,8 +29,7 @@ def run_script(main, parser, *presets_and_recipes, parse=options.parse):
 
 
 def exit_on_stop_signals():
-    """Exit with code STOPPED at a stop signal; the same command then continues. A training installs its own handlers.
-    """
+    """Exit with STOPPED at a stop signal; the same command then continues. A training installs its own handlers."""
     def stop(number, frame):
         if number == signal.SIGHUP:
             hang_up()
@@ -42,9 +41,7 @@ def exit_on_stop_signals():
 
 @contextmanager
 def errors_in_one_line(prog):
-    """Show errors that the user can correct as one line instead of a traceback; clean up in any case.
-
-    The clean-up ends the loader's worker processes and leaves the process group.
+    """Show errors that the user can correct as one line, without traceback; end workers and process group in any case.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -77,9 +74,7 @@ def errors_in_one_line(prog):
 
 
 def announce(parser, args):
-    """Print the preset and the settings that differ from the parser's defaults.
-
-    A table's own settings are few; the scripts of its rows announce theirs when they start.
+    """Print the preset and the settings that differ from the defaults, which for all but tables are the paper's values.
     """
     usual, is_table = options.defaults(parser), "given" in args
     network = {} if is_table else options.NETWORKS.get(args.preset, {})

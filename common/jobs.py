@@ -62,8 +62,7 @@ def run_at_once(tasks, limit):
 
 
 def start(name, function, arguments, ended):
-    """Start a task and return its process. A thread prints the output and, at the end, releases the semaphore `ended`.
-    """
+    """Start a task and return its process. A thread prints its output, then releases the semaphore `ended`."""
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=call, args=(there, function, arguments), name=name)
     process.start()

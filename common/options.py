@@ -1,11 +1,8 @@
 """Command lines: the arguments that scripts share, and the order in which settings override each other.
 
-Precedence, the strongest last: script's default, preset, recipe, command line. On the command line the last of several
-equal flags counts, and a table puts a row's own arguments before the user's. The defaults are the paper's values; a
-script's `PRESETS` lists only what the smaller presets change.
-
-A file of weights may record the network and the image size that it was trained with. The arguments for these default to
-None, and `resolve` fills them in: from the weights if they say, else from the preset.
+Precedence, the strongest last: script's default, preset, recipe, command line. The defaults are the paper's values; a
+script's `PRESETS` lists only what the smaller presets change. The network and the image size default to None: `resolve`
+takes them from the file of weights, if there is one that records them, else from the preset.
 """
 import argparse
 import copy
@@ -65,10 +62,7 @@ def add_data(parser):
 
 
 def add_images(group, img_size=None):
-    """Add --preset and the arguments that say how images are read.
-
-    img_size: a default, for scripts where it does not depend on the weights.
-    """
+    """Add --preset and how images are read. `img_size`: a default, where the size does not depend on the weights."""
     group.add_argument("--preset", choices=PRESET_NAMES, help="demo without a path to data, paper with one")
     group.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     default = "%(default)s" if img_size else "as the weights say, else 224"
@@ -92,8 +86,7 @@ def add_model(parser, models=SIZES):
 def add_execution(parser, pretraining=True):
     """Add the arguments that say how a run is executed and watched, and return the parser.
 
-    None of them changes the identity of a run. Tables pass them on to the scripts of their rows. `pretraining`: whether
-    the script pre-trains, itself or in a row.
+    None of them enters a run's identity. pretraining: whether the script pre-trains, itself or in a row.
     """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(ROOT / "outputs"), metavar="DIR", help="where runs and results are kept")
@@ -140,8 +133,8 @@ def given(parser, argv=None):
 def parse(parser, presets=None, recipes=None, argv=None):
     """Return the settings of a command line by the order of precedence above.
 
-    presets, recipes: {name: {setting: value}}. argv: words, or None for those of this process. Parsing is repeated: the
-    first pass finds the preset, the second the recipe, which the preset may choose.
+    presets, recipes: {name: {setting: value}}. argv: words; None for this process's. Each pass of the parser finds what
+    the defaults of the next depend on: the preset, then the recipe, which a preset may choose.
     """
     parser = copy.deepcopy(parser)  # the caller's parser keeps the paper's defaults
     args = parser.parse_args(argv)

@@ -57,7 +57,7 @@ def add_pictures(parser, numbers):
 def only_a_picture(path, numbers=None):
     """Draw in this block. If that fails, print a warning and go on, since the results do not depend on the picture.
 
-    numbers: the file of --from-numbers, if given. The picture is then all that was asked for, so a failure is an error.
+    numbers: the file of --from-numbers, if given: then the picture is all that was asked for, and a failure an error.
     """
     try:
         yield
@@ -109,8 +109,7 @@ def read_numbers(path, item, key=None):
 
 
 def read_arrays(path):
-    """Read {name: array} from an .npz. "item" names the figure they belong to, if the file or the .json beside it does.
-    """
+    """Read {name: array} of an .npz, and as "item" the figure's name, if that or the .json beside it holds it."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     about = Path(path).with_suffix(".json")

@@ -42,9 +42,7 @@ def split_setting(text):
 
 
 def settings_set(script, args):
-    """Return {name: [words of its value]} of the settings that --set gives to a script.
-
-    [a,b] is a list of values, and `true` is an argument without a value.
+    """Return {name: [values]} of what --set gives to a script. [a,b] is a list; `true` is an argument without a value.
     """
     found = {}
     for stage, key, value in map(split_setting, args.set):
@@ -66,9 +64,9 @@ def overruled(row, args):
 
 
 def remedy(row, source, args, seed):
-    """Return how to pass a local folder in place of `source`, a model that timm's hub did not deliver.
+    """Return how to give a local folder in place of `source`, a model that timm's hub did not deliver.
 
-    A teacher can be passed to the table by --set; initial weights only to the script itself, whose command is shown.
+    That is by --set for a teacher, but for initial weights to the script itself, without the table.
     """
     for line in row.lines:
         script, words = words_of(line, args, seed)

@@ -65,10 +65,8 @@ class Run:
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def cut_log(self, size):
-        """Cut log.jsonl back to its first `size` bytes, and to whole rows.
-
-        A run that resumes from a checkpoint repeats the steps after it, so their rows are removed. The log then reads
-        like that of an uninterrupted run.
+        """Cut log.jsonl back to its first `size` bytes, and to whole rows: a run that resumes from a checkpoint repeats
+        the steps after it, whose rows would else be there twice.
         """
         if distributed.is_main() and self.log_size():
             rows = self.log_path.read_bytes()
@@ -84,18 +82,14 @@ class Run:
                 "statistics": channel_statistics(*(self.settings[name] for name in ("in_chans", "mean", "std")))}
 
     def finish(self, result, model):
-        """Finish the run: write its weights and result, remove its checkpoints. Return the result with their places.
-
-        result.json marks the run as finished, so it is written after weights.pt. curve.png is drawn last: if that
-        fails, nothing is lost.
-        """
+        """Write weights.pt, then result.json, which marks the run as finished, and return the result."""
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
             save_torch(self.folder / WEIGHTS, self.weights(model))
             save_json(self.folder / "result.json", {**result, "environment": environment()})
             remove_leftovers(self.folder, "step-*.pt")
         deliver(result, self.save_to)
-        self.draw()
+        self.draw()  # last: nothing is lost where it fails
         distributed.barrier()
         return result
 
@@ -175,10 +169,9 @@ def remove_leftovers(folder, *patterns):
 
 
 def finished(folder):
-    """Return the result of a finished run, else None.
+    """Return the result of a finished run, else None; also None, with a message, if its result or weights are damaged.
 
-    If the result or the weights are damaged, say so and return None. The folder may have been moved, so its paths are
-    set anew; the weights may have been deleted.
+    The folder may have been moved, so the paths in the result are set anew. The weights may have been deleted.
     """
     file = folder / "result.json"
     if not file.exists():
@@ -222,10 +215,9 @@ def _lock(folder):
 
 
 def _prepare(folder, fresh, settings):
-    """Make and lock a run's folder. Return the lock, to be closed at the end, and None; or a finished run's result.
+    """Make and lock a run's folder. Return the lock, to be closed at the end, and the result of a finished run or None.
 
-    (None, result) if the run was finished before, since reading needs no lock; (lock, result) if another process has
-    finished it while this one waited.
+    A run that was finished before needs no lock: None. With lock and result, another process has just finished it.
     """
     if not fresh and (result := finished(folder)):
         remove_leftovers(folder, "step-*.pt")

@@ -56,11 +56,9 @@ def add_rows(parser, rows=(), demo=()):
 
 
 def parse(parser, argv=None, presets=PRESETS, own=()):
-    """Return a table's settings.
+    """Return a table's settings. Among them, `given` holds those of the command line, for every script that has them.
 
-    Among them is `given`, a dict of what stands on the command line. It is passed on to each script of a row, as far as
-    the script has these settings. own: names of settings that are not passed on, because in the scripts the same name
-    means something else.
+    own: names of settings that are not passed on to scripts, where they mean something else.
     """
     for action in parser._actions:
         if action.dest == "save_to":
@@ -154,8 +152,7 @@ def train_rows(rows, seed, args, script):
 def print_commands(rows, args):
     """Print the commands of the rows, each once. Return {row.key: results} as run_rows does, without training results.
 
-    A command gets --save-to if another one in this table starts from its weights. A pre-training always gets it, since
-    other tables start from it too.
+    A command saves its weights if another one here starts from them. A pre-training always does, for other tables.
     """
     def command(script, words):
         digest = sha256(" ".join((script, *words)).encode()).hexdigest()[:10]  # so every table names the same file
@@ -199,8 +196,7 @@ def check_set(rows, to_run, args):
 
 
 def check_rows(rows, to_run, args):
-    """Raise a UserError now for wrong settings, missing data and missing weights, rather than after hours of training.
-    """
+    """Raise a UserError now, not after hours of training, for wrong settings, missing data and missing weights."""
     check_set(rows, to_run, args)
     reads = set()
     for row in to_run:
