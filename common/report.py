@@ -63,11 +63,12 @@ def only_a_picture(path, numbers=None):
         yield
     except Exception as error:  # matplotlib may raise any
         why = f"({type(error).__name__}: {' '.join(str(error).split())})"
-        if numbers and not isinstance(error, OSError):
-            raise UserError(f"--from-numbers {numbers}: this figure cannot be drawn from it {why}") from None
-        if numbers:
+        if not numbers:
+            print0(f"warning: {path} was not drawn {why}")
+        elif isinstance(error, OSError):
             raise
-        print0(f"warning: {path} was not drawn {why}")
+        else:
+            raise UserError(f"--from-numbers {numbers}: this figure cannot be drawn from it {why}") from None
 
 
 def draw_numbers(args, item, draw, content):
@@ -100,11 +101,9 @@ def read_numbers(path, item, key=None):
         raise UserError(f"{unfit}; it cannot be read ({type(error).__name__}: {error})") from None
     content = content if isinstance(content, dict) else {}
     owner = str(content.pop("item", item))
-    if owner != item:
-        raise UserError(f"{unfit}; this one holds {owner}")
     numbers = content.get(key) if key else content
-    if not numbers:
-        raise UserError(f"{unfit}; this one holds nothing of the kind")
+    if owner != item or not numbers:
+        raise UserError(f"{unfit}; this one holds {'nothing of the kind' if owner == item else owner}")
     return numbers
 
 
@@ -198,13 +197,12 @@ def write_table(item, args, columns, rows, notes=()):
     returns the cell}. Rows without a measurement are listed below the table.
     """
     text = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows if row["measured"]])
-    absent = "; ".join(f"{row['name']} ({row['published'] or '-'}: {row['status']})"
-                       for row in rows if not row["measured"])
-    notes = [note for note in notes if note]
+    absent = [f"{row['name']} ({row['published'] or '-'}: {row['status']})" for row in rows if not row["measured"]]
     if absent:
-        notes.insert(0, f"Not measured here (published: why): {absent}")
+        notes = [f"Not measured here (published: why): {'; '.join(absent)}", *notes]
     if getattr(args, "set", ()):
-        notes.append(f"For all rows: --set {' '.join(args.set)}")
+        notes = [*notes, f"For all rows: --set {' '.join(args.set)}"]
+    notes = [note for note in notes if note]
     text = "\n\n".join([f"{item}, {origin(args.preset, args.data)}", text, *notes])
     content = {"item": item, "preset": args.preset, "data": args.data, "rows": rows, "notes": notes}
     write_text(Path(args.output) / item, item, content, text)
