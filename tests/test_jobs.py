@@ -76,7 +76,7 @@ def test_a_signal_to_the_table_reaches_its_trainings(tmp_path):
     ("sec4_analysis/fig1_layer_similarity.py", "finetune pretrain_mae pretrain_mocov3"),
     ("sec3_benchmark/table1_pretraining_methods.py", "finetune pretrain_mae")])
 def test_tables_and_figures_start_from_the_command_line(script, stages, tmp_path):
-    """As far as the first training that cannot run, at once and then, with the reason, in the table itself."""
+    """No training can run with this batch size: first the parallel processes fail, then the table, with the reason."""
     done = subprocess.run([sys.executable, script, "--preset", "demo", "--output", str(tmp_path), "--set",
                            *(f"{stage}.batch_size=100000" for stage in stages.split())], cwd=ROOT, text=True,
                           capture_output=True)

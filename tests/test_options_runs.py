@@ -141,7 +141,7 @@ def test_an_unknown_device_is_refused():
 
 
 def test_a_gpu_that_cannot_be_used_is_said_unless_it_was_hidden_on_purpose(monkeypatch):
-    """As with a driver that is too old; hours on a CPU would be a silent fallback."""
+    """For example with a driver that is too old. Hours of training on the CPU would be a silent fallback."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os.path, "exists", lambda path: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -187,7 +187,7 @@ def test_help_says_each_default_once():
 # Commands
 
 def resolved(module, argv):
-    """What enters the identity of a run of these words."""
+    """Return the settings that may enter the identity of a run with these arguments."""
     args = options.parse(module.build_parser(), module.PRESETS, getattr(module, "RECIPES", None), argv)
     args = detect.resolve_backbone(args, None) if module is detect else options.resolve(args)
     own = ("keep_activations", "draw") if module is detect else ("teacher",) if hasattr(args, "teacher") else ()
@@ -242,13 +242,14 @@ STORED_DEFAULTS = {"sec3_benchmark.pretrain_mae": "8d3c8589da", "sec3_benchmark.
 @pytest.mark.parametrize(("settings", "fingerprints", "stored"), STORED)
 def test_the_rule_of_the_hash_has_not_changed(settings, fingerprints, stored):
     assert settings_hash(settings, fingerprints) == stored
-    assert settings_hash(dict(reversed(settings.items())), fingerprints) == stored  # the order is no setting
+    assert settings_hash(dict(reversed(settings.items())), fingerprints) == stored  # in any order
 
 
 @pytest.mark.parametrize("name", STORED_DEFAULTS)
 def test_new_arguments_leave_the_papers_runs_where_they_are(name):
     """Fails when an argument is added with a default that is not off, or a default changes. A new argument goes into
-    ADDED_LATER; only a change that gives other results may change the hash here, and it loses every finished run."""
+    ADDED_LATER; only a change that gives other results may change the hash here, and it loses every finished run.
+    """
     where = "--dataset-path" if name.endswith("detect") else "--data-path"
     settings = resolved(importlib.import_module(name), ["--preset", "paper", where, "anywhere"])
     assert settings_hash(settings, {"data": "0123456789abcdef"}) == STORED_DEFAULTS[name]
@@ -260,7 +261,7 @@ def changed(value):
 
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)
 def test_what_changes_the_result_enters_and_nothing_else(module):
-    """Every argument of both scripts: those of execution and those known by content stay out, all others enter."""
+    """Arguments of execution, and files that are known by their content, stay out of the identity; all others enter."""
     settings = resolved(module, ["--data-path", "here"])
     outside = {name for name, value in settings.items()
                if settings_hash({**settings, name: changed(value)}, {}) == settings_hash(settings, {})}
@@ -285,7 +286,7 @@ def test_an_argument_added_later_enters_only_where_it_differs(monkeypatch):
 
 
 def test_sizes_enter_as_they_were_stored():
-    """One number from the command line, two from the file of weights: runs of both kinds lie in people's folders."""
+    """The command line gives one number, a file of weights two. Runs with either exist, and keep their hashes."""
     assert settings_hash({"img_size": [48]}, {}) == "a99777dd7b"
     assert settings_hash({"img_size": [48, 48]}, {}) == "4592d375a7"
 
@@ -299,7 +300,7 @@ def test_a_row_and_a_command_line_that_say_the_same_find_the_same_run():
 
 @pytest.mark.parametrize("given", [{"data_path": ""}, {"init": ""}])
 def test_an_empty_value_is_not_taken_for_none(given):
-    """A shell variable that is not set would train from scratch, or the demo."""
+    """Otherwise an unset shell variable would silently start from scratch, or start the demo."""
     with pytest.raises(UserError, match="is empty: is a shell variable in it not set"):
         settings_of(finetune, given)
 
@@ -348,7 +349,7 @@ def test_a_finished_run_is_reused_wherever_it_was_moved(tmp_path, capsys):
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path, finished):
-    """Of files half written, and of a finished run the checkpoints; an unfinished one keeps those."""
+    """Half-written files always; checkpoints only of a finished run, since an unfinished one continues from them."""
     with open_run("script", "name", run_settings(tmp_path), {}) as run:
         run.log({"step": 1})
         if finished:
@@ -393,7 +394,7 @@ def test_a_picture_that_fails_costs_no_weights(tmp_path, capsys, monkeypatch, tr
 
 
 def test_many_may_reuse_a_finished_run_at_once(tmp_path):
-    """Nothing is locked or written for it, so a folder that cannot be written will do."""
+    """That takes no lock and writes nothing, so it works in a read-only folder too."""
     with open_run("script", "name", run_settings(tmp_path), {}) as run:
         run.finish({"top1": 1.0}, Tiny(2, 2))
     (run.folder / "lock").unlink()
@@ -460,7 +461,7 @@ def test_a_run_with_replaced_images_is_reused_only_by_who_allows_it(tmp_path):
 
 
 def test_a_files_settings_give_way_to_what_was_asked_for(capsys):
-    """Those of the preset do not."""
+    """But they win over those of the preset."""
     args = options.parse(finetune.build_parser(), finetune.PRESETS, argv=["--num-heads", "3", "--patch-size", "4"])
     config = {"num_heads": 12, "patch_size": 8, "img_size": [48, 48], "depth": 7}
     weights = SimpleNamespace(config=config, statistics=None)
@@ -471,7 +472,7 @@ def test_a_files_settings_give_way_to_what_was_asked_for(capsys):
 
 
 def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):
-    """As on Lustre mounted without them: nobody else is there to wait for."""
+    """For example on Lustre mounted without locks: there is no other process to wait for."""
     def flock(*args):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(runs.fcntl, "flock", flock)
@@ -481,7 +482,7 @@ def test_a_folder_without_locks_is_not_called_in_use(tmp_path, monkeypatch):
 
 
 def test_a_run_in_use_is_waited_for(tmp_path, capsys):
-    """And then found finished: both wanted the same."""
+    """Both processes make the same run, so the second finds it finished."""
     weights = torch.nn.Linear(1, 1)
     weights.config = {}
     found = []
@@ -501,7 +502,7 @@ def test_a_run_in_use_is_waited_for(tmp_path, capsys):
 
 
 def test_a_run_in_use_of_which_nothing_came_is_begun_anew(tmp_path):
-    """Its folder, with the lock that was waited for, is gone."""
+    """The first process has removed the folder, and with it the lock file that the second was waiting for."""
     entered = []
 
     def second():
@@ -572,7 +573,7 @@ MISTAKES = {  # arguments (DATA: 12 images) and what the last line of the error 
 
 @pytest.mark.parametrize("name", ["\x1b[2Jgone", "a\rb", "bell\a", "\x9b31m", "\u202egnp.exe", "caf\udce9"])
 def test_no_name_of_a_file_commands_the_terminal(name, capsys):
-    """It is shown as escapes, on both streams; letters of any language stay."""
+    """Control characters in it are printed as escapes, on both streams; letters of any language are not."""
     distributed.print0(f"image {name}, 猫 é")
     with pytest.raises(SystemExit) as left, entry.errors_in_one_line("script"):
         raise UserError(f"{name} is unreadable")
@@ -582,14 +583,14 @@ def test_no_name_of_a_file_commands_the_terminal(name, capsys):
 
 
 def execute(script, *words, clone=ROOT, cwd):
-    """A script as a user starts it, with `common` from `clone`."""
+    """Start a script as a user would, with `common` imported from `clone`, and wait for its end."""
     env = {**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(script), *words], env=env, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """All processes of the tests below, side by side: most of their time goes into importing torch."""
+    """Run all processes of the tests below in parallel, since most of their time goes into importing torch."""
     folder = tmp_path_factory.mktemp("mistakes")
     for place in ("train/a", "train/b", "val/a", "val/b"):
         (folder / "data" / place).mkdir(parents=True)
@@ -626,7 +627,7 @@ def test_a_mistake_ends_with_a_line_that_says_what_to_do(processes, case):
 
 
 def test_another_clones_common_is_refused_and_both_are_named(processes):
-    """Else a script would quietly run the code of the clone that was installed last."""
+    """Otherwise a script would silently run the code of the clone that was installed last."""
     script_in, imported_from = processes.clones
     assert processes.wrong_clone.returncode != 0 and "Traceback" not in processes.wrong_clone.stderr
     assert f"belongs to {script_in}," in processes.wrong_clone.stderr

@@ -16,13 +16,13 @@ NUMBERS = ("nan", "inf", "1e999", "-1", "0", "x", "", "1.5", str(10**30))
 
 
 def elements(value):
-    """The numbers of a setting, which may be a list of them, or none."""
+    """Return the numbers in the value of a setting, which may be a number, a list or anything else."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [one for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
 
 
 def arguments(script):
-    """A script's module, its parser, in which nothing is required, and its arguments by name."""
+    """Return a script's module, its parser with no argument required, and {name: argument}."""
     module = importlib.import_module(script)
     parser = module.build_parser()
     for action in parser._actions:

@@ -15,7 +15,7 @@ from sec3_benchmark.accuracy_table import accuracy_table
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Two stages that only note how they were called."""
+    """Make two scripts, toys/before.py and toys/after.py, that only record their calls; return the list of calls."""
     calls = []
 
     def toy(name, reads, **arguments):
@@ -88,7 +88,7 @@ def test_the_command_line_beats_rows_and_set_reaches_one_stage(ran):
 
 
 def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monkeypatch):
-    """Else "5 epochs" and its published number would stand beside a run of 9."""
+    """Otherwise the name "5 epochs" and its published number would stand beside a run of 9 epochs."""
     args = tables.parse(tables.make_parser("a table", ROWS, DEMO), ["--output", str(tmp_path), "--rows", "plain",
                                                                     "one", "--set", "before.epochs=9"])
     for name in ("before", "after"):
@@ -102,7 +102,7 @@ def test_a_row_whose_own_setting_is_changed_says_so(ran, tmp_path, capsys, monke
 
 
 def test_data_that_were_not_given_are_missed_before_the_first_stage(ran):
-    """The paper's data, that is, of which no path says so; stages with data of their own come first in a table."""
+    """With --preset paper the data are ImageNet, which needs a path."""
     with pytest.raises(UserError, match="--data imagenet needs --data-path"):
         run("--preset", "paper", "--rows", "plain", "one")
     assert ran == []
@@ -183,7 +183,7 @@ def test_a_dry_run_prints_commands_that_give_the_same_settings(ran, capsys):
 
 
 def test_a_dry_run_saves_the_weights_that_any_later_row_starts_from(ran, capsys, tmp_path):
-    """Also those of a line that is its own row's last."""
+    """Also if the line that writes them is the last of its own row."""
     rows = [Row("alone", "alone", None, ["toys/after.py"]),
             Row("onward", "onward", None, ["toys/after.py", "toys/after.py --init {previous} --rate 0.1"])]
     args = tables.parse(tables.make_parser("a table", rows, ()), ["--dry-run", "--rows", "all", "--seeds", "0", "1",
