@@ -1,4 +1,4 @@
-"""The machine: what results record about it, and what the obscure errors of the loader's processes mean."""
+"""The machine: what results record about it, and what obscure errors of the loader's workers mean."""
 import os
 import platform
 import re
@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from common.options import ROOT
 
-SHARED_MEMORY = "/dev/shm"  # where loading processes leave their batches
+SHARED_MEMORY = "/dev/shm"  # where workers leave their batches
 STARVED = "for want of memory: pass a smaller --workers, or --keep-decoded 0"
 TROUBLES = {  # {pattern in the message of PyTorch or the system: what it means}; the first pattern that matches counts
     r"killed by signal: Bus error|shared memory\(shm\)|</torch_.*No space left":
@@ -43,9 +43,9 @@ def environment():
 
 @contextmanager
 def explain_troubles():
-    """Turn an error about loading processes into one that says what to do.
+    """Turn an error of the loader's workers into one that says what to do.
 
-    Meant for a whole program: that a loading process has died is reported by a signal, at any point of the main one.
+    To be put around a whole program: a worker's death is reported by a signal, which may interrupt it anywhere.
     """
     try:
         yield
