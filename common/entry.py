@@ -68,8 +68,8 @@ def errors_in_one_line(prog):
         distributed.abort(traceback.format_exc())
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise when a worker ends
-        for loading in multiprocessing.active_children():  # they survive the SIGTERM that Python sends at exit
-            loading.kill()
+        for worker in multiprocessing.active_children():  # they survive the SIGTERM that Python sends at exit
+            worker.kill()
         distributed.stop_process_group()
 
 

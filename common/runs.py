@@ -129,9 +129,8 @@ def open_run(script, name, args, fingerprints, no_identity=()):
     settings, save_to = vars(args), getattr(args, "save_to", None)
     if save_to and Path(save_to).is_dir():
         raise UserError(f"--save-to {save_to} is a folder: name a file in it")
-    deciding = {name: value for name, value in settings.items() if name not in no_identity}
-    digest = settings_hash(deciding, fingerprints)
-    folder = Path(args.output) / script / f"{name}-{digest}"
+    deciding = {key: value for key, value in settings.items() if key not in no_identity}
+    folder = Path(args.output) / script / f"{name}-{settings_hash(deciding, fingerprints)}"
     lock, problem, result = None, None, None
     if distributed.is_main():
         try:
