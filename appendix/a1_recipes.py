@@ -1,12 +1,12 @@
-"""Appendix A.1: from the "ori." recipe to the improved one, a change at a time; layer decay from scratch; length.
+"""Appendix A.1: the "ori." recipe turned into the improved one, change by change; layer decay; longer fine-tuning.
 
     python appendix/a1_recipes.py                                            # demo: 3 rows from scratch, 2 minutes
     python appendix/a1_recipes.py --preset small --data-path DIR --rows scratch-ori scratch-mixup scratch-impr
     torchrun --nproc-per-node=8 appendix/a1_recipes.py --data-path IMAGENET  # every row, from scratch and from MAE-Tiny
 
-Each row keeps the changes of the rows above it: weaker augmentation and regularisation suit a small network. Published
-are only the ends (74.5 -> 75.8 from scratch, 76.1 -> 78.0 from MAE) and the longest fine-tuning; what the paper's
-appendix says of the steps between is in no source that we read.
+Each row keeps the changes of the rows above it: weaker augmentation and regularisation suit a small network. The
+sources that we read publish only the first and the last recipe (74.5 and 75.8 from scratch, 76.1 and 78.0 from MAE) and
+the longest fine-tuning. They do not give the accuracies of the steps between.
 """
 from common import entry, tables
 from common.rows import Row
@@ -14,7 +14,7 @@ from sec3_benchmark.accuracy_table import accuracy_table
 
 MAE = "sec3_benchmark/pretrain_mae.py"
 SCRATCH, FINETUNE = "sec3_benchmark/finetune.py", "sec3_benchmark/finetune.py --init {previous}"
-CHANGES = [  # key, what changes, words; applied one upon the other, the last is the improved recipe
+CHANGES = [  # (key, name, arguments of the change); cumulative, so that the last is the improved recipe
     ("ori", "ori. recipe", "--recipe ori"),
     ("randaugment", "+ RandAugment m9 -> m10", "--randaugment rand-m10-mstd0.5-inc1"),
     ("erasing", "+ no random erasing", "--erasing 0"),
@@ -27,7 +27,7 @@ DEMO = ("scratch-ori", "scratch-mixup", "scratch-impr")
 
 
 def rows_from(start, *lines):
-    """Return the rows of CHANGES for one start, whose last line is the fine-tuning."""
+    """Return a row for each of CHANGES. lines: the command lines of the stages; the last one is the fine-tuning."""
     *before, tuning = lines
     changes = [" ".join(words for *_, words in CHANGES[:n]) for n in range(1, len(CHANGES))] + [""]  # Table 1's run
     return [Row(f"{start}-{key}", f"{start}: {name}", PUBLISHED.get(f"{start}-{key}"),
@@ -50,7 +50,7 @@ def build_parser():
 
 
 def main(args):
-    """Writes a1.json and a1.md; returns the rows."""
+    """Run the chosen rows, write a1.json and a1.md, and return the rows."""
     return accuracy_table("a1", ROWS, DEMO, args)
 
 

@@ -1,18 +1,19 @@
-"""Appendix A.2: MAE's decoder, mask ratio and target for ViT-Tiny, one changed at a time, accuracy after fine-tuning.
+"""Appendix A.2: MAE's decoder, mask ratio and target for ViT-Tiny, changed one at a time; fine-tuned accuracy.
 
     python appendix/a2_mae_settings.py                                            # demo: 3 rows, 5 minutes
     python appendix/a2_mae_settings.py --preset small --data-path DIR --rows base depth-2 depth-8 ratio-0.9
     torchrun --nproc-per-node=8 appendix/a2_mae_settings.py --data-path IMAGENET --set finetune.epochs=100
 
-The paper chose one block of width 96 and 75 % (the official MAE: 8 blocks of width 512). Its numbers for the other
-settings are in no source that we read.
+The paper chose a decoder of one block of width 96 and a mask ratio of 75 % (the official MAE: 8 blocks of width 512).
+The sources that we read do not give its accuracies for the other settings.
 """
 from common import entry, tables
 from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
 
 DEMO = ("base", "depth-2", "ratio-0.9")
-# Heads of a decoder's width: ours, near the chosen decoder's 32 channels a head. Of vit_demo 48 is the chosen one.
+# Width of the decoder -> number of heads. The choice is ours: the paper's decoder has 32 channels per head, and 48 is
+# the width of vit_demo's own decoder.
 HEADS = {48: 3, 192: 6, 384: 12}
 
 
@@ -37,7 +38,7 @@ def build_parser():
 
 
 def main(args):
-    """Writes a2.json and a2.md; returns the rows."""
+    """Run the chosen rows, write a2.json and a2.md, and return the rows."""
     return accuracy_table("a2", ROWS, DEMO, args)
 
 

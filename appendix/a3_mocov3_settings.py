@@ -1,12 +1,12 @@
-"""Appendix A.3: MoCo-v3's settings for ViT-Tiny, one changed at a time, accuracy after fine-tuning.
+"""Appendix A.3: MoCo-v3's settings for ViT-Tiny, changed one at a time; fine-tuned accuracy.
 
     python appendix/a3_mocov3_settings.py                                         # demo: 3 rows
     python appendix/a3_mocov3_settings.py --preset small --data-path DIR --rows base stop-grad token
     torchrun --nproc-per-node=8 appendix/a3_mocov3_settings.py --data-path IMAGENET
 
 The paper's code leaves the patch embedding trainable (the official MoCo-v3 freezes it, for stability), fine-tunes with
-layer decay 0.75 and averages the patch tokens; arXiv v1's code read the class token. Only the chosen setting's accuracy
-is in a source that we read.
+layer decay 0.75 and averages the patch tokens; the code of arXiv v1 used the class token. The sources that we read give
+the accuracy of the chosen setting only.
 """
 from common import entry, tables
 from common.rows import Row
@@ -17,7 +17,7 @@ DEMO = ("base", "stop-grad", "token")
 
 
 def row(key, name, pretraining="", tuning="", **more):
-    """Return a row with words for the pre-training, and for the fine-tuning behind what MoCo-v3's always has."""
+    """Return a row with extra arguments for pre-training and for fine-tuning; the latter follow MOCO_FINETUNING."""
     lines = [f"sec3_benchmark/pretrain_mocov3.py {pretraining}".rstrip(),
              f"sec3_benchmark/finetune.py --init {{previous}} {MOCO_FINETUNING} {tuning}".rstrip()]
     return Row(key, name, more.pop("published", None), lines, **more)
@@ -38,7 +38,7 @@ def build_parser():
 
 
 def main(args):
-    """Writes a3.json and a3.md; returns the rows."""
+    """Run the chosen rows, write a3.json and a3.md, and return the rows."""
     return accuracy_table("a3", ROWS, DEMO, args)
 
 

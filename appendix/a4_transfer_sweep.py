@@ -1,13 +1,14 @@
-"""Appendix A.4: learning rate and layer decay of the transfer recipe, swept on one data set from one initialisation.
+"""Appendix A.4: a sweep over learning rate and layer decay of the transfer recipe, on one data set, from one start.
 
     python appendix/a4_transfer_sweep.py                                            # demo: 3 rates on a fractal set
     python appendix/a4_transfer_sweep.py --dataset pets --dataset-path ROOT --init mae_tiny_400e.pth.tar --seeds 0 1
     python appendix/a4_transfer_sweep.py --dataset flowers --dataset-path ROOT --data-path IMAGENET   # pre-trains first
     python appendix/a4_transfer_sweep.py ... --lrs 0.05 0.1 --layer-decays 0.75 --set transfer.epochs=100
 
-The sources give the settings of CIFAR-100 alone (lr 0.1, layer decay 0.75, 50 epochs); for the other sets this is how
-to find them. The sets have no images to choose on, so rows are compared on the test images: the best is a little too
-good, and Table 4 should then be run with other seeds. Winners belong into SETTINGS of sec3_benchmark/downstream.py.
+The sources give the settings of CIFAR-100 alone (lr 0.1, layer decay 0.75, 50 epochs); this sweep finds those of the
+other sets. The sets have no validation images of their own, so the rows are compared on the test images. The best
+accuracy is therefore a little too high, and Table 4 should then be run with other seeds. Enter the best settings in
+SETTINGS of sec3_benchmark/downstream.py.
 """
 import shlex
 
@@ -44,22 +45,22 @@ def parse(parser, argv=None):
 
 
 def rows_of(args):
-    """Return a row for each pair of rate and layer decay."""
+    """Yield a row for each pair of learning rate and layer decay."""
     before, init = ([], args.init) if args.init else (["sec3_benchmark/pretrain_mae.py"], "{previous}")
     transfer = f"sec3_benchmark/transfer.py --dataset {shlex.quote(args.dataset)} --init {shlex.quote(init)}"
     for lr in dict.fromkeys(args.lrs):
         for decay in dict.fromkeys(args.layer_decays):
-            chosen = args.dataset == "cifar100" and (lr, decay) == (0.1, 0.75) and not args.init  # published from MAE
+            chosen = args.dataset == "cifar100" and (lr, decay) == (0.1, 0.75) and not args.init  # published: from MAE
             yield Row(f"{lr}-{decay}", f"{title(args.dataset)}, lr {lr}, layer decay {decay}",
                       PUBLISHED["mae"]["cifar100"] if chosen else None,
                       [*before, f"{transfer} --lr {lr} --layer-decay {decay}"])
 
 
 def main(args):
-    """Writes a4.json and a4.md; returns the rows."""
+    """Run the chosen rows, write a4.json and a4.md, and return the rows."""
     distributed.start_process_group("cpu" if args.dry_run else args.device)
     check_path(args.dataset, args.dataset_path)
-    if args.dataset not in FRACTALS and not args.dry_run:  # looked at now rather than after a long pre-training
+    if args.dataset not in FRACTALS and not args.dry_run:  # find a missing data set before a long pre-training
         load_downstream(options.resolve(args))
     return accuracy_table("a4", list(rows_of(args)), (), args)
 

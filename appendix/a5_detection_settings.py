@@ -1,20 +1,20 @@
-"""Appendix A.5: the two detection protocols that the sources name, as settings of detect.py.
+"""Appendix A.5: detection with the two protocols that the sources name, as settings of detect.py.
 
     python appendix/a5_detection_settings.py                                              # demo: generated scenes
     python appendix/a5_detection_settings.py --dataset-path COCO --init FILE
     python appendix/a5_detection_settings.py --dataset-path COCO --init FILE --dry-run    # the commands
 
-The text says that the protocol follows Li et al. 2021; the code that the authors released, and with it the published
-numbers (MAE-Tiny: box AP 39.9, mask AP 35.4), has ViTDet's. The settings of Li et al. are those of a public
-re-implementation (MIMDet) for ViT-B, not of the paper's own table, which no source shows; not taken over: its tables of
-relative positions, which are shared and without weight decay (here decomposed, decayed), and 25 and 50 epochs.
+The paper's text says that the protocol follows Li et al. 2021. The code that the authors released, and with it the
+published numbers (MAE-Tiny: box AP 39.9, mask AP 35.4), uses ViTDet's. The settings of Li et al. are those of a public
+re-implementation (MIMDet) for ViT-B, because no source shows the paper's own table. Two of them are not adopted: the
+relative position tables, shared and without weight decay there, decomposed and decayed here; and 25 and 50 epochs.
 """
 from common import entry, options, report, tables
 from common.rows import Row
 from sec3_benchmark.accuracy_table import duration
 
 DETECT = "sec3_benchmark/detect.py"
-PUBLISHED = {"box_ap": 39.9, "mask_ap": 35.4}  # from MAE-Tiny (ICML slides, code page), with ViTDet's settings
+PUBLISHED = {"box_ap": 39.9, "mask_ap": 35.4}  # MAE-Tiny with ViTDet's settings (ICML slides, code page)
 FORM = f"{DETECT} --pyramid topdown --schedule cosine --drop-path 0.1 --weight-decay 0.1"
 ROWS = [
     Row("vitdet", "ViTDet (released code)", PUBLISHED, [DETECT]),
@@ -48,10 +48,10 @@ COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mas
 
 
 def main(args):
-    """Runs the chosen rows and writes a5_detection.json and .md; returns the rows."""
+    """Run the chosen rows, write a5_detection.json and .md, and return the rows."""
     canvas = [f"detect.img_size=[{','.join(map(str, args.img_size))}]"] if "img_size" in args.given else []
-    args = options.replaced(args, data="coco" if args.dataset_path else "scenes",  # what the table says of its data
-                            data_path=None, set=[*canvas, *args.set])  # the canvas comes by --set alone, see detect.py
+    args = options.replaced(args, data="coco" if args.dataset_path else "scenes",  # as named in the table
+                            data_path=None, set=[*canvas, *args.set])  # detect.py's canvas is set by --set alone
     results, without = tables.run_rows(ROWS, args, DEMO, "a5_detection")
     if args.dry_run:
         return []

@@ -1,12 +1,12 @@
-"""Appendix A.6: what does CKA depend on? Batch size, number and order of the images, and which spatial frequencies.
+"""Appendix A.6: how CKA depends on batch size, on number and order of the images, and on spatial frequencies.
 
     python appendix/a6_cka_settings.py                                                      # demo: its own runs
     python appendix/a6_cka_settings.py --data-path IMAGENET --models DeiT-Tiny=deit.pt MAE-Tiny=mae.pt
     python appendix/a6_cka_settings.py --from-numbers outputs/a6/a6.npz
 
-Figure 1's similarities again, a setting changed at a time. The paper's claim: low frequencies dominate, that is, CKA of
-low-passed features is that of all of them. Its numbers are in no source that we read, nor its cut-off: ours is half of
-the highest frequency (--cut-off). Writes a6.npz, .json, .md and a6.png.
+Measures Figure 1's similarities again, with one setting changed at a time. The paper claims that low frequencies
+dominate: CKA of low-passed features equals CKA of the full features. The sources that we read give neither its numbers
+nor its cut-off; ours is half of the highest frequency (--cut-off). Writes a6.npz, .json, .md and a6.png.
 """
 from functools import partial
 
@@ -40,9 +40,10 @@ def build_parser():
 
 
 def band_pass(tokens, grid, band, cut_off):
-    """Return the part of patch tokens (B, L, C) on `grid` whose spatial frequencies are low or high.
+    """Return the "low" or "high" spatial frequencies of patch tokens (B, L, C) on `grid` (rows, columns).
 
-    Low: on both axes below the cut-off (1: an alternating pattern). High: the rest; both add up to the tokens.
+    Low: both axes below the cut-off, where 1 is the highest frequency, an alternating pattern. High: all others, so
+    the two parts add up to the tokens.
     """
     B, L, C = tokens.shape
     frequencies = [torch.fft.fftfreq(n, device=tokens.device).abs() * 2 for n in grid]
@@ -52,7 +53,7 @@ def band_pass(tokens, grid, band, cut_off):
 
 
 def variant(args, change):
-    """Return the arguments of one variant."""
+    """Return args with the change of one variant; the band is no argument of Figure 1."""
     change = {name: value for name, value in change.items() if name != "band"}
     if "num_images" in change:
         change["num_images"] = int(change["num_images"] * args.num_images)
@@ -62,7 +63,10 @@ def variant(args, change):
 
 
 def compare_variants(args, models, images):
-    """Measure every variant: {"model: variant": CKA (layers, layers of the first)}, {variant: what to know of it}."""
+    """Measure every variant.
+
+    Returns {"model: variant": CKA (layers, layers of the first model)} and {variant: remarks for the table}.
+    """
     arrays, about = {}, {}
     for name, change in VARIANTS.items():
         band = partial(band_pass, band=change["band"], cut_off=args.cut_off) if "band" in change else None
@@ -73,7 +77,7 @@ def compare_variants(args, models, images):
         except UserError as error:
             if not change:
                 raise
-            about[name] = f"left out: {error}"  # too few images for the authors' order, say
+            about[name] = f"left out: {error}"  # for example, too few images for the authors' order
             print0(about[name])
             continue
         arrays |= {f"{model}: {name}": array for model, array in found.items()}
@@ -82,7 +86,7 @@ def compare_variants(args, models, images):
 
 
 def by_model(arrays):
-    """Return {model: {variant: array}} without the reference, which is first."""
+    """Group the arrays as {model: {variant: array}}, without the first model, which is the reference."""
     split = {}
     for key, array in arrays.items():
         model, name = key.rsplit(": ", 1)
@@ -91,7 +95,7 @@ def by_model(arrays):
 
 
 def describe(arrays):
-    """Return for each model and variant, as Markdown, the mean of the diagonal and the largest change of a pair."""
+    """Return a Markdown table with the mean of the diagonal and the largest change of a pair for each variant."""
     rows = []
     for model, variants in by_model(arrays).items():
         usual = next(iter(variants.values()))
@@ -102,7 +106,7 @@ def describe(arrays):
 
 
 def draw_diagonals(arrays):
-    """Draw a panel a model: its diagonal for every variant."""
+    """Draw one panel per model: the diagonal of its CKA matrix for every variant."""
     models = by_model(arrays)
     figure, axes = report.subplots(1, len(models), figsize=(3.2 * len(models) + 2, 2.8), sharey=True, squeeze=False)
     styles = ("-", "--", ":", "-.")
@@ -117,7 +121,7 @@ def draw_diagonals(arrays):
 
 
 def main(args):
-    """Measure every variant, write and draw; return {"model: variant": CKA}, {} where this rank leaves."""
+    """Measure, write and draw every variant; return {"model: variant": CKA}, {} after a dry run and on ranks > 0."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "a6")
     else:

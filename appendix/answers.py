@@ -1,6 +1,6 @@
-"""Which validation images a finished classifier answers right: what the error of a difference of two accuracies needs.
+"""Which validation images a finished classifier gets right; used for the standard error of accuracy differences.
 
-Two models tend to fail on the same images, so that their difference is known better than each accuracy alone.
+Two models tend to fail on the same images, so their difference is known more precisely than either accuracy.
 """
 import argparse
 import json
@@ -19,18 +19,20 @@ from sec3_benchmark.downstream_sets import load_downstream
 from sec3_benchmark.evaluate import answered_right
 from sec3_benchmark.finetune import build_classifier
 
-PLACES = ("data_path", "dataset_path", "output", "device", "workers", "micro_batch", "keep_decoded")  # may have changed
+# Settings taken from this call rather than from the run: they do not change the answers
+PLACES = ("data_path", "dataset_path", "output", "device", "workers", "micro_batch", "keep_decoded")
 
 
 def of_run(result, args):
-    """Return `answered_right` for the result of a run of finetune.py or transfer.py; it is kept in the run's folder.
+    """Return which validation images a run of finetune.py or transfer.py got right: (images,) of 1 and 0.
 
-    args: where the data lie now, and the device. Raises UserError if the answers are not those that the run counted.
+    result: the run's result. args: where the data are now, and the device. The answers are stored in the run's folder.
+    Raises UserError if their mean is not the accuracy that the run reported.
     """
     kept = Path(result["run"]) / "answers.npy"
     known = distributed.broadcast_object(kept.exists())
     right = np.load(kept) if known else evaluate(result, args)
-    if abs(100 * right.mean() - result["top1"]) > 0.5:  # in half precision a few images may fall otherwise
+    if abs(100 * right.mean() - result["top1"]) > 0.5:  # half precision may change the answer for a few images
         raise UserError(f"{result['run']} found {result['top1']:.2f} % of the validation images right, and its weights "
                         f"find {100 * right.mean():.2f} % of those in {args.data_path or args.data}: other images?")
     if distributed.is_main() and not known:
@@ -39,7 +41,7 @@ def of_run(result, args):
 
 
 def evaluate(result, args):
-    """Evaluate the weights of a run on its validation images, as it did itself."""
+    """Evaluate the weights of a run on its validation images, with the settings of that run."""
     weights = read_weights(result["checkpoint"])
     settings = json.loads((Path(result["run"]) / "settings.json").read_text())
     now = {name: getattr(args, name) for name in PLACES}

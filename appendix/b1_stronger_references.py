@@ -1,18 +1,19 @@
-"""Appendix B.1: Figure 1 with a stronger supervised reference than DeiT-Tiny. Is the picture the same?
+"""Appendix B.1: Figure 1 with a stronger supervised reference than DeiT-Tiny.
 
     python appendix/b1_stronger_references.py                                               # demo: a wider reference
     python appendix/b1_stronger_references.py --preset small --data-path DIR                # ViT-Small, trained here
     python appendix/b1_stronger_references.py --data-path IMAGENET --models \\
         DeiT-Small=timm:deit_small_patch16_224.fb_in1k MAE-Tiny=mae.pt MoCov3-Tiny=moco.pt --num-heads-of DeiT-Small=6
 
-The first model is the reference; layers are compared with layers, whatever their widths. Which references the paper
-took is in no source that we read; it says that the structure stays the same. Writes b1.npz, .json, .md and b1.png.
+The first model is the reference; CKA compares layers of different widths. The sources that we read do not say which
+references the paper used, only that the structure of the similarities stays the same. Writes b1.npz, .json, .md and
+b1.png.
 """
 from common import entry, report
 from common.rows import Row
 from sec4_analysis import similarity, study
 
-# Wider than the preset's student
+# The model of the reference, wider than the preset's student
 WIDER = {"demo": "vit_tiny", "laptop": "vit_tiny", "small": "vit_small", "paper": "vit_small"}
 
 
@@ -21,15 +22,18 @@ def build_parser():
 
 
 def rows_of(args):
-    """Return Figure 1's rows behind a wider supervised reference."""
+    """Return the rows of Figure 1, preceded by a wider supervised reference."""
     model = WIDER[args.preset]
-    decay = " --layer-decay 0.75" if model == "vit_small" else ""  # as the authors trained it
+    decay = " --layer-decay 0.75" if model == "vit_small" else ""  # as in the authors' training of ViT-Small
     reference = Row("stronger", f"supervised {model}", None, [f"sec3_benchmark/finetune.py --model {model}{decay}"])
     return (reference, study.SUPERVISED, study.MAE_ROW, study.MOCOV3)
 
 
 def main(args):
-    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}, {} where this rank leaves."""
+    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}.
+
+    Returns {} after a dry run and on ranks other than 0.
+    """
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "b1")
     else:

@@ -1,4 +1,4 @@
-"""Appendix B.5: DINO and SimMIM beside MAE and MoCo-v3, fine-tuned, linearly probed, by nearest neighbours.
+"""Appendix B.5: DINO and SimMIM beside MAE and MoCo-v3: accuracy of fine-tuning, linear probe and nearest neighbours.
 
     python appendix/b5_dino_simmim.py                                                     # demo: 3 rows, 7 minutes
     python appendix/b5_dino_simmim.py --preset small --data-path DIR --set pretrain_dino.epochs=40 finetune.epochs=15
@@ -7,10 +7,10 @@
         pretrain_dino.model=vit_small pretrain_simmim.model=vit_small_simmim pretrain_mocov3.model=vit_small \\
         finetune.layer_decay=0.75                                                         # ViT-Small
 
-Published are the fine-tuned accuracies, and 23.4 for MAE's linear probe. Recipes of the paper's DINO-Tiny and
-SimMIM-Tiny are in no source that we read: pretrain_dino.py and pretrain_simmim.py say which settings are ours. Rows
-differ in what an epoch costs: "crops" is what the encoder sees of an image in an epoch. Pre-trainings and fine-tunings
-are those of Table 1. Writes b5.json and b5.md.
+Published are the fine-tuned accuracies, and 23.4 for MAE's linear probe. The sources that we read do not give the
+recipes of the paper's DINO-Tiny and SimMIM-Tiny: pretrain_dino.py and pretrain_simmim.py say which settings are ours.
+The cost of an epoch differs between the rows: "crops" tells how many crops of an image the encoder processes in an
+epoch. MAE and MoCo-v3 are the runs of Table 1. Writes b5.json and b5.md.
 """
 from common import entry, report, tables
 from common.rows import Row
@@ -21,7 +21,10 @@ DEMO = ("mae", "simmim", "dino")
 
 
 def row(key, name, published, pretraining, crops, pooling="token", linear=None, tuning=""):
-    """Return pre-training, then kNN and linear probe of its weights, which they hand on, then fine-tuning."""
+    """Return a row of four stages: pre-training, kNN probe, linear probe, fine-tuning.
+
+    Both probes pass the pre-trained weights on, so that the fine-tuning starts from them.
+    """
     probe = "--init {previous} --pooling " + pooling
     return Row(key, name, published, [pretraining, f"appendix/knn_probe.py {probe}",
                                       f"appendix/linear_probe.py {probe}",
@@ -54,7 +57,7 @@ def build_parser():
 
 
 def main(args):
-    """Runs the chosen rows and writes the table; returns its rows."""
+    """Run the chosen rows, write b5.json and b5.md, and return the rows."""
     results, _ = tables.run_rows(ROWS, args, DEMO, script="b5")
     if args.dry_run:
         return []

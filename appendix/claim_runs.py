@@ -1,4 +1,4 @@
-"""The runs behind appendix/claims.py: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7, and their numbers."""
+"""The runs and measurements that appendix/claims.py judges: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7."""
 import shlex
 import statistics
 from dataclasses import replace
@@ -20,26 +20,27 @@ from sec4_analysis import leading_blocks, study
 from sec5_distill import fig7_distilled_layer as fig7
 from sec5_distill import table5_distillation as table5
 
-SIX_BLOCKS = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}  # runs with six leading blocks
+# Run -> (method, line of its pre-training); only the first six pre-trained blocks are kept, as in Figures 2 and 4
+SIX_BLOCKS = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}
 TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
 ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12"}  # distilled in this block, as in Figure 7
-ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # whose layers are looked at
+ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # the models of Figures 1, 3 and 5
 FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
-THIRD = 4  # layers of twelve
+THIRD = 4  # of the twelve layers
 ALL = "the full data set"
 
 
 def six_blocks_of(run, tuning):
-    """Return the row of a start from six leading blocks, as in Figures 2 and 4."""
+    """Return the row that trains from the first six pre-trained blocks, as in Figures 2 and 4."""
     name, pretraining = SIX_BLOCKS[run]
     return leading_blocks.point_row(tuning, "", name, 6, [pretraining], PREVIOUS)
 
 
 def fine_tuned(run, args):
-    """The row that ends with fine-tuning on all of the data."""
+    """Return the row of a run that is fine-tuned on the full data set."""
     if run in SIX_BLOCKS:
         return six_blocks_of(run, "sec3_benchmark/finetune.py")
-    if run == "dmae-12" and args.preset != "paper":  # there Figure 7 fine-tunes for 100 epochs, Table 1 for 300
+    if run == "dmae-12" and args.preset != "paper":  # in preset paper, Figure 7 has 100 epochs, Table 1 has 300
         run = "dmae"
     if run in ONE_BLOCK:
         return fig7.row_of(ONE_BLOCK[run], args.preset)
@@ -50,20 +51,20 @@ def fine_tuned(run, args):
 
 
 def transferred(run, dataset):
-    """The row that ends with transfer to a small set."""
+    """Return the row of a run that is transferred to a small data set."""
     if run in SIX_BLOCKS:
         return six_blocks_of(run, f"sec3_benchmark/transfer.py --dataset {shlex.quote(dataset)}")
     return downstream.cell(next(row for row in table5.ROWS if row.key == run), dataset)
 
 
 def words_for(parser, args):
-    """What was given on the command line, as far as another script knows it."""
+    """Return the given command-line arguments that the parser of another script also has, as a list of words."""
     known = options.defaults(parser)
     return options.to_argv({name: value for name, value in args.given.items() if name in known})
 
 
 def rows_for(needed, args, sets):
-    """Rows of all runs that the (kind, run) of `needed` come from."""
+    """Return the rows to train for the measurements `needed`, a list of (kind, run). sets: the small data sets."""
     rows = []
     for kind, run in needed:
         if kind == "top1":
@@ -77,8 +78,9 @@ def rows_for(needed, args, sets):
 
 
 def measure(needed, args, sets):
-    """Runs or finds everything; returns ([a Measured for each seed], [what to know about each run]), or None on ranks
-    that are not needed any more, and after a dry run.
+    """Train whatever is missing and measure; return ([Measured of each seed], [provenance of each run]).
+
+    Returns None after a dry run, and on ranks other than 0.
     """
     rows = rows_for(needed, args, sets)
     results, without = tables.run_rows(rows, args, (), "claims")
@@ -97,7 +99,10 @@ def measure(needed, args, sets):
 
 
 def accuracies(needed, final, sets, args):
-    """Two dicts by (kind, run): accuracies in %, and of each data set which images are answered right."""
+    """Return {(kind, run): accuracy in %} and {(kind, run): {data set: (images,) of 1 for right and 0 for wrong}}.
+
+    final: {key of a row: result of its last stage}.
+    """
     values, right = {}, {}
     for kind, run in needed:
         if kind in ("top1", "small"):
@@ -109,8 +114,9 @@ def accuracies(needed, final, sets, args):
 
 
 def looks(checkpoints, args, seed):
-    """What Figures 1, 3 and 5 measure of the models {name: checkpoint} of a seed, by (measure and part, name). They are
-    written and drawn too, into a folder of that seed.
+    """Run Figures 1, 3 and 5 on the models of one seed; return {(measure and part, model): number}.
+
+    checkpoints: {model: file}. The figures are written to claims/seed<seed>/ in the output folder.
     """
     arrays = {}
     for item, figure in FIGURES.items():
@@ -125,10 +131,12 @@ def looks(checkpoints, args, seed):
 
 
 def numbers(name, similarity, amplitudes, attention):
-    """One model's: CKA with the supervised model in equal layers; high frequencies after the first layers; distance
-    and entropy of attention as a share of those of uniform attention, and how much the heads differ in distance.
+    """Summarise the figures of one model as {(measure and part, name): number}.
+
+    CKA with the supervised model in equal layers; high frequencies after the first layers; distance and entropy of
+    attention, relative to uniform attention; and how much the heads of a layer differ in distance ("diversity").
     """
-    equal_layers = np.diagonal(similarity)[1:]  # index 0 is before the first block
+    equal_layers = np.diagonal(similarity)[1:]  # without index 0, the embedding
     heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]
     distance, entropy = heads / uniform  # each (layers, heads)
     found = {(f"high frequencies {part}", name): amplitudes[0, point, -1]
@@ -142,7 +150,10 @@ def numbers(name, similarity, amplitudes, attention):
 
 
 def provenance(row, results, args):
-    """Yield for each seed of a row its last command, abridged (the start's run, no path), its run and its number."""
+    """Yield how the number of a row was made, for each seed: last command, run, top-1 and minutes.
+
+    The command names the run it starts from instead of the path of the weights.
+    """
     for seed, lines in zip(args.seeds, results):
         start = Path(lines[-2]["run"]).name if len(lines) > 1 else PREVIOUS
         command = f"python {row.lines[-1].replace(PREVIOUS, start)} --preset {args.preset} --seed {seed}"

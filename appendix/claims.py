@@ -6,9 +6,9 @@
     python appendix/claims.py --from-numbers outputs/claims/claims.json     # draw the picture anew
 
 DIR holds train/<class>/ and val/<class>/; ROOT holds the small sets, see sec3_benchmark/downstream_sets.py. Runs are
-those of the tables and figures, and are found if they are there. A claim is an effect that is positive if it holds; how
-its interval and its verdict come about: appendix/evidence.py. One seed never gives a verdict. Writes claims.json, .md
-and draws claims.png; the figures of Section 4 for each seed lie beside them.
+shared with the tables and figures; finished ones are reused. Each claim is stated as an effect that is positive if
+the claim holds. appendix/evidence.py explains the interval and the verdict; a single seed never gives a verdict.
+Writes claims.json, claims.md and claims.png, and beside them the figures of Section 4 for each seed.
 """
 import textwrap
 from collections.abc import Callable
@@ -29,29 +29,29 @@ class Claim:
     key: str
     where: str  # in the paper
     statement: str
-    effect: Callable  # of an evidence.Measured
+    effect: Callable  # evidence.Measured -> number
     unit: str = POINTS
     beyond: float = 0.0  # seen if the whole interval is larger
-    within: float | None = None  # an equivalence instead: seen if it lies inside ± this
+    within: float | None = None  # equivalence instead: seen if the interval is inside ± this
 
 
 def smaller_of_both(effect):
-    """Return the smaller effect of two models that are said to be alike in this."""
+    """Return the effect of a claim about two models: the smaller one, so that the claim must hold for both."""
     return lambda m: min(effect(m, "supervised"), effect(m, "MAE, fine-tuned"))
 
 
 def low_to_high(measure):
-    """Return the effect of a model by which a measure rises from low to high layers."""
+    """Return the effect "this measure of a model is larger in high layers than in low ones"."""
     return lambda m, model: m.stat(measure, model, "high") - m.stat(measure, model, "low")
 
 
 def extra_loss_on_small_sets(measured, run):
-    """Return what leaving out the pre-trained blocks 7 to 12 costs on small sets more than on all of the data."""
+    """Return the accuracy lost without pre-trained blocks 7 to 12 on small sets, minus that lost on the full data."""
     return (measured.small(run) - measured.small(f"{run}-6")) - (measured.top1(run) - measured.top1(f"{run}-6"))
 
 
 def gap_to_supervised(measured, model, part):
-    """Return how far a model's attention distance is from the supervised model's."""
+    """Return the absolute difference in attention distance between a model and the supervised one."""
     return abs(measured.stat("distance", model, part) - measured.stat("distance", "supervised", part))
 
 
@@ -127,7 +127,7 @@ def build_parser():
 
 
 def judge(claim, seeds):
-    """A row of the table: the claim, its effect and what it says."""
+    """Return a row of the table: the claim, its effect, its verdict and the numbers of each seed."""
     effect = evidence.estimate(claim.effect, seeds)
     return {"claim": claim.key, "where": claim.where, "statement": claim.statement, "unit": claim.unit,
             "beyond": claim.beyond, "within": claim.within, "effect": vars(effect),
@@ -137,7 +137,7 @@ def judge(claim, seeds):
 
 
 def in_words(row):
-    """The effect with its interval."""
+    """Format the effect of a row with its interval and unit."""
     effect, digits = row["effect"], 1 if row["unit"] == POINTS else 2
     unit = row["unit"]
     if effect["low"] is None:
@@ -155,8 +155,9 @@ STYLES = {SEEN: (report.COLOURS[2], "o"), OPEN: ("#666666", "s"), CONTRARY: (rep
 
 
 def draw_forest_plot(rows):
-    """Draw a line for each claim: its effect and interval, right of zero if the claim holds. Points of top-1 share an
-    axis; each other measure is scaled to its own width, and its numbers stand at the right.
+    """Draw one line per claim: its effect and interval, right of zero if the claim holds.
+
+    Claims in points of top-1 share an axis. Each other claim is drawn to its own scale, with its numbers at the right.
     """
     groups = [[row for row in rows if (row["unit"] == POINTS) is points] for points in (True, False)]
     groups = [group for group in groups if group]
@@ -168,7 +169,7 @@ def draw_forest_plot(rows):
 
 
 def draw_panel(axis, rows):
-    """Draw one panel of it."""
+    """Draw one panel of the forest plot; its rows are all in points of top-1, or none is."""
     points = rows[0]["unit"] == POINTS
     for place, row in enumerate(rows):
         effect, (colour, marker) = row["effect"], STYLES[row["verdict"]]
@@ -198,7 +199,7 @@ def draw_panel(axis, rows):
 
 
 def conclusion(args, rows, sets):
-    """Return what stands below the table."""
+    """Return the text below the table: counts of verdicts, seeds, small sets, and how to read an interval."""
     count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (SEEN, OPEN, CONTRARY)}
     small = ", ".join(map(downstream.title, sets)) or "none"
     return "\n\n".join([
@@ -209,7 +210,7 @@ def conclusion(args, rows, sets):
 
 
 def main(args):
-    """Runs what is needed, judges, writes claims.json and .md, draws claims.png; returns the rows."""
+    """Train what is missing, judge the claims, write claims.json, .md and .png, and return the rows."""
     if not args.from_numbers:
         distributed.start_process_group("cpu" if args.dry_run else args.device)
         claims = [claim for claim in CLAIMS if claim.key in args.claims]

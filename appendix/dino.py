@@ -1,4 +1,4 @@
-"""DINO (Caron et al. 2021) for the paper's ViTs: crops, model, loss, schedules, in the order of a step (Appendix B.5).
+"""DINO (Caron et al. 2021) for the paper's ViTs, in the order of a training step (Appendix B.5).
 
 The student processes two large and several small crops of an image, the teacher only the large ones. For each crop the
 student predicts the teacher's output for every other large crop. The teacher's weights are a moving average of the
@@ -76,8 +76,9 @@ class DINOHead(nn.Module):
 
 
 class DINO(nn.Module):
-    """Parameter names are the official ones, `backbone` and `head`, under `student` and `teacher`. `config` describes
-    the teacher's backbone, which is what others read from the file.
+    """DINO's student and teacher, each a ViT `backbone` with a projection `head`; parameters have the official names.
+
+    `config` describes the backbone of the teacher, the one that --init takes from the checkpoint.
     """
 
     def __init__(self, model="vit_tiny", *, img_size=224, local_size=96, patch_size=16, in_chans=3, num_heads=12,
@@ -158,19 +159,22 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     targets = ((teacher.float() - center) / teacher_temp).softmax(dim=1).view(2, B, -1)
     logs = (student.float() / student_temp).log_softmax(dim=1).view(-1, B, targets.shape[2])
     pairs = [-(target * log).sum(dim=1).mean() for t, target in enumerate(targets) for s, log in enumerate(logs)
-             if s != t]  # not as a matrix product, which autocast would do in bf16
+             if s != t]  # no matrix product: autocast would compute it in bf16
     return torch.stack(pairs).mean()
 
 
 def update_center(center, teacher_sum, rows, momentum=0.9):
-    """Update the moving average of the teacher's outputs; teacher_sum: (K,), the sum of `rows` outputs of all ranks."""
+    """Return the updated moving average of the teacher's outputs, (1, K).
+
+    teacher_sum: (K,), the sum of the outputs of all ranks, of which there are `rows`.
+    """
     return momentum * center + (1 - momentum) * teacher_sum / rows
 
 
 # Schedules and gradients
 
 def teacher_temperature(epoch, start, end, warmup_epochs):
-    """Compute the temperature of a 0-based epoch: linear from `start` to `end` in the last epoch of the warm-up."""
+    """Return the temperature in a 0-based epoch: linear from `start` to `end` during the warm-up, then `end`."""
     return start + (end - start) * epoch / max(1, warmup_epochs - 1) if epoch < warmup_epochs else end
 
 

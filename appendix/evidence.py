@@ -6,9 +6,9 @@ A claim's effect is a difference that is positive if the claim holds. It is comp
     mean ± t(0.975, seeds - 1) * standard deviation over seeds / sqrt(seeds)
     mean ± 1.96 * standard error from the number of validation images
 
-The second is of accuracies alone. It is paired by image: an effect is, but for a constant, a sum over images of which
-runs answered them right, each weighed by the effect's derivative; the standard error of that sum is known from its
-spread over images. So what two runs, or two seeds, fail on alike does not count.
+The second exists for accuracies alone. It is paired by image: up to a constant, an effect is a sum over images. The
+term of an image is the sum over the runs that answer it right of the effect's derivative by their accuracy. The spread
+of the terms over images gives the standard error. Images that two runs, or two seeds, both fail on thus cancel.
 """
 import math
 import statistics
@@ -18,14 +18,14 @@ import numpy as np
 
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t(0.975) for 1 to 9 degrees of freedom
 SEEN, OPEN, CONTRARY = "seen", "not decided", "contrary"  # verdicts
-STEP = 1e-4  # of the finite difference in Measured.influence
+STEP = 1e-4  # step of the finite difference in Measured.influence
 
 
 class Measured:
     """The measurements of one seed; an effect is a function of it: lambda m: m.top1("mae") - m.top1("scratch").
 
-    values: {(kind, run): number}; answers, of those that are accuracies: {(kind, run): {data set: (images,) of 1 for
-    right and 0 for wrong}}. An accuracy is the mean over its data sets.
+    values: {(kind, run): number}. answers: {(kind, run): {data set: (images,) of 1 for right and 0 for wrong}}, for the
+    values that are accuracies; each is the mean over its data sets, in percent.
     """
 
     def __init__(self, values, answers=()):
@@ -51,7 +51,10 @@ class Measured:
         return self.get(f"{measure} {part}", run)
 
     def influence(self, effect):
-        """Return {data set: (images,)}: how far each image, answered right, moves effect(self), times their number."""
+        """Return {data set: (images,)}: the contribution of each image to effect(self), times the number of images.
+
+        The derivative of the effect by each accuracy is taken numerically.
+        """
         influence = {}
         for key, answers in self.answers.items():
             moved = Measured({**self.values, key: self.values[key] + STEP})
@@ -62,14 +65,14 @@ class Measured:
 
 
 def images_error(effect, seeds):
-    """Return the standard error of the mean over seeds of an effect, from the number of validation images."""
+    """Return the standard error of an effect, averaged over seeds, that the number of validation images causes."""
     by_seed = [measured.influence(effect) for measured in seeds]
     means = [np.mean([influence[name] for influence in by_seed], axis=0) for name in by_seed[0]]
     return math.sqrt(sum(mean.var(ddof=1) / len(mean) for mean in means))
 
 
 class RecordingMeasured(Measured):
-    """Records which measurements an effect reads and returns placeholder numbers for them."""
+    """A Measured that records which measurements an effect reads, and returns placeholder numbers for them."""
 
     def __init__(self):
         super().__init__({})
@@ -118,7 +121,7 @@ def estimate(effect, seeds) -> Effect:
 def verdict(effect: Effect, beyond=0.0, within=None) -> str:
     """Decide a claim: is the effect larger than `beyond`, or, for an equivalence, within ± `within`?
 
-    SEEN if this holds for the whole interval, CONTRARY if its opposite does, else, or with a single seed, OPEN.
+    SEEN if the whole interval says yes, CONTRARY if the whole interval says no; otherwise OPEN, as with a single seed.
     """
     if effect.low is None:
         return OPEN

@@ -1,7 +1,7 @@
-"""Frozen features for the probes: any checkpoint, any layer, class token or mean of the patches; computed once, kept.
+"""Frozen features for the probes: of any checkpoint and layer, class token or mean of the patch tokens; cached.
 
-The file outputs/features/<hash>.pt is named after the weights, the images and the settings, so that linear_probe.py and
-knn_probe.py share it, whatever they are told besides.
+The hash in outputs/features/<hash>.pt covers weights, images and the settings that decide a feature. linear_probe.py
+and knn_probe.py therefore share the file.
 """
 import hashlib
 import json
@@ -27,7 +27,7 @@ POOLING = ("token", "avg")
 
 
 def add_arguments(parser):
-    """The arguments of both probes; returns the parser."""
+    """Add the arguments that the probes share: data, model, weights, layer and pooling; return the parser."""
     options.add_data(parser)
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("features")
@@ -41,8 +41,9 @@ def add_arguments(parser):
 
 
 def add_execution(parser, save_to, kept=True):
-    """What of options.add_execution holds here: features are float32, and an unreadable image is an error. `save_to` is
-    the help of --save-to; `kept`: features are kept and found again.
+    """Add the arguments of options.add_execution that apply to features, which are float32.
+
+    save_to: the help of --save-to. kept: whether the script caches its features, so that --fresh makes sense.
     """
     group = parser.add_argument_group("execution")
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR", help="where results are kept")
@@ -55,11 +56,16 @@ def add_execution(parser, save_to, kept=True):
 
 
 def build_encoder(args, device):
-    """The network of --init without its head, the fingerprint of its weights, and settings as these say."""
+    """Build the network of --init without its head, in evaluation mode on the device.
+
+    Returns the network, the fingerprint of its weights, and args completed by what the weights say. Raises UserError if
+    they have no class token or no such block, or if their pooling contradicts --pooling.
+    """
     if not args.init:
         raise UserError("--init is missing: the weights whose features are probed")
     weights = read_weights(args.init)
-    # a norm behind the mean: an averaging classifier; some have no class token, and their norm in front of the mean
+    # fc_norm follows the mean in classifiers that average patch tokens. Other models without a class token have their
+    # norm before the mean
     pool = "avg" if "fc_norm.weight" in weights.state else "token" if "cls_token" in weights.state else ""
     args = options.resolve(args, weights)
     if pool != "token" and args.pooling is None:
@@ -79,18 +85,23 @@ def build_encoder(args, device):
 
 
 def features(vit, images, layer=0, pooling="token"):
-    """Images (B, C, H, W) -> (B, D): block `layer`'s output, the last one's (0) after the final norm."""
+    """Compute features of images (B, C, H, W): (B, D).
+
+    layer: the block whose output is pooled, from 1; 0 takes the last one and applies the final norm.
+    """
     [(patches, prefix)] = vit.forward_intermediates(images, indices=[layer - 1 if layer else len(vit.blocks) - 1],
                                                     norm=layer == 0, output_fmt="NLC", return_prefix_tokens=True,
                                                     stop_early=True, intermediates_only=True)
     pooled = prefix[:, 0] if pooling == "token" else patches.mean(dim=1)
-    return pooled if layer or vit.fc_norm is None else vit.fc_norm(pooled)  # an identity but in averaging classifiers
+    return pooled if layer or vit.fc_norm is None else vit.fc_norm(pooled)  # identity unless it averages
 
 
 @torch.inference_mode()
 def extract(vit, images, transform, args, device, view=0, unreadable=None):
-    """Features (N, D) of all images, float32, on the CPU of every rank; each rank computes its share. With
-    args.on_bad_image "skip" it adds the numbers of the unreadable ones, whose rows mean nothing, to a list.
+    """Compute the features of all images: (N, D), float32, on the CPU of every rank; each rank computes its share.
+
+    unreadable: a list to which the indices of unreadable images are added if args.on_bad_image is "skip"; their rows
+    have no meaning.
     """
     mean, std = (values.to(device) for values in statistics(args))
     rank, world = distributed.rank(), distributed.world_size()
@@ -101,17 +112,17 @@ def extract(vit, images, transform, args, device, view=0, unreadable=None):
         everything[batch["index"]] = features(vit, batch["image"], args.layer, args.pooling).float().cpu()
         if unreadable is not None:
             unreadable += batch["bad"][batch["bad"] >= 0].tolist()
-    return distributed.all_sum(everything)  # of zeros and one rank's values: exact
+    return distributed.all_sum(everything)  # exact: all ranks but one hold zeros
 
 
 def settings_of(args):
-    """What decides a feature, beside weights and images."""
+    """Return the settings that decide a feature; weights and images decide it too."""
     names = ("model", "img_size", "patch_size", "num_heads", "layer", "pooling", "mean", "std")
     return {name: getattr(args, name) for name in names}
 
 
 def kept_features(path):
-    """The features in a file of an earlier run; None if there is none, or it is damaged."""
+    """Read the features that an earlier run wrote to `path`; return None if it is absent or damaged."""
     try:
         return load_verified(path)["features"]
     except FileNotFoundError:
@@ -122,8 +133,9 @@ def kept_features(path):
 
 
 def cached_features(encoder, fingerprint, images, args, device, fresh=False, transform=None, view=0):
-    """`extract`, or its file unless `fresh`. `transform` None is the evaluation's crop; `view` numbers the draws of
-    another one.
+    """Return the features of `extract` from their file, or compute and write them if it is absent or `fresh` is set.
+
+    transform: None is the evaluation's centre crop. view: the number that seeds a random transform.
     """
     settings = settings_of(args)
     if transform is not None:

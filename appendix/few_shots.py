@@ -1,7 +1,7 @@
 """Linear probing with few labels: k images of each class, drawn several times.
 
-Logistic regression on standardised features with the usual L2 penalty (C = 1), to its minimum: no rate to choose, and
-no luck but that of the draw.
+Fits logistic regression on standardised features with the usual L2 penalty (C = 1) to its minimum. There is no learning
+rate to choose, and only the draw of the images is random.
 """
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from sec3_benchmark.subsets import draw
 
 
 def drawn(labels, shots, seed, number):
-    """Draw `shots` images of each class: labels, an array (N,) -> indices. Raises UserError if a class has fewer."""
+    """Draw the indices of `shots` images of each class from labels (N,). Raises UserError if a class has fewer."""
     counts = np.bincount(labels)
     if counts.min() < shots:
         raise UserError(f"--shots {shots}: class number {counts.argmin()} has only {counts.min()} training images")
@@ -22,7 +22,10 @@ def drawn(labels, shots, seed, number):
 
 
 def fit(features, labels, iterations=200):
-    """Minimise sum of cross-entropies + |W|^2 / 2 by L-BFGS: features (N, D), labels (N,) -> W (C, D), b (C,)."""
+    """Minimise the sum of cross-entropies + |W|^2 / 2 by L-BFGS and return W (C, D), b (C,).
+
+    features: (N, D), labels: (N,).
+    """
     classes = int(labels.max()) + 1
     weight = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=features.dtype, device=features.device, requires_grad=True)
@@ -38,8 +41,9 @@ def fit(features, labels, iterations=200):
 
 
 def accuracies(train, labels, val, targets, shots, draws, seed):
-    """Measure top-1 in percent for each of several draws: features (N, D) and labels (N,) to draw from, features (M, D)
-    and labels (M,) to evaluate on.
+    """Return the top-1 accuracy in percent of each of several draws.
+
+    train (N, D), labels (N,): features and labels to draw from. val (M, D), targets (M,): those to evaluate on.
     """
     found = []
     for number in range(draws):

@@ -5,9 +5,10 @@
     torchrun --nproc-per-node=8 appendix/finetune_distilled.py --data-path IMAGENET --init FILE --epochs 1000
     python appendix/finetune_distilled.py --data-path IMAGENET --init FILE --eval-only    # without a teacher
 
-Published, all with the "ori" recipe: from scratch 75.9 (300 epochs) and 77.8 (1000), from MAE-Tiny 76.9 and 78.4. The
-head on the mean of the patches learns the labels, a second head on the class token the teacher's choice; their mean is
-tested. ViT-Small: `--model vit_small --layer-decay 0.75`. Everything else is sec3_benchmark/finetune.py.
+Published, all with the "ori" recipe: from scratch 75.9 (300 epochs) and 77.8 (1000), from MAE-Tiny 76.9 and 78.4. One
+head reads the mean of the patch tokens and learns the labels; a second one reads the class token and learns the class
+that the teacher predicts. Evaluation uses the mean of both logits. ViT-Small: `--model vit_small --layer-decay 0.75`.
+Everything else is as in sec3_benchmark/finetune.py.
 """
 from functools import partial
 
@@ -40,8 +41,9 @@ def build_parser():
 
 
 class DistilledViT(VisionTransformer):
-    """A ViT with a second head: mean of the patch tokens -> fc_norm -> head, class token -> dist_norm -> head_dist. In
-    training it gives both logits, otherwise their mean.
+    """A ViT with two heads: mean of the patch tokens -> fc_norm -> head, and class token -> dist_norm -> head_dist.
+
+    Returns both logits in training and their mean in evaluation.
     """
 
     def __init__(self, *args, **kwargs):
@@ -64,7 +66,7 @@ def build_distilled(args, num_classes, weights, keep_head=False, drop_path=0.0):
 
 
 class Distilled(finetune.Supervised):
-    """Labels for the one head, the teacher's choice for the other: hard distillation, (1 - alpha) and alpha."""
+    """Hard distillation: (1 - alpha) * cross-entropy of head with labels + alpha * that of head_dist with teacher."""
 
     def __init__(self, model, args, num_classes, *, teacher):
         super().__init__(model, args, num_classes)
@@ -84,8 +86,11 @@ class Distilled(finetune.Supervised):
 
 
 def read_teacher(args, device):
-    """The teacher, ready to be asked, its Weights, and settings in which the student sees the same images."""
-    args = options.resolve(args, read_weights(args.init) if args.init else None)  # may say which size
+    """Read the teacher; return it in evaluation mode, its Weights, and args with its mean and deviation of the images.
+
+    Raises UserError if it is not a timm model or cannot read images of the student's size and channels.
+    """
+    args = options.resolve(args, read_weights(args.init) if args.init else None)  # weights may fix the image size
     weights = read_weights(args.teacher)
     args = with_statistics(args, weights)
     if weights.model is None:
@@ -101,11 +106,11 @@ def read_teacher(args, device):
 
 
 def main(args):
-    """Runs or continues the training; returns what finetune.py returns."""
-    if args.eval_only:  # nothing is learnt, so no teacher is fetched or decides how images are normalised
+    """Run or continue the training; return the result of finetune.py."""
+    if args.eval_only:  # no training: do not fetch the teacher, nor take over its mean and deviation
         return finetune.train_classifier(args, "finetune_distilled", build_distilled, Distilled)
     teacher, weights, args = read_teacher(args, distributed.start_process_group(args.device))
-    if not args.teacher.startswith("timm:"):  # the hub's names of classes are words, the data's those of folders
+    if not args.teacher.startswith("timm:"):  # models of the hub name classes in words, data sets by folders
         check_classes(weights, load_sets(args)[0])
     print0(f"teacher {args.teacher}, {sum(p.numel() for p in teacher.parameters()):,} parameters")
     return finetune.train_classifier(args, "finetune_distilled", build_distilled, partial(Distilled, teacher=teacher),

@@ -1,12 +1,12 @@
-"""Accuracy of a weighted nearest-neighbour vote on frozen features (the protocol of DINO).
+"""kNN probe: accuracy of a weighted nearest-neighbour vote on frozen features (the protocol of DINO).
 
     python appendix/knn_probe.py --init outputs/pretrain_mae/RUN/weights.pt                  # on generated images
     python appendix/knn_probe.py --init FILE --preset small --data-path DIR
     torchrun --nproc-per-node=8 appendix/knn_probe.py --init FILE --data-path IMAGENET
 
-Seconds after the features, which are computed once. Each of the k most similar training images (cosine) votes for its
-class with weight exp(similarity / T); a class without a vote is no answer. No source gives the paper's models' kNN
-accuracy. Writes outputs/knn_probe/<data>-<model>-<weights>-<hash>.json.
+Takes seconds once the features are computed, which happens only once. Each of the k most similar training images
+(cosine) votes for its class with weight exp(similarity / T); a class without votes never counts as an answer. No source
+gives kNN accuracies for the paper's models. Writes outputs/knn_probe/<data>-<model>-<weights>-<hash>.json.
 """
 import torch
 
@@ -34,7 +34,7 @@ def build_parser():
 
 
 def main(args):
-    """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
+    """Measure and write the accuracy; return {"top1", "top5", "checkpoint": the probed weights, ...}."""
     check_save_to(args)
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)

@@ -6,11 +6,11 @@
     python appendix/linear_probe.py --init FILE --data-path DIR --shots 1 5 10                  # so many labels a class
 
 Published: MAE-Tiny 23.4 on ImageNet-1k, by a protocol that no source gives. The default is the official MAE's: class
-token after the last norm, batch norm without scale, LARS at 0.1 x batch / 256, batch 16384, 90 epochs. It crops and
-flips at random in every epoch; here features are computed once, of the centre crop, or of --views random ones, used in
-turn, so that 90 of them are the official protocol. `--recipe quick` is AdamW for 20 epochs, ours. --shots instead fits
-logistic regressions on a few images of each class (appendix/few_shots.py). All take seconds after the features. Writes
-outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
+token after the last norm, batch norm without scale, LARS at 0.1 x batch / 256, batch 16384, 90 epochs. The official
+protocol crops and flips at random in every epoch. Here, features are computed once, of the centre crop or of --views
+random crops that the epochs use in turn; 90 views are the official protocol. `--recipe quick` is our own: AdamW for 20
+epochs. --shots fits logistic regressions on a few images of each class instead (appendix/few_shots.py). Once features
+are computed, each takes seconds. Writes outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
 """
 import math
 from functools import lru_cache, partial
@@ -36,7 +36,7 @@ from common.watch import progress
 from sec3_benchmark.evaluate import count_classes
 
 READS = "labels"
-PRESETS = {  # the official peak of 6.4 at smaller batches
+PRESETS = {  # base_lr gives the official peak of 6.4 at a smaller batch
     "demo": dict(data="fractals", batch_size=512, base_lr=3.2),
     "laptop": dict(data="folder", batch_size=512, base_lr=3.2),
     "small": dict(data="folder", batch_size=512, base_lr=3.2),
@@ -63,7 +63,7 @@ def build_parser():
 
 
 def build_probe(dim, num_classes):
-    """Batch norm without scale and shift, then the linear layer, its weights from N(0, 0.01)."""
+    """Build batch norm without scale and shift, followed by a linear layer with weights of deviation 0.01."""
     probe = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, num_classes))
     nn.init.trunc_normal_(probe[1].weight, std=0.01)
     nn.init.zeros_(probe[1].bias)
@@ -71,15 +71,19 @@ def build_probe(dim, num_classes):
 
 
 def make_optimizer(parameters, recipe):
-    """LARS scales the step of a matrix to 0.001 of its length, a bias takes plain steps; or AdamW."""
+    """Build LARS for the official recipe, else AdamW.
+
+    LARS scales the step of a matrix to 0.001 of its norm; a bias takes plain steps of SGD.
+    """
     groups = [{"params": [p], "lr_scale": 1.0, "always_adapt": p.ndim > 1} for p in parameters]
     return Lars(groups, lr=0.0, momentum=0.9, eps=0.0) if recipe == "official" else \
         torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
 
 
 def fit_probe(probe, view_of, labels, args):
-    """Trains on features: `view_of(epoch)` are those of an epoch, (N, D); labels (N,). Every rank does the same on its
-    own device. Returns the last batch's loss; raises FloatingPointError if it is not finite.
+    """Train the probe on features and return the loss of the last batch. Every rank does the same on its own device.
+
+    view_of: epoch -> features (N, D). labels: (N,). Raises FloatingPointError if the loss is not finite.
     """
     optimizer = make_optimizer(probe.parameters(), args.recipe)
     N, steps = len(labels), len(labels) // args.batch_size
@@ -107,13 +111,16 @@ def fit_probe(probe, view_of, labels, args):
 
 @torch.inference_mode()
 def probe_accuracy(probe, val, targets):
-    """{"top1", "top5"} in percent."""
+    """Return the accuracy on features val (M, D) with labels targets (M,): {"top1", "top5"} in percent."""
     scores = probe.eval()(val)
     return {f"top{k}": 100 * hits(scores, targets, k).mean().item() for k in (1, 5)}
 
 
 def main(args):
-    """Returns {"top1", "top5", "checkpoint": the weights that were probed, ...}."""
+    """Train and evaluate the probe; return {"top1", "top5", "checkpoint": the probed weights, ...}.
+
+    With --shots, {"shots": {images of each class: [top-1 of each draw]}, ...} instead of "top1" and "top5".
+    """
     check_save_to(args)
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
@@ -124,12 +131,12 @@ def main(args):
 
     views = max(1, args.views)
 
-    @lru_cache(maxsize=1)  # of 90 views, one in memory
+    @lru_cache(maxsize=1)  # keep one view in memory: there may be 90
     def view(number, fresh):
         which = dict(transform=crop, view=number) if args.views else {}
         return compute(train_set, fresh=fresh, **which).to(device)
 
-    def view_of(epoch):  # with --fresh each view is computed anew in the first epoch that takes it
+    def view_of(epoch):  # --fresh recomputes a view in the first epoch that uses it
         return view(epoch % views, args.fresh and epoch < views)
 
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))

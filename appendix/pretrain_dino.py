@@ -6,8 +6,8 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE           # published: 77.2
 
 No source gives the recipe of the paper's DINO-Tiny. The defaults are the official ones, except where the help says
-"ours"; ViT-Small is `--model vit_small`. An epoch shows the student ten crops of each image and the teacher two.
-Student and teacher end up in weights.pt, and --init takes the teacher from it.
+"ours"; ViT-Small is `--model vit_small`. Per epoch, the student processes ten crops of each image and the teacher two.
+weights.pt holds both networks; --init of other scripts loads the teacher.
 """
 import torch
 
@@ -28,7 +28,7 @@ PRESETS = {
                  local_crops=4, out_dim=1024, hidden_dim=256, bottleneck_dim=64, blur_sigma=0.5),
     "laptop": dict(data="folder", local_size=24, epochs=6, batch_size=128, base_lr=1e-3, warmup_epochs=1,
                    local_crops=4, out_dim=2048, hidden_dim=1024, bottleneck_dim=128, blur_sigma=0.45),
-    # a quarter of the batch, fewer outputs; the blur shrinks with the image
+    # a quarter of the batch and fewer outputs; the blur is reduced in proportion to the image
     "small": dict(data="folder", local_size=32, batch_size=256, out_dim=4096, blur_sigma=0.6),
 }
 
@@ -45,7 +45,7 @@ def build_parser():
                        help="smallest area of a large crop, largest of a small one")
     group.add_argument("--local-min", type=Float(0.001, 1), default=0.05, help="smallest area of a small crop")
     group.add_argument("--blur-sigma", type=Float(0), default=2.0, help="strongest blur, pixels")
-    # From 2: the softmax of one output is always 1; of a single number the norm leaves its sign
+    # At least 2: the softmax of one output is always 1, and the L2 norm of one bottleneck unit keeps only its sign
     group = parser.add_argument_group("self-distillation")
     group.add_argument("--out-dim", type=Int(2), default=65536, help="K, outputs of the head")
     group.add_argument("--hidden-dim", type=Int(1), default=2048, help="width of the head")
@@ -75,7 +75,7 @@ def build_parser():
 
 
 class DINOMethod(Method):
-    """Student and teacher on the crops, loss, gradients clipped one by one, the update; then the teacher follows."""
+    """DINO in the training loop: schedules, loss, clipping of each gradient, updates of the teacher and the centre."""
 
     def __init__(self, model, args, optimizer, per_epoch):
         super().__init__(model)
@@ -88,7 +88,7 @@ class DINOMethod(Method):
         self.center = self.center.to(device)
 
     def before_step(self, step):
-        """The decay of the regularised group alone follows the schedule: vectors and biases are never decayed."""
+        """Set the weight decay of this step, which is always 0 for vectors and biases."""
         decay = half_cosine(step, self.total_steps, self.args.weight_decay, self.args.weight_decay_end)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["regularised"] else 0.0
@@ -103,11 +103,11 @@ class DINOMethod(Method):
     def before_update(self, step):
         if self.args.clip_each:
             clip_each(self.model.student.parameters(), self.args.clip_each)
-        if step < self.args.freeze_last_layer * self.per_epoch:  # no gradient, so no weight decay either
+        if step < self.args.freeze_last_layer * self.per_epoch:  # without a gradient AdamW skips the weight decay too
             self.model.student["head"].last_layer.weight_v.grad = None
 
     def after_step(self, step):
-        """The teacher's average, after the update; the centre, once, from all micro-batches and ranks."""
+        """Update the teacher and, from the outputs of all micro-batches and ranks, the centre."""
         self.model.update_teacher(half_cosine(step, self.total_steps, self.args.momentum, 1.0))
         rows = self.rows * distributed.world_size()
         self.center = update_center(self.center, distributed.all_sum(self.teacher_sum), rows)
@@ -121,7 +121,7 @@ class DINOMethod(Method):
 
 
 def crops_of(args):
-    """The transform of the command line."""
+    """Return the MultiCrop transform of the command line. Raises UserError for values that contradict each other."""
     if args.in_chans not in (1, 3):
         raise UserError(f"--in-chans {args.in_chans}: DINO's colour jitter and blur need 1 or 3")
     if args.local_min >= args.global_min:
@@ -134,12 +134,12 @@ def crops_of(args):
 
 
 def regularised_groups(model):
-    """Parameter groups that say whether they are decayed; how much, each step decides."""
+    """Return parameter groups with a flag "regularised", by which DINOMethod.before_step sets their weight decay."""
     return [{**group, "regularised": group["weight_decay"] > 0} for group in parameter_groups(model, weight_decay=1.0)]
 
 
 def main(args):
-    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    """Run or continue the pre-training; return {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args = options.resolve(args)
     images = load_images(args)

@@ -6,8 +6,8 @@
     python sec3_benchmark/finetune.py --data-path IMAGENET --init FILE    # published: 77.9
 
 No source gives the recipe of the paper's SimMIM-Tiny. The defaults are the official ones for ViT-B, except where the
-help says "ours". `--model vit_tiny` takes the plain ViT instead of SimMIM's relative positions; ViT-Small is
-`--model vit_small_simmim`. Our file says which of them it is, so that finetune.py need not be told.
+help says "ours". `--model vit_tiny` is the plain ViT, without SimMIM's relative positions; ViT-Small is
+`--model vit_small_simmim`. The checkpoint holds the name of the model, so finetune.py needs no --model.
 """
 from appendix.simmim import SimMIM, random_mask, unit_grid
 from common import distributed, entry, options
@@ -57,7 +57,7 @@ def build_parser():
 
 
 class SimMIMViews:
-    """An image -> the cropped image and which of its patches are hidden."""
+    """The transform of SimMIM: an image -> {"image": its random crop, "mask": (h, w) bool, True for masked patches}."""
 
     def __init__(self, args, grid):
         self.crop = pretrain_transform(args.img_size, scale=(args.crop_min, 1.0), interpolation="bilinear")
@@ -73,14 +73,14 @@ class SimMIMMethod(Method):
 
 
 def step_decay(step, *, peak, warmup_lr, warmup_steps, drop_step):
-    """The rate of 0-based step `step`: linear from `warmup_lr`, constant, a tenth of it from `drop_step` on."""
+    """Return the learning rate of a 0-based step: linear warm-up from `warmup_lr`, then `peak`, then a tenth of it."""
     if step < warmup_steps:
         return warmup_lr + (peak - warmup_lr) * step / warmup_steps
     return peak if step < drop_step else 0.1 * peak
 
 
 def schedule_of(args, images):
-    """The schedule as a function of the step; prints the arithmetic."""
+    """Return the learning rate as a function of the step, and print how its peak is computed."""
     peak, per_epoch = args.base_lr * args.batch_size / 256, steps_per_epoch(images, args.batch_size)
     drop_step = round(args.drop_at * args.epochs * per_epoch)
     print0(f"{describe_epoch(images, args.batch_size)}; peak lr {peak:.3g} = {args.base_lr:g} x "
@@ -90,7 +90,7 @@ def schedule_of(args, images):
 
 
 def check_masking(args, grid):
-    """Says how much is hidden; an error if that is nothing or everything."""
+    """Print how many mask units are masked. Raises UserError if none are, or all."""
     rows, columns = unit_grid(grid, args.mask_unit)
     hidden = int(random_mask((rows, columns), 1, args.mask_ratio).sum())
     if not 0 < hidden < rows * columns:
@@ -99,7 +99,7 @@ def check_masking(args, grid):
 
 
 def main(args):
-    """Runs or continues the pre-training; returns {"checkpoint": weights file, "seconds", ...}."""
+    """Run or continue the pre-training; return {"checkpoint": weights file, "seconds", ...}."""
     device = distributed.start_process_group(args.device)
     args = options.resolve(args)
     images = load_images(args)

@@ -1,4 +1,4 @@
-"""Shared by the linear and the kNN probe: writing the result."""
+"""Writing the result of a probe, shared by linear_probe.py and knn_probe.py."""
 from pathlib import Path
 
 from common import distributed
@@ -9,7 +9,7 @@ from common.runs import deliver, environment, settings_hash
 
 
 def check_save_to(args):
-    """Raise UserError before any work if --save-to cannot copy the probed weights, because --init is not a file."""
+    """Raise UserError if --init is not a file, so that --save-to cannot copy the probed weights."""
     if args.save_to and args.init and (args.init.startswith("timm:") or Path(args.init).is_dir()):
         raise UserError(f"--save-to {args.save_to} copies the weights of --init, and {args.init} is not a file: leave "
                         f"--save-to out")
@@ -18,7 +18,8 @@ def check_save_to(args):
 def write_result(script, args, fingerprint, data, result):
     """Write <output>/<script>/<data>-<model>-<weights>-<hash>.json and print the accuracy.
 
-    Returns the result with "run", that file, and "checkpoint", the probed weights, where a row's next stage starts.
+    Returns the result with "run", the path of this file, and "checkpoint", the probed weights, from which the next
+    stage of a row starts.
     """
     folder = Path(args.output) / script
     prints = {"init": fingerprint, "data": [images.fingerprint() for images in data]}

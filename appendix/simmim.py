@@ -14,10 +14,10 @@ from common.vit import VARIANTS, build_model, init_relative_vit, patch_grid
 
 
 class SimMIM(nn.Module):
-    """SimMIM; its forward returns the loss.
+    """SimMIM: encoder, mask token and decoder; forward returns the loss.
 
-    Models vit_*_simmim are SimMIM's own encoder: one relative position bias table for all blocks, no absolute
-    positions, LayerScale. A plain ViT (vit_tiny) keeps its absolute positions and has neither of the others.
+    Models vit_*_simmim are the official encoder: one relative position bias table shared by all blocks, LayerScale, and
+    no absolute positions. A plain ViT (vit_tiny) has absolute positions, no bias table and no LayerScale.
     """
 
     def __init__(self, model="vit_tiny_simmim", *, img_size=224, patch_size=16, in_chans=3, num_heads=12,
@@ -31,7 +31,7 @@ class SimMIM(nn.Module):
         self.encoder.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder = nn.Sequential(nn.Conv2d(dim, patch_size**2 * in_chans, kernel_size=1),
                                      nn.PixelShuffle(patch_size))
-        # the encoder as it is loaded from a file, when common/pretrained.py has copied the table into every block
+        # The encoder as others load it: common/pretrained.py copies the shared table into every block
         self.config = {**self.encoder.config, **({"shared_table": False} if relative else {})}
         self.grid, self.patch_size, self.in_chans = patch_grid(img_size, patch_size), patch_size, in_chans
         if relative:
@@ -58,7 +58,10 @@ class SimMIM(nn.Module):
 
 
 def masked_l1(images, reconstruction, mask, patch_size):
-    """Compute the mean absolute error over masked pixels in float32: images (B, C, H, W), mask (B, h, w) -> scalar."""
+    """Return the mean absolute error over masked pixels, computed in float32.
+
+    images, reconstruction: (B, C, H, W); mask: (B, h, w), True for masked patches.
+    """
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1).float()
     difference = (images.float() - reconstruction.float()).abs() * pixels
     return difference.sum() / (pixels.sum() + 1e-5) / images.shape[1]
