@@ -1,1 +1,1 @@
-"""What is no part of the paper: tools for data, weights and runs, and benchmarks."""
+"""Tools that are not part of the paper: for data, weights and runs, and benchmarks."""

@@ -1,12 +1,12 @@
-"""How fast is the similarity of 13 x 13 layers? Against a loop over pairs of layers, in the same run.
+"""Benchmark of CKA between 13 x 13 layers, against a straightforward loop over pairs of layers in the same run.
 
     python appendix/tools/benchmark_cka.py                # a minute on one CPU core; run it alone
     python appendix/tools/benchmark_cka.py --device cuda
 
-Features of ViT-Tiny's size (196 patches, 192 wide) of 1,024 images in mini-batches of 128, drawn at random before the
-clock starts. The loop is the definition as it reads: per pair of layers the matrix of the second and three HSIC. It
-needs all layers of a batch at once, ours one layer at a time. Both take turns; memory: benchmarking.py beside
-this file. Writes benchmark_cka.json and .md.
+Features are random, of ViT-Tiny's size (196 patches, 192 channels), for 1,024 images in batches of 128; drawing them
+is not timed. The loop follows the definition: for each pair of layers, the Gram matrix of the second and three HSIC. It
+needs all layers of a batch at once, ours one layer at a time. The two versions take turns; benchmarking.py beside this
+file explains how memory is measured. Writes benchmark_cka.json and .md.
 """
 import time
 from pathlib import Path
@@ -33,13 +33,13 @@ def build_parser():
 
 
 def features(args, device, batch, model, layer):
-    """The features of one layer on one batch: (n, width)."""
+    """Return random features of one layer on one batch, the same in each call: (n, width)."""
     generator = torch.Generator(device).manual_seed(10_000 * batch + 100 * model + layer)
     return torch.randn(args.batch_size, args.width, generator=generator, device=device)
 
 
 class Clock:
-    """Adds up the seconds spent inside `with`, the device's work included."""
+    """A stopwatch that adds up the seconds spent inside `with`, including the work of the device."""
 
     def __init__(self, device):
         self.device, self.seconds = device, 0.0
@@ -54,7 +54,7 @@ class Clock:
 
 
 def ours(args, device, batch, clock):
-    """Centred matrices of one batch, layer by layer, and all pairs: sums for minibatch_cka."""
+    """Compute CKA of all pairs of layers on one batch from centred Gram matrices, one layer in memory at a time."""
     stacks = []
     for model in range(2):
         grams = []
@@ -68,13 +68,13 @@ def ours(args, device, batch, clock):
 
 
 def hsic(K, L):
-    """The unbiased estimator as it is written, of matrices whose diagonal is zero."""
+    """Compute the unbiased estimator of HSIC as defined, from Gram matrices (n, n) whose diagonal is zero."""
     n = len(K)
     return (torch.trace(K @ L) + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K @ L).sum()) / (n * (n - 3))
 
 
 def loop(args, device, batch, clock):
-    """The same over pairs of layers: matrix and HSIC of the second layer anew for each first one."""
+    """Compute the same as `ours` in a loop over pairs of layers, with new Gram matrices and HSIC for each pair."""
     first, second = ([features(args, device, batch, model, layer) for layer in range(args.layers)]
                      for model in range(2))
     values = torch.zeros(args.layers, args.layers, device=device)
@@ -91,7 +91,7 @@ VERSIONS = {"ours": ours, "loop": loop}
 
 
 def measure(args, device):
-    """{version: {"seconds", "peak_gib"}}; both get the same values."""
+    """Time both versions on all batches and compare their results; return {version: {"seconds", "peak_gib"}}."""
     clocks = {version: Clock(device) for version in VERSIONS}
     for compute in VERSIONS.values():
         compute(args, device, 0, Clock(device))  # warm up
@@ -109,7 +109,7 @@ def peak_memory(version, args, device):
 
 
 def main(args):
-    """Measures and writes; returns {version: {"seconds", "peak_gib"}}."""
+    """Run the benchmark and write its table; return {version: {"seconds", "peak_gib"}}."""
     device = distributed.start_process_group(args.device)
     if args.num_images < args.batch_size:
         raise UserError(f"--num-images {args.num_images} is less than one --batch-size {args.batch_size}: lower it too")

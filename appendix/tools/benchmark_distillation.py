@@ -1,12 +1,12 @@
-"""What does distillation cost? The D-MAE step against the MAE step and a straightforward D-MAE, in the same run.
+"""Benchmark of the D-MAE training step, against the MAE step and a straightforward D-MAE in the same run.
 
     python appendix/tools/benchmark_distillation.py                        # some 5 minutes on 2 CPU cores; run it alone
     python appendix/tools/benchmark_distillation.py --device cuda --batch-size 512
 
-Student ViT-Tiny/16, teacher ViT-Base (random weights, which cost what trained ones do), 224 px. The straightforward
-version (tests/straightforward_dmae.py) has explicit attention in every block of both networks, runs the teacher to its
-end and casts its weights in every step. `all` distils all twelve blocks. Clock and memory: benchmarking.py
-beside this file. Writes benchmark_distillation.json and .md.
+Student ViT-Tiny/16, teacher ViT-Base (random weights, as fast as trained ones), 224 px. The straightforward version
+(tests/straightforward_dmae.py) has explicit attention in every block of both networks, runs the teacher to its last
+block and casts its weights in every step. `all` distils all twelve blocks. benchmarking.py beside this file explains
+how time and memory are measured. Writes benchmark_distillation.json and .md.
 """
 import statistics
 from pathlib import Path
@@ -40,10 +40,10 @@ def build_parser():
 
 
 def build(version, args, device, dtype):
-    """A model and its loss as a function of images and noise."""
+    """Build a version; return its model and its loss as a function of images and noise."""
     view = dict(img_size=args.img_size, patch_size=args.patch_size)
     if version == "straightforward":
-        from_tests("straightforward_mae")  # which the other is built on
+        from_tests("straightforward_mae")  # straightforward_dmae imports it
         base = dict(embed_dim=768, num_heads=12, decoder_embed_dim=512, decoder_num_heads=16)
         model = from_tests("straightforward_dmae").StraightforwardDMAE(view, {**view, **base}).to(device)
         return model, model
@@ -58,7 +58,7 @@ def build(version, args, device, dtype):
 
 
 def make_step(version, precision, args, device):
-    """A function that does one whole training step on fixed data: teacher, forward, backward, AdamW."""
+    """Return a function that does one whole training step on fixed data: teacher, forward, backward, AdamW."""
     torch.manual_seed(0)
     dtype = DTYPES[precision]
     model, loss = build(version, args, device, dtype)
@@ -69,7 +69,7 @@ def make_step(version, precision, args, device):
 
 
 def measure(precision, args, device):
-    """{version: seconds, time of D-MAE in its own as `ratio`, GiB at the peak}, medians over the turns."""
+    """Return {version: {"seconds", "ratio": time relative to D-MAE, "peak_gib"}}; times are medians over the turns."""
     times = in_turns({version: make_step(version, precision, args, device) for version in VERSIONS}, args.turns)
     return {version: {"seconds": statistics.median(own),
                       "ratio": statistics.median(a / b for a, b in zip(own, times["D-MAE"])),
@@ -78,7 +78,7 @@ def measure(precision, args, device):
 
 
 def main(args):
-    """Measures and writes; returns {precision: {version: ...}}."""
+    """Run the benchmark and write its table; return {precision: {version: {...}}}."""
     device = distributed.start_process_group(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()

@@ -1,9 +1,9 @@
-"""The loader of appendix/tools/benchmark_throughput.py: from files to batches, view by view, against ImageFolder.
+"""Benchmark of the loader, from files to batches, for appendix/tools/benchmark_throughput.py.
 
-What it is compared with is torchvision's ImageFolder, which decodes by Pillow, with the same transforms on Pillow's
-images, in turns in the same run. Each makes what it hands to the device: ours bytes, which are normalised there,
-ImageFolder normalised floats. Both read the original files; a second row reads copies that shrink_folder.py made
-of them, and is compared with ImageFolder on the originals.
+The baseline is torchvision's ImageFolder, which decodes with Pillow and applies the same transforms to Pillow images;
+both take turns in the same run. Each produces what it copies to the device: ours uint8 pixels, which the device
+normalises, ImageFolder normalised floats. Both read the original files. Rows "small" read copies made by
+shrink_folder.py with our loader, and compare with ImageFolder on the originals.
 """
 import statistics
 import tempfile
@@ -34,13 +34,13 @@ VIEWS = ("MAE", "evaluation", "fine-tuning impr.", "MoCo-v3", "DINO")
 
 
 def defaults(script, size):
-    """The paper's settings of a pre-training script, at another image size."""
+    """Return the paper's settings of a pre-training script, with another image size."""
     words = ["--preset", "paper", "--data-path", "here", "--img-size", str(size)]
     return options.resolve(options.parse(script.build_parser(), argv=words))
 
 
 def our_views(size):
-    """{view: transform of ours}."""
+    """Return {view: our transform}."""
     dino = defaults(pretrain_dino, size)
     dino.local_size = 96 * size // 224 // 16 * 16 or 16
     return dict(zip(VIEWS, (pretrain_transform(size, interpolation="bicubic"), eval_transform(size),
@@ -49,7 +49,7 @@ def our_views(size):
 
 
 class Several:
-    """An image -> the results of several transforms; the picklable way to write it."""
+    """A transform from an image to a tuple of views, picklable for the loading processes."""
 
     def __init__(self, transforms_):
         self.transforms = transforms_
@@ -59,7 +59,7 @@ class Several:
 
 
 def pillow_views(size):
-    """{view: the same on Pillow's images by torchvision, as the authors' code does it}."""
+    """Return {view: the same transform by torchvision on Pillow images, as in the authors' code}."""
     finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     flip, grey, small = transforms.RandomHorizontalFlip(), transforms.RandomGrayscale(0.2), 96 * size // 224 // 16 * 16
 
@@ -84,9 +84,9 @@ def pillow_views(size):
 
 
 def ours(folder, transform, steps, args, device):
-    """A function that reads `steps` batches of a class folder as a training does, over as many epochs as they are."""
+    """Return a function that reads `steps` batches of a class folder as training does, in several epochs if needed."""
     views = Views(labelled_folder(folder, 3, "folder"), transform, seed=0)
-    steps_per_epoch(views.images, args.batch_size)  # an error if there is no whole batch
+    steps_per_epoch(views.images, args.batch_size)  # raises UserError if there is no whole batch
 
     def read():
         keys = step_batches(len(views.images), batch_size=args.batch_size, accumulation=1, seed=0, start_step=0,
@@ -97,18 +97,18 @@ def ours(folder, transform, steps, args, device):
 
 
 def image_folders(folder, transform, steps, args):
-    """The same by torchvision; its loading processes start once here, as ours do."""
+    """Return a function that does the same with torchvision, whose worker processes also start once per call."""
     images = datasets.ImageFolder(folder, transform)
 
     def read():
-        order = RandomSampler(images, num_samples=steps * args.batch_size)  # over several epochs too
+        order = RandomSampler(images, num_samples=steps * args.batch_size)  # several epochs if needed
         for _ in DataLoader(images, args.batch_size, sampler=order, num_workers=args.workers):
             pass
     return read
 
 
 def generated_folder(folder, count=1000, size=256):
-    """A class folder of JPEGs of fractals, for a loader that must decode."""
+    """Write `count` fractals as JPEGs into class folders; return the folder."""
     for first in range(0, count, 50):
         target = Path(folder) / f"class{first // 50:02d}"
         target.mkdir(parents=True)
@@ -118,7 +118,10 @@ def generated_folder(folder, count=1000, size=256):
 
 
 def measure(args, device):
-    """Rows {"view", "source", "ours_images_per_second", "imagefolder_images_per_second", "ratio"}."""
+    """Measure every view on original and shrunk files; return one row per view and source.
+
+    A row has "view", "source", "images", "ours_images_per_second", "imagefolder_images_per_second" and "ratio".
+    """
     with tempfile.TemporaryDirectory() as scratch:
         full = args.data_path or generated_folder(f"{scratch}/full")
         small = f"{scratch}/small"

@@ -1,13 +1,13 @@
-"""How fast is the MAE-Tiny/16 step at 224 px, and the loader? Against straightforward versions, in the same run.
+"""Benchmark of the MAE-Tiny/16 training step at 224 px and of the loader, against straightforward versions.
 
     python appendix/tools/benchmark_throughput.py                        # 2 minutes on 2 CPU cores; run it alone
     python appendix/tools/benchmark_throughput.py --device cuda --batch-size 1024 --compile
     python appendix/tools/benchmark_throughput.py --parts loader --data-path DIR --workers 0
 
-The straightforward step is tests/straightforward_mae.py: every patch is embedded, un-shuffled, predicted and compared,
-with timm's own choice of attention and PyTorch's default AdamW. FLOPs are those of our step's matrix products, compared
-with the rate that one large product reaches here. Clock and memory: benchmarking.py beside this file. Writes
-benchmark.json and benchmark.md.
+The straightforward step (tests/straightforward_mae.py) embeds, un-shuffles, predicts and compares every patch, with
+timm's own choice of attention and PyTorch's default AdamW. Versions take turns in the same run. FLOPs are those of the
+matrix products of our step, compared with the rate that one large matrix product reaches on this machine.
+benchmarking.py beside this file explains how time and memory are measured. Writes benchmark.json and benchmark.md.
 """
 import statistics
 from pathlib import Path
@@ -44,7 +44,7 @@ def build_parser():
 
 
 def make_step(version, precision, args, device, compiled=False):
-    """A function that does one whole training step of a version on fixed data: forward, backward, AdamW."""
+    """Return a function that does one whole training step of a version on fixed data: forward, backward, AdamW."""
     torch.manual_seed(0)
     dtype = DTYPES[precision]
     if version == "ours":
@@ -61,7 +61,7 @@ def make_step(version, precision, args, device, compiled=False):
 
 
 def matmul_rate(precision, device):
-    """FLOP/s of one large square matrix product in this precision: the ceiling that the step is compared with."""
+    """Measure FLOP/s of one large square matrix product in this precision, the upper bound for a training step."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision] or torch.float32) for _ in range(2))
 
@@ -73,7 +73,7 @@ def matmul_rate(precision, device):
 
 
 def step_flops(args, device):
-    """FLOPs of the matrix products of one step of ours, attention included."""
+    """Count the FLOPs of the matrix products in one of our training steps, attention included."""
     step = make_step("ours", "fp32", args, device)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -81,14 +81,14 @@ def step_flops(args, device):
 
 
 def against(ours, other, pairs):
-    """Median seconds of both, and the median over the turns of other / ours."""
+    """Run two functions in turns; return the median seconds of each and the median of the ratio other / ours."""
     times = in_turns({"ours": ours, "other": other}, pairs)
     return (*map(statistics.median, times.values()),
             statistics.median(b / a for a, b in zip(times["ours"], times["other"])))
 
 
 def measure_steps(args, device):
-    """Rows of the step comparison."""
+    """Measure the training step of both versions; return one row per precision, with and without compilation."""
     flops, rows = step_flops(args, device), []
     for precision in args.precisions:
         ceiling = matmul_rate(precision, device)
@@ -106,7 +106,7 @@ def measure_steps(args, device):
 
 
 def write(args, device, steps, loader):
-    """benchmark.json and benchmark.md."""
+    """Write benchmark.json and benchmark.md."""
     header = ["precision", "compiled", "ours img/s", "straightforward img/s", "ratio", "FLOP/s of matmul rate",
               "peak GiB ours / straightforward"]
     body = [[r["precision"], r["compiled"], f"{r['ours_images_per_second']:.1f}",
@@ -131,7 +131,7 @@ def write(args, device, steps, loader):
 
 
 def main(args):
-    """Measures and writes what --parts asks for."""
+    """Run the benchmarks that --parts names and write their tables."""
     device = distributed.start_process_group(args.device)
     if args.memory_of:
         make_step(*args.memory_of, args, device)()

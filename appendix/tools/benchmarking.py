@@ -1,7 +1,7 @@
-"""What the benchmarks share: clock, peak memory, and the straightforward versions that ours is compared with.
+"""Measuring time and peak memory for the benchmarks, and loading the straightforward versions that they compare with.
 
-Those compared take turns, A B A B, so that a machine whose speed drifts slows all of them; ratios are medians over the
-turns. Peak memory is that of a process of its own (CPU) or of the allocator (GPU).
+The versions take turns, A B A B, so that a machine whose speed drifts slows all of them alike; ratios are medians over
+the turns. Peak memory is measured in a separate process on a CPU, and by the allocator on a GPU.
 """
 import importlib.util
 import subprocess
@@ -23,15 +23,15 @@ def add_execution(parser):
 
 
 def from_tests(name):
-    """A module of the test suite, which is no package: loaded from its file."""
+    """Load a module of the test suite from its file, as tests/ is not a package."""
     spec = importlib.util.spec_from_file_location(name, options.ROOT / "tests" / f"{name}.py")
-    sys.modules[name] = importlib.util.module_from_spec(spec)  # where one reference finds another
+    sys.modules[name] = importlib.util.module_from_spec(spec)  # so that one straightforward version can import another
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
 def synchronize(device):
-    """Waits for the work that was given to a GPU."""
+    """Wait until a GPU has finished the work given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -43,7 +43,7 @@ def seconds(function):
 
 
 def in_turns(functions, turns):
-    """{name: seconds in each turn} of {name: function}, after a turn to warm up."""
+    """Time functions {name: function} in turns, after one turn to warm up; return {name: [seconds of each turn]}."""
     for function in functions.values():
         function()
     times = [{name: seconds(function) for name, function in functions.items()} for _ in range(turns)]
@@ -51,7 +51,10 @@ def in_turns(functions, turns):
 
 
 def training_step(loss, optimizer, args, device, dtype):
-    """A function that does one whole step on fixed data: `loss(images, noise)`, its gradients, the update."""
+    """Return a function that does one whole training step on fixed random images.
+
+    loss: a function of images (B, 3, H, W) and noise (B, L). dtype: of autocast, or None for none.
+    """
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     noise = torch.rand(args.batch_size, (args.img_size // args.patch_size) ** 2, device=device)
 
@@ -66,7 +69,10 @@ def training_step(loss, optimizer, args, device, dtype):
 
 
 def peak_memory(script, version, words, device, function):
-    """GiB at the peak of `function()`, which `script --memory-of VERSION...` runs too and ends by printing its peak."""
+    """Return the peak memory of `function()` in GiB.
+
+    On a CPU, a new process runs `script --memory-of VERSION...`, which must do the same work and print its peak last.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         function()
@@ -76,13 +82,16 @@ def peak_memory(script, version, words, device, function):
 
 
 def peak_of_step(script, make_step, version, precision, args, device):
-    """GiB at the peak of one training step."""
+    """Return the peak memory of one training step in GiB."""
     words = {"batch_size": args.batch_size, "img_size": args.img_size, "patch_size": args.patch_size}
     return peak_memory(script, (version, precision), words, device,
                        lambda: make_step(version, precision, args, device)())
 
 
 def resident(name):
-    """VmHWM (at the peak) or VmRSS (now) of this process in GiB; getrusage would count its parent's too."""
+    """Return the resident memory of this process in GiB: name is VmHWM (peak) or VmRSS (now).
+
+    getrusage would not do, as it may report the peak of the parent process.
+    """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 2**20

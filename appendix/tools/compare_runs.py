@@ -1,14 +1,14 @@
-"""Is a run like the one that is kept as its reference? The loss step by step, the last evaluation, a picture of both.
+"""Compare runs with stored reference runs: the loss step by step, the last evaluation, and a plot of both.
 
     python appendix/tools/compare_runs.py                                  # every run in outputs/ that has a reference
     python appendix/tools/compare_runs.py --runs outputs/pretrain_mae/RUN --tolerance 0.01
     python appendix/tools/compare_runs.py --runs outputs/pretrain_mae/RUN --write appendix/results/reference_NAME.jsonl
 
-A reference is a run's log, thinned to some 30 rows, below a line with its settings and where it was made. It serves all
-runs of the same settings. On the same kind of processor, with the same precision and threads, the curves are equal;
-elsewhere rounding lets them drift apart, more so after many steps. Writes compare_runs.json, .md and .png; the exit
-code is 1 if a loss is further away than --tolerance. Runs on other data, or from other weights, are shown; they are
-judged only where --runs names them.
+A reference is the log of a run, reduced to some 30 rows, below a first line with its settings and environment. It is
+compared with every run of the same settings. On the same kind of processor, with the same precision and number of
+threads, the curves are equal; otherwise rounding lets them drift apart, the more so the longer the run. Writes
+compare_runs.json, .md and .png. The exit code is 1 if a loss differs by more than --tolerance. Runs on other data or
+from other weights than their reference are shown, but judged only if --runs names them.
 """
 import json
 import math
@@ -21,8 +21,8 @@ from common.errors import UserError
 from common.ranges import Float
 from common.runs import finished, identity
 
-ROWS = 30  # of a reference
-# What settings.json holds besides the settings that decide a run: its script, and what fingerprints tell
+ROWS = 30  # rows of a reference, about
+# Entries of settings.json that are not part of a run's identity
 ABOUT = ("script", "fingerprints", "subset", "teacher", "keep_activations", "draw")
 
 
@@ -44,7 +44,7 @@ def read_lines(path):
 
 
 def read_reference(path):
-    """What a reference is of, and its rows."""
+    """Read a reference; return the description in its first line, and the rows of its log."""
     lines = read_lines(path)
     if not lines or "script" not in lines[0]:
         raise UserError(f"{path} is no reference: --write makes one of a finished run")
@@ -52,7 +52,7 @@ def read_reference(path):
 
 
 def read_run(folder):
-    """{"script", "settings" (those of its identity), "data" (fingerprints)} of a run, and the rows of its log."""
+    """Read a run; return {"script", "settings" (of its identity), "data" (fingerprints)} and the rows of its log."""
     absent = [name for name in ("settings.json", "log.jsonl") if not (Path(folder) / name).is_file()]
     if absent:
         raise UserError(f"{folder} is no run's folder, as it has no {' and no '.join(absent)}: give one as outputs/"
@@ -64,7 +64,7 @@ def read_run(folder):
 
 
 def write_reference(folder, path):
-    """Keeps the run's log, thinned, with the evaluations and the last row."""
+    """Write a finished run as a reference: about ROWS losses of its log, the last one included, and all evaluations."""
     about, rows = read_run(folder)
     result = finished(Path(folder))
     if result is None:
@@ -80,12 +80,12 @@ def write_reference(folder, path):
 
 
 def losses_of(rows):
-    """{step: loss}; the logged loss is the mean since the row before."""
+    """Return {step: loss} of a log, where each loss is the mean since the previous row."""
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def compare(rows, reference):
-    """Largest relative difference of the loss over the steps that both have, its step, and both last evaluations."""
+    """Return the largest relative difference of the losses at shared steps, its step, and the last evaluations."""
     ours, theirs = losses_of(rows), losses_of(reference)
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
@@ -98,7 +98,7 @@ def compare(rows, reference):
 
 
 def draw(curves, path):
-    """One panel a run: curves {name: (rows, reference)}."""
+    """Draw the losses of {run: (rows, rows of its reference)}, one panel per run."""
     columns = min(3, len(curves))
     figure, axes = report.subplots(math.ceil(len(curves) / columns), columns, squeeze=False,
                                    figsize=(3.2 * columns, 2.4 * math.ceil(len(curves) / columns)))
@@ -115,7 +115,10 @@ def draw(curves, path):
 
 
 def matching(args):
-    """Yields (folder, its rows, its description, the reference's description and rows) for runs with a reference."""
+    """Yield (folder, its rows, its description, description of the reference, rows of the reference).
+
+    Runs without a reference are left out, but an error if --runs names them.
+    """
     folders = args.runs or sorted(path.parent for path in Path(args.output).glob("*/*/result.json"))
     files = args.references or sorted(options.ROOT.glob("*/results/reference_*.jsonl"))
     if not files:
@@ -127,13 +130,13 @@ def matching(args):
                  if (theirs["script"], theirs["settings"]) == (about["script"], about["settings"])]
         if args.runs and not found:
             raise UserError(f"{folder}: none of {len(references)} references has its settings; --write makes one")
-        found.sort(key=lambda pair: pair[0]["data"] != about["data"])  # that of its own data and weights first
+        found.sort(key=lambda pair: pair[0]["data"] != about["data"])  # prefer the same data and weights
         for theirs, log in found[:1]:
             yield folder, rows, about, theirs, log
 
 
 def main(args):
-    """Returns {run: what `compare` says}."""
+    """Compare the runs, write the results and return {run: result of `compare`}."""
     if args.write:
         if len(args.runs or ()) != 1:
             raise UserError("--write keeps one run: name it by --runs")

@@ -1,15 +1,14 @@
-"""A checkpoint in another project's format: read any, write one, and compare what both compute before saying done.
+"""Convert a checkpoint to the format of another project, and verify that the result computes the same outputs.
 
     python appendix/tools/convert_checkpoint.py --checkpoint FILE --to timm --output FOLDER  # for timm's local-dir:
     python appendix/tools/convert_checkpoint.py --checkpoint FILE --to plain --output out.pth  # {"model": public names}
     python appendix/tools/convert_checkpoint.py --checkpoint FILE --to mocov3 --output out.tar  # module.base_encoder.*
 
-Reads what common/pretrained.py reads: ours, mae-lite, MAE, MoCo-v3, DeiT, timm; not models of relative positions. A
-file of another project does not hold the number of heads; pass --num-heads (12 is assumed, and said). What is written
-does, with image size, mean and std, for timm and for the scripts here. Other projects' readers look at the tensors
-alone:
-what they must be told is printed. Plain is what facebook's MAE and DeiT read, and detectron2's ViTDet with
-`out.pth?matching_heuristics=True`.
+Reads all formats of common/pretrained.py: ours, mae-lite, MAE, MoCo-v3, DeiT, timm. Models with relative positions
+cannot be converted. Checkpoints of other projects do not hold the number of heads: pass --num-heads (otherwise 12 is
+assumed, and reported). The output holds it, with image size, mean and std, for timm and for the scripts here. Other
+projects read the tensors alone; what they must be told is printed. "plain" is read by facebook's MAE and DeiT, and by
+detectron2's ViTDet as `out.pth?matching_heuristics=True`.
 """
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from common.ranges import Float, Int
 from common.shapes import STEM, TABLE, require_fit, shape_config, vit_config
 from common.vit import SIZES, eval_mode
 
-PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, before each name
-TOLERANCE = 1e-5  # largest difference of the outputs, relative to the largest output
+PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, prefix of each name
+TOLERANCE = 1e-5  # of the outputs, relative to the largest one
 
 
 def build_parser():
@@ -50,10 +49,10 @@ def build_parser():
 
 
 def export_timm(model, folder, mean, std, class_names=None):
-    """Writes config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+    """Write config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    A classifier, or the encoder of an MAE: no classes, token pooling, its norm. mean, std: per channel, of the inputs.
-    A UserError for a model that timm's plain ViT cannot be.
+    model: a classifier, or an MAE, of which the encoder with its norm is written: no classes, token pooling.
+    mean, std: per channel of the inputs. Raises UserError for a model that is not a plain ViT of timm.
     """
     if not isinstance(model, MAE) and type(model) is not VisionTransformer:
         raise UserError(f"timm's plain ViT or an MAE can be exported, not a {type(model).__name__}: give one of these")
@@ -63,7 +62,7 @@ def export_timm(model, folder, mean, std, class_names=None):
         args = shape_config(state, img_size=model.config["img_size"], num_heads=model.config["num_heads"])
     else:
         args = vit_config(model)
-    # Any plain ViT of timm serves: these arguments say everything in which they differ, the number of heads too.
+    # Any plain ViT of timm can be the base: these arguments set all in which they differ, including the number of heads
     name = args.pop("model")
     architecture = f"{name if name in ('vit_small', 'vit_base') else 'vit_tiny'}_patch16_224"
     args |= {"embed_dim": len(state[STEM]), "depth": len(model.blocks), "fc_norm": "fc_norm.weight" in state}
@@ -71,8 +70,8 @@ def export_timm(model, folder, mean, std, class_names=None):
     if {len(mean), len(std)} != {channels} or (class_names and len(class_names) != classes):
         raise UserError(f"{len(mean)} means, {len(std)} deviations and {len(class_names or ())} class names do not "
                         f"suit a model of {channels} channels and {classes} classes: give one for each, or none")
-    rebuilt = timm.create_model(architecture, **args)  # a model with query norms is refused here
-    require_fit("the export", rebuilt.state_dict(), state)
+    rebuilt = timm.create_model(architecture, **args)
+    require_fit("the export", rebuilt.state_dict(), state)  # refuses other ViTs, such as those with query norms
 
     data = {"input_size": [channels, *args["img_size"]], "fixed_input_size": True, "mean": list(mean), "std": list(std),
             "num_classes": classes, "crop_pct": CROP_PCT, "interpolation": "bicubic", "first_conv": "patch_embed.proj",
@@ -88,7 +87,7 @@ def export_timm(model, folder, mean, std, class_names=None):
 
 
 def encoder_state(to, model):
-    """All weights; for MoCo-v3, whose head is its projector, those of the encoder alone."""
+    """Return the weights to write: all of them, but for MoCo-v3 without the head, where MoCo-v3 has its projector."""
     state = model.state_dict()
     if to == "mocov3" and (isinstance(model, MAE) or "fc_norm.weight" in state):
         raise UserError("MoCo-v3's encoder is a ViT that reads its class token: an MAE's decoder or an average-pooling "
@@ -97,16 +96,19 @@ def encoder_state(to, model):
 
 
 def unsaid(config, statistics):
-    """What other projects' readers, who look at the tensors alone, would take for something else: words to pass."""
+    """Return, as arguments, the settings that other projects would assume wrongly, as tensors do not tell them."""
     usual = channel_statistics(config["in_chans"])
     assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
-               "img_size": config["img_size"][:1] * 2, **usual}  # a square image, as positions have it
+               "img_size": config["img_size"][:1] * 2, **usual}  # assumed: a square image
     own = {**config, **statistics}
     return options.to_argv({name: own[name] for name, value in assumed.items() if name in own and own[name] != value})
 
 
 def encode(model, images, head):
-    """What a model computes: logits of a classifier, else normalised tokens, of an MAE those of all patches."""
+    """Compute the outputs to compare: logits of a classifier if `head`, otherwise tokens after the final norm.
+
+    An MAE encodes all patches, without masking.
+    """
     if isinstance(model, MAE):
         patches = model.patchify(images)
         ids = torch.arange(model.num_patches).expand(len(images), -1)
@@ -116,7 +118,7 @@ def encode(model, images, head):
 
 @torch.inference_mode()
 def largest_difference(model, again, head=True):
-    """Between the outputs of two models for the same noise images, relative to the largest output."""
+    """Return the largest difference between two models' outputs for noise images, relative to the largest output."""
     config = model.config
     images = torch.randn(2, config["in_chans"], *config["img_size"], generator=torch.Generator().manual_seed(0))
     ours, theirs = (encode(eval_mode(m, "cpu"), images, head) for m in (model, again))
@@ -124,7 +126,7 @@ def largest_difference(model, again, head=True):
 
 
 def checked(model, again, args):
-    """The largest difference between both models' outputs; an error unless it is rounding alone."""
+    """Return the largest difference between both models' outputs. Raises UserError if it exceeds TOLERANCE."""
     difference = largest_difference(model, again, head=args.to != "mocov3")
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
@@ -132,7 +134,10 @@ def checked(model, again, args):
 
 
 def write_file(model, args, about):
-    """A file under the chosen names with `about` beside them, read back and compared before it gets its own name."""
+    """Write the weights under the chosen names, and `about` beside them; return the largest difference of the outputs.
+
+    The file gets its name only after it was read back and gave the same outputs.
+    """
     key, prefix = PREFIXES[args.to]
     if any(name.endswith(TABLE) for name in model.state_dict()):
         raise UserError(f"{args.checkpoint} has relative positions, which no plain ViT has: it cannot be converted")
@@ -149,7 +154,7 @@ def write_file(model, args, about):
 
 
 def main(args):
-    """Writes the file or folder, reads it back, compares; returns {"output", "difference"}."""
+    """Write the file or folder, read it back and compare the outputs; return {"output", "difference"}."""
     given = dict(num_heads=args.num_heads, decoder_heads=args.decoder_heads, img_size=args.img_size)
     weights = read_weights(args.checkpoint)
     model = load_model(weights, **given)

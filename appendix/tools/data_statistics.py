@@ -1,12 +1,12 @@
-"""Mean and standard deviation of a folder's images per channel, and which of them cannot be read, and why.
+"""Measure mean and standard deviation per channel of a folder of images, and list those that cannot be read.
 
     python appendix/tools/data_statistics.py --data-path DIR                    # 64 px: some 2,000 a second and core
     python appendix/tools/data_statistics.py --data-path DIR --in-chans 5 --num-images 10000
 
-Below DIR (its train/ if there is one) every image is read as training would read it; of val/ beside train/ only the
-unreadable files are listed, as mean and deviation are those of train/ alone. Pass the printed line to the pre-training
-(weights carry it on to what starts from them) or to a training from scratch; the paper keeps ImageNet's. Writes
-statistics.json and unreadable.txt, a line for each such file: its name, a tab, the reason.
+Reads every image below DIR, or below its train/ if there is one, as training would. If there is a train/, mean and
+deviation are those of train/ alone, and val/ is only searched for unreadable files. Pass the printed arguments to
+pre-training, whose weights hand them on to later stages, or to training from scratch; the paper uses ImageNet's. Writes
+statistics.json and unreadable.txt, with one line per unreadable file: its name, a tab, the reason.
 """
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -40,26 +40,30 @@ def build_parser():
 
 
 def sums(images, index):
-    """Pixels, sum and sum of squares per channel, in 0..1, float64 (1 + 2 C); or (path, reason) if unreadable."""
+    """Sum the pixels of an image: float64 (1 + 2 C,), their number, then sums and sums of squares per channel, in 0..1.
+
+    Returns (path, reason) instead if the image is unreadable.
+    """
     try:
         image = images.read(index)
     except UnreadableImage as error:
-        cause = error.__context__  # the decoder's own error, without the name and remedy around it
+        cause = error.__context__  # the decoder's error, without our message around it
         return str(images.where(index)), " ".join(f"{type(cause).__name__}: {cause}".split())
     pixels = image.numpy().reshape(images.in_chans, -1) / 255
     return np.concatenate([[pixels.shape[1]], pixels.sum(axis=1), np.square(pixels).sum(axis=1)])
 
 
 def read_all(images, indices, workers):
-    """Yields what `sums` says of each image."""
+    """Yield the result of `sums` for each image, in order."""
     with ProcessPoolExecutor(workers if workers > 0 else None) if workers else nullcontext() as pool:
         read = partial(pool.map, chunksize=64) if pool else map
         yield from progress(read(partial(sums, images), indices), f"reading {images.name}", len(indices))
 
 
 def statistics(images, indices, workers=0):
-    """Mean (C,), std (C,) over all pixels of the images, each image weighing by its size; [(path, reason)] of
-    unreadable ones.
+    """Compute mean (C,) and std (C,) over the pixels of all images, so that larger images weigh more.
+
+    Also returns [(path, reason)] of the unreadable images. Raises UserError if all are.
     """
     total, unreadable = 0.0, []
     for result in read_all(images, indices, workers):
@@ -74,14 +78,17 @@ def statistics(images, indices, workers=0):
 
 
 def draw(images, args):
-    """Indices of the images to read."""
+    """Draw the indices of the images to read, seeded."""
     return np.random.default_rng(args.seed).permutation(len(images))[:args.num_images].tolist()
 
 
 def unreadable_of_val(args):
-    """[(path, reason)] of DIR/val where DIR/train is what the statistics are of, and how many files were read."""
+    """Return [(path, reason)] of the unreadable files in DIR/val, and how many files were read.
+
+    Without DIR/train, the statistics cover the whole folder, val/ included, and nothing is read again.
+    """
     folder = Path(args.data_path) / "val"
-    if not (Path(args.data_path) / "train").is_dir():  # then the whole tree is read, val/ too
+    if not (Path(args.data_path) / "train").is_dir():  # the statistics cover the whole tree
         return [], 0
     images = ImageSet("val", list_images(folder), None, [], args.in_chans)
     chosen = draw(images, args)
@@ -89,13 +96,13 @@ def unreadable_of_val(args):
 
 
 def main(args):
-    """Returns {"mean", "std", "images" (which these are of), "unreadable"}."""
+    """Measure and write the statistics; return {"mean", "std", "images" (number of images used), "unreadable"}."""
     folder = Path(args.output) / "data_statistics"
-    (folder / "unreadable.txt").unlink(missing_ok=True)  # else a call that fails would leave another folder's list
+    (folder / "unreadable.txt").unlink(missing_ok=True)  # a failing call must not leave the list of another folder
     images = image_tree(args.data_path, args.in_chans)
     indices = draw(images, args)
     mean, std, unreadable = statistics(images, indices, args.workers)
-    for channel in np.flatnonzero(std < 5e-5):  # 0.0000 as printed, by which nothing can be divided
+    for channel in np.flatnonzero(std < 5e-5):  # printed as 0.0000; --std 0 would divide by zero
         print0(f"channel {channel} is {mean[channel]:.4f} everywhere: --std 1 makes it 0")
         std[channel] = 1.0
     used = len(indices) - len(unreadable)

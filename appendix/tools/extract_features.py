@@ -1,14 +1,14 @@
-"""Features of a folder of images from any checkpoint: one row an image, in an .npz with the file names.
+"""Extract features of a folder of images with any checkpoint: one row per image, in an .npz with the file names.
 
     python appendix/tools/extract_features.py --init outputs/pretrain_mae/RUN/weights.pt --preset small --data-path DIR
     python appendix/tools/extract_features.py --init FILE --data-path DIR --layer 8 --pooling avg --save-to features.npz
     torchrun --nproc-per-node=8 appendix/tools/extract_features.py --init timm:NAME --data-path DIR
 
-Below DIR (its val/ if there is one) every image is read, no labels needed, by the evaluation's resize and crop.
-`np.load(FILE)` then has "features" (N, D), float32, "files" (N,), paths below DIR in the same order, "unreadable", the
-paths of images that could not be read and have no row (--on-bad-image stop: an error), and "about", what made them, as
-JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean; of a --layer of it --pooling may
-say otherwise. Without DIR the generated images are taken, and their numbers are the file names.
+Reads every image below DIR, or below its val/ if there is one, with the evaluation's resize and crop. Labels are not
+needed. `np.load(FILE)` then holds "features" (N, D), float32; "files" (N,), paths below DIR in the same order;
+"unreadable", paths of images that could not be read and have no row (an error with --on-bad-image stop); and "about",
+the settings as JSON. A classifier that was fine-tuned on the mean of its patch tokens gives that mean; for the output
+of a block (--layer), --pooling may choose. Without DIR the images are generated, and named by their numbers.
 """
 import hashlib
 import json
@@ -38,14 +38,14 @@ def build_parser():
 
 
 def names_of(images, root):
-    """Where each image lies below the folder; its number where there are no files (fractals, CIFAR)."""
+    """Return the path of each image below `root`, or its number if it is not a file (fractals, CIFAR)."""
     if not images.from_files:
         return [str(number) for number in range(len(images))]
     return [os.path.relpath(path, root) for path in images.images]
 
 
 def read_alone(root):
-    """One line where val/ is not all that lies in the folder, else None: nobody asked for val/."""
+    """Return a line saying that only val/ was read, or None if the folder has no val/."""
     if not root or not (Path(root) / "val").is_dir():
         return None
     others = [str(path) for path in sorted(Path(root).iterdir()) if path.is_dir() and path.name != "val"]
@@ -54,7 +54,7 @@ def read_alone(root):
 
 
 def main(args):
-    """Returns {"features": the file written, "images", "dim"}, and "unreadable" if there are any: their names."""
+    """Extract and write the features; return {"features": file, "images", "dim"}, and "unreadable" names if any."""
     device = distributed.start_process_group(args.device)
     encoder, fingerprint, args = build_encoder(args, device)
     images = images_to_analyse(args)

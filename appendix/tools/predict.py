@@ -1,13 +1,13 @@
-"""What does a classifier say of images? The most likely class of every image in a folder, and how often it is right.
+"""Predict the class of every image in a folder with a fine-tuned classifier, and measure its accuracy.
 
     python appendix/tools/predict.py --init classifier.pt --data-path FOLDER  # any tree of images, or one image
     python appendix/tools/predict.py --init classifier.pt --data-path DIR/val # DIR/val/<class>/: accuracy per class
 
-Images are read as in training: upright, grey or colour as the classifier wants, 16 bit and all. Of images in folders
-of --data-path that are called as its classes accuracy is printed too, over all and of each, if its file names them.
-Writes predictions.csv: file, class, probability, and the folder's class if there is one. An unreadable image is listed
-and has an empty class and probability (--on-bad-image stop: an error). A name that begins with = + - or @, which a
-spreadsheet would take for a formula, has a single quote before it.
+Images are read as in training: upright, grey or colour as the classifier needs, also with 16 bits. If the checkpoint
+names its classes and --data-path has folders of these names, accuracy is printed overall and for each class. Writes
+predictions.csv with the columns file, class, probability and, if there are such folders, folder. An unreadable image is
+listed with empty class and probability (an error with --on-bad-image stop). A name that begins with = + - or @, which a
+spreadsheet would take for a formula, is preceded by a single quote.
 """
 import csv
 import io
@@ -51,7 +51,7 @@ def build_parser():
 
 
 def find_images(path):
-    """The image, or all below the folder, sorted by name."""
+    """List the image itself, or all images below a folder sorted by name. Raises UserError if there are none."""
     path = Path(path)
     found = [path] if path.is_file() else [Path(file) for file in list_images(path)]
     if not found:
@@ -61,7 +61,7 @@ def find_images(path):
 
 @torch.inference_mode()
 def predict(model, files, args, device):
-    """Most likely class and its probability of each image, None where it is unreadable: (N,), (N,)."""
+    """Return the most likely class of each image and its probability, (N,) and (N,); None if an image is unreadable."""
     images = ImageSet("images", [str(file) for file in files], None, [], model.patch_embed.proj.in_channels)
     (size, *normalisation), found = preprocessing(model, args), []
     loader = eval_loader(images, eval_transform(size), args.batch_size, args.workers, device,
@@ -75,17 +75,17 @@ def predict(model, files, args, device):
 
 
 def shown(name):
-    """Printable, also where it is no UTF-8."""
+    """Return a name that can be printed even if it is not valid UTF-8."""
     return str(name).encode(errors="replace").decode()
 
 
 def cell(text):
-    """A cell of the table: a spreadsheet would compute what begins as a formula, so a single quote is put before it."""
+    """Return the text of a table cell, preceded by a single quote if a spreadsheet would take it for a formula."""
     return f"'{text}" if str(text).startswith(("=", "+", "-", "@", "\t", "\r")) else str(text)
 
 
 def print_accuracy(truth, said):
-    """Of all images whose class is known and of each class, worst first; returns the first, 0..1."""
+    """Print the accuracy over all images of known class and for each class, worst first; return the former, 0..1."""
     right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
     total, count = (sum(map(f, right.values())) for f in (sum, len))
     print0(f"{100 * total / count:.2f} % of {count} images are right"
@@ -97,14 +97,15 @@ def print_accuracy(truth, said):
 
 
 def class_folders(files, root, classes):
-    """For each image the class that its folder below `root` is called as, or ""."""
-    first = [file.relative_to(root).parts[:1] for file in files]  # () of a single image
+    """Return for each image the name of its folder below `root` if it is the name of a class, otherwise ""."""
+    first = [file.relative_to(root).parts[:1] for file in files]  # () if root is the image
     return [part[0] if part and part[0] in classes else "" for part in first]
 
 
 def main(args):
-    """Returns {"classes": the most likely one's name for each image, "" where it is unreadable, "accuracy" (None where
-    unknown), "file", "unreadable": names}.
+    """Predict the images, write predictions.csv, and return {"classes", "accuracy", "file", "unreadable"}.
+
+    classes: the predicted name for each image, "" if it is unreadable; accuracy: None if no class is known.
     """
     device, weights = distributed.start_process_group(args.device), read_weights(args.init)
     model = eval_mode(load_model(weights, num_heads=args.num_heads, img_size=args.img_size), device)

@@ -1,12 +1,13 @@
-"""What an MAE reconstructs: input, masked input, reconstruction, side by side.
+"""Draw what an MAE reconstructs: input, masked input and reconstruction, side by side.
 
     python appendix/tools/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt --data-path DIR  # any images
     python appendix/tools/reconstruct.py --checkpoint outputs/pretrain_mae/RUN/weights.pt              # generated ones
 
-Seconds. Any MAE file that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With normalised targets
-the network predicts each patch without its mean and contrast; the picture puts those of the true patch back and says
-so. A foreign file is taken to have such targets, unless --raw-pixels says otherwise. The last column shows visible
-patches as they are and predicted ones elsewhere. Writes reconstruction.png and .npz.
+Takes seconds. Any MAE checkpoint that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With
+normalised targets the network predicts each patch without its mean and contrast; the picture restores those of the
+input patch, and says so. Checkpoints of other projects are assumed to have normalised targets, unless --raw-pixels is
+given. The last column shows visible patches as they are and predicted ones elsewhere. Writes reconstruction.png and
+.npz.
 """
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def build_parser():
 
 
 def predict_all(model, images, noise):
-    """Prediction of every patch (B, L, p*p*C) in image order, and the mask (B, L): 1 where a patch was removed."""
+    """Predict every patch (B, L, p*p*C), in image order; also return the mask (B, L), 1 for removed patches."""
     ids_shuffle = noise.argsort(dim=1)
     ids_visible = ids_shuffle[:, : model.num_visible]
     latent = model.forward_encoder(take(model.patchify(images), ids_visible), ids_visible, last=model.decoder_block)
@@ -66,13 +67,13 @@ def predict_all(model, images, noise):
 
 
 def unpatchify(model, patches):
-    """The inverse of `MAE.patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
+    """Invert `MAE.patchify`: (B, L, p*p*C) -> (B, C, H, W)."""
     B, C, (h, w), p = len(patches), model.in_chans, model.grid, model.patch_size
     return patches.reshape(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)
 
 
 def pixels_from(pred, patches, norm_pix):
-    """Predicted patches as pixels: with normalised targets, the true patch's mean and deviation are put back."""
+    """Convert predicted patches to pixels: with normalised targets, restore mean and deviation of the input patches."""
     if not norm_pix:
         return pred
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
@@ -80,8 +81,10 @@ def pixels_from(pred, patches, norm_pix):
 
 
 def reconstruct(model, images, noise):
-    """Images (B, C, H, W) -> three of that shape: masked images (grey where removed), reconstructions with the visible
-    patches in place, and what is predicted everywhere.
+    """Reconstruct images (B, C, H, W); return three tensors of that shape.
+
+    These are the masked images (grey where removed), the predictions with visible patches pasted in, and the
+    predictions alone.
     """
     pred, mask = predict_all(model, images, noise)
     patches, mask = model.patchify(images), mask.unsqueeze(-1)
@@ -91,7 +94,7 @@ def reconstruct(model, images, noise):
 
 
 def caption(mask_ratio, norm_pix):
-    """Return what one must know to read the picture."""
+    """Return the caption that explains the picture."""
     return "\n".join([
         f"{mask_ratio:.0%} of the patches were removed (grey); the model predicts them from the visible ones.",
         "It does not learn to predict visible patches: what it shows in their place has no meaning.",
@@ -99,7 +102,7 @@ def caption(mask_ratio, norm_pix):
 
 
 def draw(arrays, path, title):
-    """One row an image, one column a version: arrays {title: (B, H, W, C) in 0..1}."""
+    """Draw arrays {name: (B, H, W, C) in 0..1}: one row per image, one column per array."""
     rows = len(next(iter(arrays.values())))
     figure, axes = subplots(rows, len(arrays), figsize=(1.5 * len(arrays), 1.5 * rows + 0.5), squeeze=False)
     for column, (name, images) in enumerate(arrays.items()):
@@ -113,7 +116,7 @@ def draw(arrays, path, title):
 
 @torch.inference_mode()
 def main(args):
-    """Writes reconstruction.npz and reconstruction.png; returns their folder."""
+    """Write reconstruction.npz and reconstruction.png; return {"folder": where they are}."""
     device = distributed.start_process_group(args.device)
     weights = read_weights(args.checkpoint)
     if "decoder_embed.weight" not in weights.state:

@@ -1,12 +1,12 @@
-"""One page of every table and figure there is, in outputs/ and in the sections' results/: a file to open or to send.
+"""Collect every table and figure, from outputs/ and from the sections' results/, in one HTML page.
 
     python appendix/tools/report_page.py                        # writes outputs/report.html; seconds
     python appendix/tools/report_page.py --folders DIR --output-file page.html
 
-One part is what was made here, in outputs/, the other what the repository keeps in results/, each in the order of the
-paper; with --folders each of them is a part. An item shows where it lies, its table or picture, when, by which command,
-with which preset and data it was made. The page needs no network and no other file. Numbers of the demo preset are
-marked: they are no evidence.
+The first part holds what was made here, in outputs/; the second what the repository keeps in results/, both in the
+order of the paper. With --folders each of these folders is a part. Each item shows its path, its table or picture, and
+when, by which command, with which preset and data it was made. The page needs no network and no other file. Numbers of
+the demo preset are marked, as they are no evidence.
 """
 import argparse
 import base64
@@ -27,7 +27,7 @@ from common.tables import NOTES
 SECTIONS = ("sec3_benchmark", "sec4_analysis", "sec5_distill", "appendix")
 MADE, KEPT = "Made here: outputs/", "Kept with the repository: each section's results/"
 MAPS = "CKA of every pair of layers with the first model, then of equal layers."
-ITEMS = {  # what each is called, claims first, then in the paper's order; what its picture shows
+ITEMS = {  # (title, caption of its picture); the claims first, then in the order of the paper
     "claims": ("The paper's claims", "A line for each claim: its effect with the 95 % interval, small strokes for each "
                "seed. Right of 0 it is as the paper says."),
     "table1": ("Table 1: pre-training methods", ""),
@@ -82,18 +82,19 @@ def build_parser():
 
 
 def parts_of(args):
-    """{heading: folders}."""
+    """Return the parts of the page: {heading: folders}. Raises UserError if one of --folders does not exist."""
     if absent := [str(folder) for folder in args.folders or () if not Path(folder).is_dir()]:
         raise UserError(f"--folders {' '.join(absent)}: no such folder")
     if args.folders:
         return {str(folder): [folder] for folder in args.folders}
-    # The reader's own numbers first: they are what the page is opened for, the kept ones what they are held against
+    # The reader's own results come first; the kept ones are there for comparison
     return {MADE: [options.ROOT / "outputs"], KEPT: [options.ROOT / name / "results" for name in SECTIONS]}
 
 
 def find_items(folders, seen):
-    """Every <item>.json that a table or figure script wrote, in the order of ITEMS; but those in `seen`, which learns
-    them.
+    """Yield (path, content) of every <item>.json that a table or figure script wrote, in the order of ITEMS.
+
+    seen: the set of paths found before, which are left out; new ones are added.
     """
     place = {name: number for number, name in enumerate(ITEMS)}
     files = [path for folder in folders for path in sorted(Path(folder).rglob("*.json"))]
@@ -109,19 +110,19 @@ def find_items(folders, seen):
 
 
 def table_html(lines):
-    """The lines of a Markdown table as HTML."""
+    """Convert the lines of a Markdown table to HTML."""
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))] for line in lines]
     head, body = rows[0], rows[2:]
 
     def row(cells, tag):
-        kinds = ("long" if len(cell) > 40 else "short" for cell in cells)  # numbers are never broken over lines
+        kinds = ("long" if len(cell) > 40 else "short" for cell in cells)  # no line breaks in numbers
         return "<tr>" + "".join(f'<{tag} class="{kind}">{html.escape(cell)}</{tag}>'
                                 for cell, kind in zip(cells, kinds)) + "</tr>"
     return f'<div class="table"><table>{row(head, "th")}{"".join(row(cells, "td") for cells in body)}</table></div>'
 
 
 def markdown_html(text):
-    """Paragraphs, lists and tables: all that the tables' Markdown has. Rows that were not run are folded away."""
+    """Convert the Markdown of our tables to HTML: paragraphs, lists, tables. Rows that were not run are collapsed."""
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = block.splitlines()
@@ -137,11 +138,11 @@ def markdown_html(text):
 
 
 def item_html(path, content):
-    """One table or figure: its Markdown, its pictures, what made it."""
+    """Return the HTML of one table or figure: its Markdown, its pictures, and how it was made."""
     text = path.with_suffix(".md")
     pictures = [picture for picture in sorted(path.parent.glob("*.png")) if picture.stem.startswith(path.stem)]
     environment = content.get("environment", {})
-    images = [content.get("data"), data_path(environment.get("command"))]  # "folder" alone says little, nor does DIR
+    images = [content.get("data"), data_path(environment.get("command"))]  # neither alone says which images
     about = {**settings(content), "data": ", ".join(str(value) for value in images if value),
              "made": environment.get("date"), "command": environment.get("command"),
              "on": environment.get("gpu") or environment.get("cpu"), "torch": environment.get("torch"),
@@ -152,14 +153,14 @@ def item_html(path, content):
         parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
                      'is no evidence for the paper.</p>')
     if text.exists():
-        parts.append(markdown_html(text.read_text(encoding="utf-8").replace(NOTES["demo"], "")))  # said above
+        parts.append(markdown_html(text.read_text(encoding="utf-8").replace(NOTES["demo"], "")))  # shown above
     parts += [figure_html(picture, content) for picture in pictures]
     said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
     return "\n".join([*parts, f'<p class="about">{said}</p>'])
 
 
 def figure_html(picture, content):
-    """A picture with its caption; a click or a tap shows it at its full size, to scroll in."""
+    """Return the HTML of a picture with its caption. A click or tap shows it at full size, scrollable."""
     data = base64.b64encode(picture.read_bytes()).decode()
     caption = html.escape(ITEMS.get(content["item"], ("", ""))[1] or picture.stem.replace("_", " "))
     return (f'<figure><img tabindex="0" alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
@@ -167,36 +168,36 @@ def figure_html(picture, content):
 
 
 def settings(content):
-    """The preset of an item; the paper's settings on other images than ImageNet are not its preset."""
+    """Return {"preset": name}, or {"settings": "the paper's"} for preset paper on images other than ImageNet."""
     preset, data = content.get("preset"), content.get("data")
     return {"settings": "the paper's"} if preset == "paper" and data != "imagenet" else {"preset": preset}
 
 
 def title(content):
-    """What an item is called in the paper, or by itself."""
+    """Return the title of an item as in ITEMS, otherwise its own name."""
     return ITEMS.get(content["item"], (str(content["item"]),))[0]
 
 
 def data_path(command):
-    """What a recorded command gives as --data-path, or None."""
+    """Return the --data-path of a recorded command, or None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-path", nargs="?")
     return parser.parse_known_args(shlex.split(command or ""))[0].data_path
 
 
 def shown(path):
-    """Where a file or folder lies, from the repository on if it is in there."""
+    """Return a path relative to the repository if it is inside, otherwise absolute."""
     path, root = Path(path).absolute(), options.ROOT.absolute()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def anchor(path):
-    """An id of its own for every file."""
+    """Return the HTML id of a file, unique in the page."""
     return quote(shown(path))
 
 
 def page(parts):
-    """The whole page as text: parts {heading: items}."""
+    """Return the HTML of the whole page. parts: {heading: [(path, content)]}."""
     links = "\n".join(f"<nav><b>{html.escape(heading)}</b><br>" + " ".join(
         f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items) + "</nav>"
         for heading, items in parts.items())
@@ -214,7 +215,7 @@ def page(parts):
 
 
 def main(args):
-    """Writes the page; returns {"page", "items"}."""
+    """Write the page; return {"page": file, "items": number of items}."""
     parts, seen = parts_of(args), set()
     found = {heading: list(find_items(folders, seen)) for heading, folders in parts.items()}
     if not seen:

@@ -1,15 +1,15 @@
-"""Makes a small copy of a folder of images, read more than twice as fast: short side 256 px, none enlarged.
+"""Copy a folder of images at reduced size (short side at most 256 px), to be read more than twice as fast.
 
     python appendix/tools/shrink_folder.py --data-path DIR --output SMALL                # as JPEG
     python appendix/tools/shrink_folder.py --data-path DIR --output SMALL --format keep  # PNG, BMP, TIFF become PNG
 
-SMALL has the folders and names of DIR and takes its place as --data-path. Its images are upright, 8 bit, RGB or grey as
-before. A JPEG that is all this already, and every .npy file, is copied byte for byte; what is no image is left out. The
-ending of a name, .jpg or .png where it must change, says what the file becomes. The paper trains on ImageNet's files
-as they are: a crop of a smaller image is more blurred.
+SMALL has the folders and names of DIR and replaces it as --data-path. Its images are upright, 8 bit, RGB or grey as
+before. JPEGs that fulfil all this already, and .npy files, are copied byte for byte; files that are not images are left
+out. A file that changes its format gets the ending .jpg or .png. The paper trains on ImageNet's original files: crops
+of smaller images are more blurred.
 
-After a stop the same command goes on. What is in SMALL already is not made again; delete a file to have it made anew.
-SMALL/.unreadable.txt lists the files that cannot be read: the name, a tab, the reason.
+After an interruption the same command continues. Files that exist in SMALL are not made again; delete a file to remake
+it. SMALL/.unreadable.txt lists the files that cannot be read: the name, a tab, the reason.
 """
 import io
 import json
@@ -42,7 +42,8 @@ from common.ranges import Int
 from common.watch import progress
 
 JPEG = (".jpg", ".jpeg")
-SETTINGS, UNREADABLE, TEMPORARY = ".shrink_folder.json", ".unreadable.txt", ".shrink-{}.tmp"  # hidden, so no images
+# Hidden, so that they are not listed as images
+SETTINGS, UNREADABLE, TEMPORARY = ".shrink_folder.json", ".unreadable.txt", ".shrink-{}.tmp"
 
 
 def build_parser():
@@ -57,8 +58,9 @@ def build_parser():
 
 
 def image_names(root):
-    """Names below `root` of all that a training would list there. It lists train/, val/ and each class on its own, so
-    of these each counts, even one that is a link to another.
+    """List the names below `root` of all images that a training would find, sorted.
+
+    A training lists train/, val/ and each class separately, so each of them counts, even if it is a link to another.
     """
     if not root.is_dir():
         raise DataError(f"--data-path {root} is no folder: give the one that holds the images")
@@ -73,7 +75,7 @@ def image_names(root):
 
 
 def target_names(names, how):
-    """The names in SMALL, all different."""
+    """Return the name in SMALL of each image. Raises DataError if two images would get the same name."""
     kept, other = ((*JPEG, ".npy"), ".jpg") if how == "jpeg" else ((*JPEG, ".npy", ".png"), ".png")
     taken = {}
     for name in names:
@@ -87,7 +89,10 @@ def target_names(names, how):
 
 
 def begin(root, small, settings):
-    """Makes the folder, which remembers its settings, or goes on with one that was begun with the same."""
+    """Create the folder and store the settings in it, or continue one with the same settings.
+
+    Raises UserError if the settings differ, if the folder is not ours, or if one folder lies in the other.
+    """
     place, new, file = root.resolve(), small.resolve(), small / SETTINGS
     if new.is_relative_to(place) or place.is_relative_to(new):
         raise UserError(f"--output {small} and --data-path {root}: one lies in the other, name a folder apart")
@@ -102,13 +107,13 @@ def begin(root, small, settings):
         raise UserError(f"--output {small} exists and was not begun by this script: name a new folder, or empty it")
     small.mkdir(parents=True, exist_ok=True)
     save_json(file, settings)
-    for leftover in small.rglob(TEMPORARY.format("*")):  # of a call that was killed
+    for leftover in small.rglob(TEMPORARY.format("*")):  # from a killed process
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def of_any_size():
-    """Let Pillow open images above its limit, which guards against files that were made to fill the memory."""
+    """Let Pillow open images above its size limit, which guards against files that would fill the memory."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -117,13 +122,13 @@ def of_any_size():
 
 
 def shrunk(path, as_jpeg, short_side, quality):
-    """The content of the smaller file. Raises whatever the decoder raises."""
+    """Return the content of the smaller file. Raises whatever the decoder raises."""
     if path.lower().endswith(".npy"):
         np.load(path, allow_pickle=False)
         return Path(path).read_bytes()
     content = Path(path).read_bytes()
     with of_any_size():
-        image = open_by_pillow(content)  # its pixels are those of common/images.py
+        image = open_by_pillow(content)  # the same pixels as common/images.py
     turned, short = upright(image), min(image.size)
     plain = image.format == "JPEG" and image.mode in ("L", "RGB") and turned is image and short <= short_side
     if as_jpeg and plain:
@@ -131,18 +136,20 @@ def shrunk(path, as_jpeg, short_side, quality):
     pixels = as_tensor(np.array(eight_bits(turned)))
     if short > short_side:
         size = [round(side * short_side / short) for side in pixels.shape[1:]]
-        pixels = resize(pixels, size)  # as in training; six times as fast as Pillow's
+        pixels = resize(pixels, size)  # as in training; six times as fast as Pillow
     file = io.BytesIO()
-    # Colours at half the resolution, as most photographs have them: at full resolution the copies are nearer to the
-    # pixels (error 2.4 grey levels, not 3.8), but a third larger, and take 1.3 times as long to decode
+    # Chroma at half the resolution (4:2:0), as in most photographs. At full resolution the copies would be closer to
+    # the pixels (error 2.4 grey levels instead of 3.8), but a third larger and 1.3 times as slow to decode
     how = {"format": "JPEG", "quality": quality, "subsampling": "4:2:0"} if as_jpeg else {"format": "PNG"}
     to_pillow(pixels).save(file, **how)
     return file.getvalue()
 
 
 def write(path, content):
-    """The whole file or none, also if this process is killed. common.checkpoint's way would wait for the disk longer
-    than the image takes to make. After a loss of power files may be empty instead: the next call makes these again.
+    """Write a file completely or not at all, even if this process is killed.
+
+    Unlike common.checkpoint, this does not wait for the disk, which would take longer than making the image. After a
+    loss of power a file may therefore be empty; the next call makes it again.
     """
     temporary = path.with_name(TEMPORARY.format(uuid.uuid4().hex))
     try:
@@ -154,8 +161,9 @@ def write(path, content):
 
 
 def shrink(names, root, small, **how):
-    """Makes one file unless it is there: {"images": 1, "made": 0 or 1, "before": bytes, "after": bytes}, or the reason
-    why it cannot be read.
+    """Make one file unless it exists; return {"images": 1, "made": 0 or 1, "before": bytes, "after": bytes}.
+
+    names: (below root, below small). Returns the reason, a string, if the image cannot be read.
     """
     path, target = os.path.join(root, names[0]), small / names[1]
     made = not target.exists() or not target.stat().st_size
@@ -169,7 +177,7 @@ def shrink(names, root, small, **how):
 
 
 def prepare_process():
-    """Of the pool: one thread, no Ctrl-C; it ends when the main process has, even if that was killed."""
+    """Initialise a worker process: one thread, no Ctrl-C, and an end with the main process, even if that is killed."""
     def end():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -179,7 +187,7 @@ def prepare_process():
 
 
 def in_processes(work, items, workers):
-    """Yields the result of each in order."""
+    """Yield work(item) for each item in order, from a pool of processes unless workers is 0."""
     if not workers:
         yield from map(work, items)
         return
@@ -192,7 +200,7 @@ def in_processes(work, items, workers):
 
 
 def followed(results, total):
-    """The same, with a progress bar on a terminal and elsewhere a line each minute."""
+    """Yield the results unchanged, and show a progress bar on a terminal, or else print a line every minute."""
     start = said = time.monotonic()
     for number, result in enumerate(progress(results, "shrinking", total), 1):
         yield result
@@ -202,13 +210,16 @@ def followed(results, total):
 
 
 def main(args):
-    """Returns {"images" (in SMALL), "made" (of them, now), "before", "after" (bytes of them all), "unreadable"}."""
+    """Shrink the folder; return {"images", "made", "before", "after", "unreadable"}.
+
+    images: number in SMALL; made: those made by this call; before, after: bytes of all of them.
+    """
     root, small = Path(args.data_path), Path(args.output)
     how = {"short_side": args.short_side, "quality": args.quality}
     names = image_names(root)
     pairs = list(zip(names, target_names(names, args.format)))
     begin(root, small, {"data_path": str(root.resolve()), **how, "format": args.format})
-    for folder in {os.path.dirname(name) for name in names}:  # a class without any readable image, too
+    for folder in {os.path.dirname(name) for name in names}:  # even for a class without a readable image
         (small / folder).mkdir(parents=True, exist_ok=True)
     start, totals, unreadable = time.monotonic(), Counter(images=0, made=0, before=0, after=0), []
     work = partial(shrink, root=root, small=small, **how)
@@ -218,7 +229,7 @@ def main(args):
         else:
             unreadable.append((str(root / name), result))
     listed = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
-    (small / UNREADABLE).write_text(listed, encoding="utf-8", errors="backslashreplace")  # for names that are no UTF-8
+    (small / UNREADABLE).write_text(listed, encoding="utf-8", errors="backslashreplace")  # names may not be UTF-8
     if not totals["images"]:
         raise DataError(f"none of {len(names)} images could be read; the first, {': '.join(unreadable[0])}")
     rate = totals["made"] / (time.monotonic() - start)

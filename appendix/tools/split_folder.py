@@ -1,11 +1,11 @@
-"""Makes train/ and val/ of a folder of classes: DIR/<class>/... becomes SPLIT/train/<class>/... and SPLIT/val/...
+"""Split a folder of classes: link DIR/<class>/... as SPLIT/train/<class>/... and SPLIT/val/<class>/...
 
     python appendix/tools/split_folder.py --data-path DIR --split-path SPLIT              # a tenth of each to val/
     python appendix/tools/split_folder.py --data-path DIR --split-path SPLIT --num-classes 20 --per-class 50 # small
 
-SPLIT gets symbolic links, so DIR stays as it is and must stay where it is. Which images go where depends on their names
-and --seed alone: each image has its place in a fixed order of its class, from whose front val/ is filled. The same
-command gives the same split, a smaller --per-class a part of the larger one with the same val/.
+SPLIT gets symbolic links: DIR is not changed, and must not be moved. The split depends on the images' names and --seed
+alone: they put the images of a class in a fixed order, and val/ takes the first of them. The same command therefore
+gives the same split; a smaller --per-class gives a subset of the larger train/, with the same val/.
 """
 import hashlib
 import os
@@ -32,14 +32,14 @@ def build_parser():
 
 
 def order(paths, root, seed):
-    """The paths of one class in an order that depends on each one's name below `root` and the seed alone."""
+    """Sort the paths of one class in a random order that depends on their names below `root` and the seed alone."""
     def place(path):
         return hashlib.sha256(os.fsencode(f"{seed} {os.path.relpath(path, root)}")).digest()
     return sorted(paths, key=place)
 
 
 def split(images, root, args):
-    """{"train" or "val": [paths of each class]}."""
+    """Return the split: {"train" and "val": [paths of each class]}. Raises UserError if a class is too small."""
     parts = {"train": [], "val": []}
     for label, name in list(enumerate(images.classes))[:args.num_classes]:
         paths = order([images.images[i] for i in np.flatnonzero(images.labels == label)], root, args.seed)
@@ -53,7 +53,7 @@ def split(images, root, args):
 
 
 def link(paths, root, folder):
-    """Links below `folder` with the same names as below `root`."""
+    """Link paths below `root` under the same names below `folder`."""
     for path in paths:
         target = folder / os.path.relpath(path, root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +61,14 @@ def link(paths, root, folder):
 
 
 def check_places(root, target):
-    """DIR holds classes and nothing else, and SPLIT lies apart from it."""
+    """Raise UserError unless DIR holds classes and SPLIT is a new folder outside of it."""
     if not root.is_dir():
         raise UserError(f"--data-path {root} is no folder: give the one that holds a folder of images for each class")
     place, new = root.resolve(), target.resolve()
-    if new.is_relative_to(place):  # a class of the next split
+    if new.is_relative_to(place):  # it would be a class of the next split
         raise UserError(f"--split-path {target} lies inside --data-path {root}, whose folders are the classes: name a "
                         f"new folder outside")
-    if place.is_relative_to(new):  # before "exists", whose remedy would remove the images
+    if place.is_relative_to(new):  # first: the advice of "exists" would remove the images
         raise UserError(f"--data-path {root} lies inside --split-path {target}: name a new folder beside it")
     if (root / "train").is_dir():
         raise UserError(f"{root} has a train/ already: give the folder that holds the classes")
@@ -77,7 +77,7 @@ def check_places(root, target):
 
 
 def main(args):
-    """Returns {"train", "val"}: how many images each has."""
+    """Create the split; return {"train": number of images, "val": number of images}."""
     root, target = Path(args.data_path), Path(args.split_path)
     check_places(root, target)
     parts = split(labelled_folder(root, 3, "folder"), root, args)
