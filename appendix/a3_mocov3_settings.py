@@ -16,11 +16,11 @@ from sec3_benchmark.downstream import MOCO_FINETUNING
 DEMO = ("base", "stop-grad", "token")
 
 
-def row(key, name, pretraining="", tuning="", **more):
+def row(key, name, pretraining="", tuning="", published=None, **more):
     """Return a row with extra arguments for pre-training and for fine-tuning; the latter follow MOCO_FINETUNING."""
     lines = [f"sec3_benchmark/pretrain_mocov3.py {pretraining}".rstrip(),
              f"sec3_benchmark/finetune.py --init {{previous}} {MOCO_FINETUNING} {tuning}".rstrip()]
-    return Row(key, name, more.pop("published", None), lines, **more)
+    return Row(key, name, published, lines, **more)
 
 
 ROWS = [

@@ -61,9 +61,11 @@ def main(args):
     results, _ = tables.run_rows(ROWS, args, DEMO, script="b5")
     if args.dry_run:
         return []
-    rows = [{**summary(with_changes(row, args), results.get(row.key, [])),
-             "knn": [lines[1]["top1"] for lines in results.get(row.key, [])],
-             "linear": [lines[2]["top1"] for lines in results.get(row.key, [])]} for row in ROWS]
+    rows = []
+    for row in ROWS:
+        seeds = results.get(row.key, [])  # the results of the four stages for each seed
+        rows.append({**summary(with_changes(row, args), seeds), "knn": [stages[1]["top1"] for stages in seeds],
+                     "linear": [stages[2]["top1"] for stages in seeds]})
     report.write_table("b5", args, COLUMNS, rows, notes=[
         "Probes read the class token after the last norm; of SimMIM, whose loss leaves it idle, the mean of the "
         "patches. MoCo-v3 is fine-tuned with layer decay 0.75, as the authors did.", tables.NOTES[args.preset]])

@@ -45,7 +45,7 @@ def fine_tuned(run, args):
     if run in ONE_BLOCK:
         return fig7.row_of(ONE_BLOCK[run], args.preset)
     if run in TENTH:
-        own = tables.parse(table3.build_parser(), ["--rows", *TENTH, *words_for(table3.build_parser(), args)])
+        own = tables.parse(table3.build_parser(), ["--rows", *TENTH, *arguments_for(table3.build_parser(), args)])
         return next(row for row in table3.planned(own) if row.key == run)
     return next(row for row in table1.ROWS if row.key == run)
 
@@ -57,7 +57,7 @@ def transferred(run, dataset):
     return downstream.cell(next(row for row in table5.ROWS if row.key == run), dataset)
 
 
-def words_for(parser, args):
+def arguments_for(parser, args):
     """Return the given command-line arguments that the parser of another script also has, as a list of words."""
     known = options.defaults(parser)
     return options.to_argv({name: value for name, value in args.given.items() if name in known})
@@ -92,10 +92,12 @@ def measure(needed, args, sets):
         final = {key: lines[number][-1] for key, lines in results.items()}
         values, right = accuracies(needed, final, sets, args)
         if any(key.startswith("look") for key in final):
-            values |= looks({row.name: final[f"look-{row.key}"]["checkpoint"] for row in ANALYSED}, args, seed)
+            checkpoints = {row.name: final[f"look-{row.key}"]["checkpoint"] for row in ANALYSED}
+            values |= figure_statistics(checkpoints, args, seed)
         seeds.append(Measured(values, right))
-    return (seeds, [about for row in rows for about in provenance(row, results[row.key], args)]) \
-        if distributed.is_main() else None
+    if not distributed.is_main():
+        return None
+    return seeds, [about for row in rows for about in provenance(row, results[row.key], args)]
 
 
 def accuracies(needed, final, sets, args):
@@ -105,15 +107,18 @@ def accuracies(needed, final, sets, args):
     """
     values, right = {}, {}
     for kind, run in needed:
-        if kind in ("top1", "small"):
-            found = {ALL: final[f"top1-{run}"]} if kind == "top1" else \
-                {name: final[f"small-{run}-{name}"] for name in sets}
-            values[kind, run] = statistics.mean(result["top1"] for result in found.values())
-            right[kind, run] = {name: answers.of_run(result, args) for name, result in found.items()}
+        if kind == "top1":
+            found = {ALL: final[f"top1-{run}"]}
+        elif kind == "small":
+            found = {name: final[f"small-{run}-{name}"] for name in sets}
+        else:
+            continue
+        values[kind, run] = statistics.mean(result["top1"] for result in found.values())
+        right[kind, run] = {name: answers.of_run(result, args) for name, result in found.items()}
     return values, right
 
 
-def looks(checkpoints, args, seed):
+def figure_statistics(checkpoints, args, seed):
     """Run Figures 1, 3 and 5 on the models of one seed; return {(measure and part, model): number}.
 
     checkpoints: {model: file}. The figures are written to claims/seed<seed>/ in the output folder.
@@ -121,13 +126,15 @@ def looks(checkpoints, args, seed):
     arrays = {}
     for item, figure in FIGURES.items():
         parser = figure.build_parser()
-        words = ["--models", *(f"{name}={file}" for name, file in checkpoints.items()), *words_for(parser, args),
+        words = ["--models", *(f"{name}={file}" for name, file in checkpoints.items()), *arguments_for(parser, args),
                  "--output", str(Path(args.output) / "claims" / f"seed{seed}"), "--seed", str(seed)]
         arrays[item] = figure.main(study.parse(parser, words))
     if not distributed.is_main():
         return {}
-    return {key: value for name in checkpoints
-            for key, value in numbers(name, *(arrays[item][name] for item in FIGURES)).items()}
+    found = {}
+    for name in checkpoints:
+        found |= numbers(name, *(arrays[item][name] for item in FIGURES))
+    return found
 
 
 def numbers(name, similarity, amplitudes, attention):

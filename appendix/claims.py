@@ -128,18 +128,17 @@ def build_parser():
 
 def judge(claim, seeds):
     """Return a row of the table: the claim, its effect, its verdict and the numbers of each seed."""
-    effect = evidence.estimate(claim.effect, seeds)
+    effect, inputs = evidence.estimate(claim.effect, seeds), evidence.required([claim.effect])
     return {"claim": claim.key, "where": claim.where, "statement": claim.statement, "unit": claim.unit,
             "beyond": claim.beyond, "within": claim.within, "effect": vars(effect),
             "verdict": evidence.verdict(effect, claim.beyond, claim.within),
-            "measured": [{f"{kind}: {run}": measured.get(kind, run) for kind, run in evidence.required([claim.effect])}
-                         for measured in seeds]}
+            "measured": [{f"{kind}: {run}": measured.get(kind, run) for kind, run in inputs} for measured in seeds]}
 
 
 def in_words(row):
     """Format the effect of a row with its interval and unit."""
-    effect, digits = row["effect"], 1 if row["unit"] == POINTS else 2
-    unit = row["unit"]
+    effect, unit = row["effect"], row["unit"]
+    digits = 1 if unit == POINTS else 2
     if effect["low"] is None:
         return f"{effect['mean']:+.{digits}f} {unit} (one seed)"
     return f"{effect['mean']:+.{digits}f} ({effect['low']:+.{digits}f} to {effect['high']:+.{digits}f}) {unit}"
@@ -168,6 +167,13 @@ def draw_forest_plot(rows):
     return figure
 
 
+def bounds(row):
+    """Return the bounds that decide the claim of a row, where they are not 0."""
+    if row["within"]:
+        return -row["within"], row["within"]
+    return (row["beyond"],) if row["beyond"] else ()
+
+
 def draw_panel(axis, rows):
     """Draw one panel of the forest plot; its rows are all in points of top-1, or none is."""
     points = rows[0]["unit"] == POINTS
@@ -179,7 +185,7 @@ def draw_panel(axis, rows):
         axis.plot(mean * scale, place, marker, color=colour, markersize=7)
         axis.plot([value * scale for value in effect["values"]], [place + 0.25] * len(effect["values"]), "|",
                   color=colour, markersize=5)
-        for bound in (-row["within"], row["within"]) if row["within"] else (row["beyond"],) if row["beyond"] else ():
+        for bound in bounds(row):
             axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=1, linestyle=":")
         axis.annotate(f"{in_words(row)}   {row['verdict']}", (1.01, place), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8, color=colour, annotation_clip=False)

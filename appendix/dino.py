@@ -158,8 +158,11 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     B = len(teacher) // 2
     targets = ((teacher.float() - center) / teacher_temp).softmax(dim=1).view(2, B, -1)
     logs = (student.float() / student_temp).log_softmax(dim=1).view(-1, B, targets.shape[2])
-    pairs = [-(target * log).sum(dim=1).mean() for t, target in enumerate(targets) for s, log in enumerate(logs)
-             if s != t]  # no matrix product: autocast would compute it in bf16
+    pairs = []
+    for t, target in enumerate(targets):
+        for s, log in enumerate(logs):
+            if s != t:
+                pairs.append(-(target * log).sum(dim=1).mean())  # no matrix product: autocast would compute it in bf16
     return torch.stack(pairs).mean()
 
 

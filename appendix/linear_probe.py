@@ -13,7 +13,7 @@ epochs. --shots fits logistic regressions on a few images of each class instead 
 are computed, each takes seconds. Writes outputs/linear_probe/<data>-<model>-<weights>-<hash>.json.
 """
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -126,29 +126,30 @@ def main(args):
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
     num_classes = count_classes(train_set)
-    compute = partial(cached_features, encoder, fingerprint, args=args, device=device)
     crop = pretrain_transform(args.img_size, interpolation="bicubic")
-
     views = max(1, args.views)
 
+    def compute(images, fresh=args.fresh, **view):
+        return cached_features(encoder, fingerprint, images, args, device, fresh, **view).to(device)
+
     @lru_cache(maxsize=1)  # keep one view in memory: there may be 90
-    def view(number, fresh):
-        which = dict(transform=crop, view=number) if args.views else {}
-        return compute(train_set, fresh=fresh, **which).to(device)
+    def train_view(number, fresh):
+        return compute(train_set, fresh, **(dict(transform=crop, view=number) if args.views else {}))
 
     def view_of(epoch):  # --fresh recomputes a view in the first epoch that uses it
-        return view(epoch % views, args.fresh and epoch < views)
+        return train_view(epoch % views, args.fresh and epoch < views)
 
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     if args.shots:
-        found = {shots: few_shots.accuracies(view_of(0), labels, compute(val_set, fresh=args.fresh).to(device), targets,
-                                             shots, args.draws or 5, args.seed) for shots in args.shots}
+        train, val, draws = view_of(0), compute(val_set), args.draws or 5
+        found = {shots: few_shots.accuracies(train, labels, val, targets, shots, draws, args.seed)
+                 for shots in args.shots}
         print0(few_shots.table(found))
         return write_result("linear_probe", args, fingerprint, (train_set, val_set), {"shots": found})
     seed_everything("weights", args.seed)
     probe = build_probe(encoder.embed_dim, num_classes).to(device)
     loss = fit_probe(probe, view_of, labels, args)
-    result = {**probe_accuracy(probe, compute(val_set, fresh=args.fresh).to(device), targets), "train_loss": loss}
+    result = {**probe_accuracy(probe, compute(val_set), targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")
     return write_result("linear_probe", args, fingerprint, (train_set, val_set), result)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from appendix.tools import benchmarking
-from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
+from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, median_ratio, peak_of_step, training_step
 from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -72,7 +72,7 @@ def measure(precision, args, device):
     """Return {version: {"seconds", "ratio": time relative to D-MAE, "peak_gib"}}; times are medians over the turns."""
     times = in_turns({version: make_step(version, precision, args, device) for version in VERSIONS}, args.turns)
     return {version: {"seconds": statistics.median(own),
-                      "ratio": statistics.median(a / b for a, b in zip(own, times["D-MAE"])),
+                      "ratio": median_ratio(own, times["D-MAE"]),
                       "peak_gib": peak_of_step(__file__, make_step, version, precision, args, device)}
             for version, own in times.items()}
 

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 
 from appendix import pretrain_dino
 from appendix.tools import shrink_folder
-from appendix.tools.benchmarking import in_turns
+from appendix.tools.benchmarking import in_turns, median_ratio
 from common import options
 from common.augment import eval_transform, pretrain_transform
 from common.data import labelled_folder
@@ -39,13 +39,20 @@ def defaults(script, size):
     return options.resolve(options.parse(script.build_parser(), argv=words))
 
 
+def small_crop(size):
+    """Return the side of DINO's small crops: 96 px of 224, in proportion to the image and a multiple of 16."""
+    return 96 * size // 224 // 16 * 16 or 16
+
+
 def our_views(size):
     """Return {view: our transform}."""
     dino = defaults(pretrain_dino, size)
-    dino.local_size = 96 * size // 224 // 16 * 16 or 16
-    return dict(zip(VIEWS, (pretrain_transform(size, interpolation="bicubic"), eval_transform(size),
-                            train_transform(size), pretrain_mocov3.MoCoViews(defaults(pretrain_mocov3, size)),
-                            pretrain_dino.crops_of(dino))))
+    dino.local_size = small_crop(size)
+    return {"MAE": pretrain_transform(size, interpolation="bicubic"),
+            "evaluation": eval_transform(size),
+            "fine-tuning impr.": train_transform(size),
+            "MoCo-v3": pretrain_mocov3.MoCoViews(defaults(pretrain_mocov3, size)),
+            "DINO": pretrain_dino.crops_of(dino)}
 
 
 class Several:
@@ -61,7 +68,7 @@ class Several:
 def pillow_views(size):
     """Return {view: the same transform by torchvision on Pillow images, as in the authors' code}."""
     finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    flip, grey, small = transforms.RandomHorizontalFlip(), transforms.RandomGrayscale(0.2), 96 * size // 224 // 16 * 16
+    flip, grey = transforms.RandomHorizontalFlip(), transforms.RandomGrayscale(0.2)
 
     def crop(size, scale=(0.08, 1.0), mode="bicubic"):
         return transforms.RandomResizedCrop(size, scale, interpolation=InterpolationMode(mode))
@@ -73,14 +80,15 @@ def pillow_views(size):
     def dino(size, scale, blur, solarize):
         return transforms.Compose([crop(size, scale), flip, colour_jitter(), grey, GaussianBlur(blur),
                                    transforms.RandomSolarize(128, solarize), *finish])
+
+    resize = transforms.Resize(round(size / 0.875), InterpolationMode.BICUBIC)
     large = [dino(size, (0.4, 1.0), 1.0, 0.0), dino(size, (0.4, 1.0), 0.1, 0.2)]
-    return dict(zip(VIEWS, (
-        transforms.Compose([crop(size), flip, *finish]),
-        transforms.Compose([transforms.Resize(round(size / 0.875), InterpolationMode.BICUBIC),
-                            transforms.CenterCrop(size), *finish]),
-        transforms.Compose([crop(size), flip, rand_augment(RANDAUGMENT, size), *finish]),
-        Several([moco(1.0, 0.0), moco(0.1, 0.2)]),
-        Several(large + [dino(small or 16, (0.05, 0.4), 0.5, 0.0)] * SMALL_CROPS))))
+    small = [dino(small_crop(size), (0.05, 0.4), 0.5, 0.0)] * SMALL_CROPS
+    return {"MAE": transforms.Compose([crop(size), flip, *finish]),
+            "evaluation": transforms.Compose([resize, transforms.CenterCrop(size), *finish]),
+            "fine-tuning impr.": transforms.Compose([crop(size), flip, rand_augment(RANDAUGMENT, size), *finish]),
+            "MoCo-v3": Several([moco(1.0, 0.0), moco(0.1, 0.2)]),
+            "DINO": Several(large + small)}
 
 
 def ours(folder, transform, steps, args, device):
@@ -135,7 +143,7 @@ def measure(args, device):
                               "ImageFolder": image_folders(full, theirs[view], steps, args)}, args.pairs)
             count = steps * args.batch_size
             for source in ("full", "small"):
-                ratio = statistics.median(b / a for a, b in zip(times[source], times["ImageFolder"]))
+                ratio = median_ratio(times["ImageFolder"], times[source])
                 rows.append({"view": view, "source": source, "ratio": ratio, "images": count,
                              "ours_images_per_second": count / statistics.median(times[source]),
                              "imagefolder_images_per_second": count / statistics.median(times["ImageFolder"])})

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from appendix.tools import benchmark_loader, benchmarking
-from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, seconds, synchronize, training_step
+from appendix.tools.benchmarking import DTYPES, from_tests, in_turns, peak_of_step, training_step
 from common import distributed, entry, options, report
 from common.distributed import print0
 from common.mae import MAE
@@ -24,6 +24,8 @@ from common.optim import adamw, parameter_groups
 from common.ranges import Int
 from common.runs import identity
 from common.vit import set_fused_attention
+
+VERSIONS = ("ours", "straightforward")
 
 
 def build_parser():
@@ -67,9 +69,9 @@ def matmul_rate(precision, device):
 
     def product():
         a @ b
-        synchronize(device)
+        benchmarking.synchronize(device)
     product()
-    return 2 * n**3 / min(seconds(product) for _ in range(5))
+    return 2 * n**3 / min(benchmarking.seconds(product) for _ in range(5))
 
 
 def step_flops(args, device):
@@ -80,27 +82,21 @@ def step_flops(args, device):
     return counter.get_total_flops()
 
 
-def against(ours, other, pairs):
-    """Run two functions in turns; return the median seconds of each and the median of the ratio other / ours."""
-    times = in_turns({"ours": ours, "other": other}, pairs)
-    return (*map(statistics.median, times.values()),
-            statistics.median(b / a for a, b in zip(times["ours"], times["other"])))
-
-
 def measure_steps(args, device):
     """Measure the training step of both versions; return one row per precision, with and without compilation."""
     flops, rows = step_flops(args, device), []
     for precision in args.precisions:
         ceiling = matmul_rate(precision, device)
         for compiled in (False, True) if args.compile else (False,):
-            ours, other, ratio = against(make_step("ours", precision, args, device, compiled),
-                                         make_step("straightforward", precision, args, device, compiled), args.pairs)
+            times = in_turns({version: make_step(version, precision, args, device, compiled) for version in VERSIONS},
+                             args.pairs)
+            ours, other = (statistics.median(times[version]) for version in VERSIONS)
+            peaks = [peak_of_step(__file__, make_step, version, precision, args, device) for version in VERSIONS]
             rows.append({"precision": precision, "compiled": compiled, "ours_images_per_second": args.batch_size / ours,
-                         "straightforward_images_per_second": args.batch_size / other, "ratio": ratio,
+                         "straightforward_images_per_second": args.batch_size / other,
+                         "ratio": benchmarking.median_ratio(times["straightforward"], times["ours"]),
                          "flops_per_second": flops / ours, "matmul_flops_per_second": ceiling,
-                         "ours_peak_gib": peak_of_step(__file__, make_step, "ours", precision, args, device),
-                         "straightforward_peak_gib": peak_of_step(__file__, make_step, "straightforward", precision,
-                                                                   args, device)})
+                         "ours_peak_gib": peaks[0], "straightforward_peak_gib": peaks[1]})
             print0(rows[-1])
     return rows
 

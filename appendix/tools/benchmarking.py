@@ -4,6 +4,7 @@ The versions take turns, A B A B, so that a machine whose speed drifts slows all
 the turns. Peak memory is measured in a separate process on a CPU, and by the allocator on a GPU.
 """
 import importlib.util
+import statistics
 import subprocess
 import sys
 import time
@@ -48,6 +49,11 @@ def in_turns(functions, turns):
         function()
     times = [{name: seconds(function) for name, function in functions.items()} for _ in range(turns)]
     return {name: [turn[name] for turn in times] for name in functions}
+
+
+def median_ratio(times, others):
+    """Return the median over the turns of times / others, two lists of `in_turns`."""
+    return statistics.median(a / b for a, b in zip(times, others))
 
 
 def training_step(loss, optimizer, args, device, dtype):

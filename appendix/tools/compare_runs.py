@@ -115,9 +115,9 @@ def draw(curves, path):
 
 
 def matching(args):
-    """Yield (folder, its rows, its description, description of the reference, rows of the reference).
+    """Yield (folder, run, reference) of every run that has a reference, the last two as (description, rows).
 
-    Runs without a reference are left out, but an error if --runs names them.
+    A run that --runs names must have one.
     """
     folders = args.runs or sorted(path.parent for path in Path(args.output).glob("*/*/result.json"))
     files = args.references or sorted(options.ROOT.glob("*/results/reference_*.jsonl"))
@@ -126,13 +126,12 @@ def matching(args):
     references = [read_reference(file) for file in files]
     for folder in map(Path, folders):
         about, rows = read_run(folder)
-        found = [(theirs, log) for theirs, log in references
-                 if (theirs["script"], theirs["settings"]) == (about["script"], about["settings"])]
-        if args.runs and not found:
+        found = [reference for reference in references
+                 if all(reference[0][key] == about[key] for key in ("script", "settings"))]
+        if found:  # prefer one with the same data and weights
+            yield folder, (about, rows), min(found, key=lambda reference: reference[0]["data"] != about["data"])
+        elif args.runs:
             raise UserError(f"{folder}: none of {len(references)} references has its settings; --write makes one")
-        found.sort(key=lambda pair: pair[0]["data"] != about["data"])  # prefer the same data and weights
-        for theirs, log in found[:1]:
-            yield folder, rows, about, theirs, log
 
 
 def main(args):
@@ -142,7 +141,7 @@ def main(args):
             raise UserError("--write keeps one run: name it by --runs")
         return write_reference(args.runs[0], args.write)
     results, curves, lines = {}, {}, []
-    for folder, rows, about, theirs, log in matching(args):
+    for folder, (about, rows), (theirs, log) in matching(args):
         name, alike = f"{about['script']}/{folder.name}", about["data"] == theirs["data"]
         results[name], curves[name] = {**compare(rows, log), "judged": alike or bool(args.runs)}, (rows, log)
         top1 = " / ".join(f"{evaluation['top1']:.1f}" if "top1" in evaluation else "-"

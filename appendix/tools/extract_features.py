@@ -69,16 +69,15 @@ def main(args):
     unreadable = sorted(sum(distributed.gather(unreadable), []))
     say_unreadable(images, unreadable)
     read = np.setdiff1d(np.arange(len(images)), unreadable)
-    arrays = {"features": values[read], "files": files[read], "unreadable": files[unreadable]}
+    values, left_out = values[read], files[unreadable]
     if distributed.is_main():
-        save_arrays(place, {**arrays, "about": about})
-    values, unreadable = arrays["features"], arrays["unreadable"].tolist()
+        save_arrays(place, {"features": values, "files": files[read], "unreadable": left_out, "about": about})
     layer = f"block {args.layer}" if args.layer else "the last block, after the final norm"
     print0(f"{place}: {len(values)} images x {values.shape[1]} features of {layer}, pooling {args.pooling}")
     if images.from_files and (line := read_alone(args.data_path)):
         print0(line)
     return {"features": str(place), "images": len(values), "dim": values.shape[1],
-            **({"unreadable": unreadable} if unreadable else {})}
+            **({"unreadable": left_out.tolist()} if unreadable else {})}
 
 
 if __name__ == "__main__":

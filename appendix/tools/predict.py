@@ -63,13 +63,14 @@ def find_images(path):
 def predict(model, files, args, device):
     """Return the most likely class of each image and its probability, (N,) and (N,); None if an image is unreadable."""
     images = ImageSet("images", [str(file) for file in files], None, [], model.patch_embed.proj.in_channels)
-    (size, *normalisation), found = preprocessing(model, args), []
+    size, mean, std = preprocessing(model, args)
     loader = eval_loader(images, eval_transform(size), args.batch_size, args.workers, device,
                          on_bad_image=args.on_bad_image)
-    for batch in on_device(progress(loader, "predicting"), device, *(values.to(device) for values in normalisation)):
+    found = []
+    for batch in on_device(progress(loader, "predicting"), device, mean.to(device), std.to(device)):
         best = model(batch["image"]).float().softmax(dim=1).max(dim=1)
-        found += [(number, value) if bad < 0 else (None, None) for number, value, bad in zip(
-            best.indices.tolist(), best.values.tolist(), batch["bad"].tolist())]
+        for number, value, bad in zip(best.indices.tolist(), best.values.tolist(), batch["bad"].tolist()):
+            found.append((number, value) if bad < 0 else (None, None))
     say_unreadable(images, [index for index, (number, _) in enumerate(found) if number is None])
     return zip(*found)
 
@@ -87,7 +88,7 @@ def cell(text):
 def print_accuracy(truth, said):
     """Print the accuracy over all images of known class and for each class, worst first; return the former, 0..1."""
     right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
-    total, count = (sum(map(f, right.values())) for f in (sum, len))
+    total, count = sum(map(sum, right.values())), sum(map(len, right.values()))
     print0(f"{100 * total / count:.2f} % of {count} images are right"
            + (f" ({len(truth) - count} lie in no folder of a class)" if count < len(truth) else "")
            + "; of each class, worst first:")
@@ -121,12 +122,12 @@ def main(args):
     said = ["" if number is None else names[number] for number in chosen]
 
     truth = class_folders(files, args.data_path, weights.classes or ())
-    known = any(truth)
-    shares = ["" if value is None else f"{value:.4f}" for value in probabilities]
-    names_of = [[cell(text) for text in column] for column in (files, said, truth)]
-    rows = zip(*names_of[:2], shares, *(names_of[2:] if known else []))
+    columns = {"file": files, "class": said,
+               "probability": ["" if value is None else f"{value:.4f}" for value in probabilities]}
+    if any(truth):
+        columns["folder"] = truth
     text = io.StringIO()
-    csv.writer(text).writerows([["file", "class", "probability", *(["folder"] if known else [])], *rows])
+    csv.writer(text).writerows([columns, *([cell(value) for value in row] for row in zip(*columns.values()))])
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
     read = [index for index, number in enumerate(chosen) if number is not None]
     for index in read[:10]:

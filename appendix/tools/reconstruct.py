@@ -129,7 +129,8 @@ def main(args):
     images = images_to_analyse(args)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
-    transform, (mean, std) = eval_transform(args.img_size), (s.view(-1, 1, 1).to(device) for s in statistics(args))
+    transform = eval_transform(args.img_size)
+    mean, std = (values.view(-1, 1, 1).to(device) for values in statistics(args))
     batch = (torch.stack([transform(images.read(int(i))) for i in chosen]).to(device) - mean) / std
     masked, pasted, predicted = reconstruct(model, batch, torch.rand(len(batch), model.num_patches).to(device))
 

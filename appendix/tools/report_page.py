@@ -96,10 +96,14 @@ def find_items(folders, seen):
 
     seen: the set of paths found before, which are left out; new ones are added.
     """
-    place = {name: number for number, name in enumerate(ITEMS)}
+    order = list(ITEMS)
+
+    def place(path):
+        known = [name for name in (path.stem, path.stem.split("_")[0]) if name in ITEMS]
+        return order.index(known[0]) if known else len(order)
+
     files = [path for folder in folders for path in sorted(Path(folder).rglob("*.json"))]
-    for path in sorted(files, key=lambda path: min((place[name] for name in (path.stem, path.stem.split("_")[0])
-                                                    if name in place), default=len(place))):
+    for path in sorted(files, key=place):
         try:
             content = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError, OSError):
@@ -198,20 +202,17 @@ def anchor(path):
 
 def page(parts):
     """Return the HTML of the whole page. parts: {heading: [(path, content)]}."""
-    links = "\n".join(f"<nav><b>{html.escape(heading)}</b><br>" + " ".join(
-        f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items) + "</nav>"
-        for heading, items in parts.items())
-    body = "\n".join("\n".join([f"<h2>{html.escape(heading)}</h2>", *(item_html(*item) for item in items)])
-                     for heading, items in parts.items())
+    links, body = [], []
+    for heading, items in parts.items():
+        anchors = [f'<a href="#{anchor(path)}">{html.escape(title(content))}</a>' for path, content in items]
+        links.append(f"<nav><b>{html.escape(heading)}</b><br>{' '.join(anchors)}</nav>")
+        body += [f"<h2>{html.escape(heading)}</h2>", *(item_html(path, content) for path, content in items)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Tables and figures</title><style>{STYLE}</style></head>
 <body><h1>A Closer Look at Self-Supervised Lightweight Vision Transformers: tables and figures</h1>
 <p>Measured beside published, made {time.strftime("%Y-%m-%d")}.</p>
-{links}
-{body}
-</body></html>
-"""
+""" + "\n".join([*links, *body, "</body></html>", ""])
 
 
 def main(args):

@@ -98,9 +98,8 @@ def begin(root, small, settings):
         raise UserError(f"--output {small} and --data-path {root}: one lies in the other, name a folder apart")
     if file.exists():
         before = json.loads(file.read_text())
-        old, now = (" ".join(options.to_argv({key: one[key] for key in settings if before[key] != settings[key]}))
-                    for one in (before, settings))
-        if old:
+        if changed := [key for key in settings if before[key] != settings[key]]:
+            old, now = (" ".join(options.to_argv({key: one[key] for key in changed})) for one in (before, settings))
             raise UserError(f"{small} was begun with {old}, this call has {now}: repeat it with the former, or name "
                             f"another --output")
     elif small.exists() and (not small.is_dir() or any(small.iterdir())):

@@ -41,7 +41,7 @@ def order(paths, root, seed):
 def split(images, root, args):
     """Return the split: {"train" and "val": [paths of each class]}. Raises UserError if a class is too small."""
     parts = {"train": [], "val": []}
-    for label, name in list(enumerate(images.classes))[:args.num_classes]:
+    for label, name in enumerate(images.classes[:args.num_classes]):
         paths = order([images.images[i] for i in np.flatnonzero(images.labels == label)], root, args.seed)
         held_out = max(1, round(args.val_share * len(paths)))
         if held_out >= len(paths):
