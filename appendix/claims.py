@@ -118,7 +118,7 @@ def build_parser():
     options.add_data(parser)
     downstream.add_datasets(parser)
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], metavar="C",
-                        default=[claim.key for claim in CLAIMS], help="some of them: C1, C1b, C2, ... C9b")
+                        default=[claim.key for claim in CLAIMS], help="to test, of C1, C1b, ... C9b; default: all")
     parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="every run is made once per seed")
     tables.add_rows(parser)
     report.add_pictures(parser, ".json")
@@ -167,13 +167,6 @@ def draw_forest_plot(rows):
     return figure
 
 
-def bounds(row):
-    """Return the bounds that decide the claim of a row, where they are not 0."""
-    if row["within"]:
-        return -row["within"], row["within"]
-    return (row["beyond"],) if row["beyond"] else ()
-
-
 def draw_panel(axis, rows):
     """Draw one panel of the forest plot; its rows are all in points of top-1, or none is."""
     points = rows[0]["unit"] == POINTS
@@ -185,7 +178,8 @@ def draw_panel(axis, rows):
         axis.plot(mean * scale, place, marker, color=colour, markersize=7)
         axis.plot([value * scale for value in effect["values"]], [place + 0.25] * len(effect["values"]), "|",
                   color=colour, markersize=5)
-        for bound in bounds(row):
+        bounds = [-row["within"], row["within"]] if row["within"] else [row["beyond"]]
+        for bound in filter(None, bounds):  # a line for 0 follows below
             axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=1, linestyle=":")
         axis.annotate(f"{in_words(row)}   {row['verdict']}", (1.01, place), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8, color=colour, annotation_clip=False)

@@ -6,9 +6,10 @@ A claim's effect is a difference that is positive if the claim holds. It is comp
     mean ± t(0.975, seeds - 1) * standard deviation over seeds / sqrt(seeds)
     mean ± 1.96 * standard error from the number of validation images
 
-The second exists for accuracies alone. It is paired by image: up to a constant, an effect is a sum over images. The
-term of an image is the sum over the runs that answer it right of the effect's derivative by their accuracy. The spread
-of the terms over images gives the standard error. Images that two runs, or two seeds, both fail on thus cancel.
+The second exists for accuracies alone. Each accuracy is a mean over images, so an effect is, up to a constant, a mean
+over images too: an image contributes the derivatives of the effect by the accuracies of those runs that answer it
+right. The spread of these contributions gives the standard error, paired by image: where two runs answer alike, their
+contributions to a difference cancel.
 """
 import math
 import statistics
@@ -43,17 +44,17 @@ class Measured:
         """Return the accuracy after transfer, averaged over the small data sets, %."""
         return self.get("small", run)
 
-    def stat(self, measure, run, part="all"):
+    def stat(self, measure, run, part):
         """Return a statistic of Section 4's figures: "cka", "distance", "entropy" and so on.
 
-        part: "low" or "high" for the lowest or highest third of the layers, "all" for all.
+        part: "low" or "high" for the lowest or highest third of the layers; of "high frequencies", a layer.
         """
         return self.get(f"{measure} {part}", run)
 
     def influence(self, effect):
-        """Return {data set: (images,)}: the contribution of each image to effect(self), times the number of images.
+        """Return the contributions of the images to an effect, {data set: (images,)}, by numerical derivatives.
 
-        The derivative of the effect by each accuracy is taken numerically.
+        Up to a constant, the effect is the sum over data sets of their means.
         """
         influence = {}
         for key, answers in self.answers.items():
@@ -65,7 +66,7 @@ class Measured:
 
 
 def images_error(effect, seeds):
-    """Return the standard error of an effect, averaged over seeds, that the number of validation images causes."""
+    """Return the standard error, due to the limited number of validation images, of an effect averaged over seeds."""
     by_seed = [measured.influence(effect) for measured in seeds]
     means = [np.mean([influence[name] for influence in by_seed], axis=0) for name in by_seed[0]]
     return math.sqrt(sum(mean.var(ddof=1) / len(mean) for mean in means))
@@ -126,6 +127,7 @@ def verdict(effect: Effect, beyond=0.0, within=None) -> str:
     if effect.low is None:
         return OPEN
     if within is not None:
-        inside, outside = -within < effect.low and effect.high < within, effect.low > within or effect.high < -within
+        inside = -within < effect.low and effect.high < within
+        outside = effect.low > within or effect.high < -within
         return SEEN if inside else CONTRARY if outside else OPEN
     return SEEN if effect.low > beyond else CONTRARY if effect.high < beyond else OPEN

@@ -88,13 +88,13 @@ def test_what_cannot_be_compared_says_why(tmp_path, monkeypatch):
         tmp_path / "section" / "results" / "reference_b.jsonl")
     with pytest.raises(UserError, match=r"a: none of \d+ references has its settings"):
         run("--runs", source, "--output", tmp_path)
-    with pytest.raises(UserError, match=r"nope is no run's folder, as it has no settings.json and no log.jsonl: give"):
+    with pytest.raises(UserError, match="not a run's folder, as it has no settings.json and no log.jsonl: give"):
         run("--runs", tmp_path / "nope", "--output", tmp_path)
-    with pytest.raises(UserError, match=r"nope is no run's folder"):
+    with pytest.raises(UserError, match=r"nope is not a run's folder"):
         run("--runs", tmp_path / "nope", "--write", tmp_path / "r.jsonl")
     for content in ("", '{"step": 1}\n'):
         (tmp_path / "log.jsonl").write_text(content)
-        with pytest.raises(UserError, match="log.jsonl is no reference"):
+        with pytest.raises(UserError, match="log.jsonl is not a reference"):
             run("--runs", source, "--references", tmp_path / "log.jsonl", "--output", tmp_path)
     (source / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished"):

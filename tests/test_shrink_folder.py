@@ -235,7 +235,7 @@ def test_without_a_terminal_a_line_each_minute(monkeypatch, capsys):
     ({"small": "."}, "one lies in the other"),
     ({"small": "foreign"}, "--output foreign exists and was not begun by this script: name a new folder"),
     ({"small": "foreign/file"}, "--output foreign/file exists"),
-    ({"folder": "no/where"}, "--data-path no/where is no folder"),
+    ({"folder": "no/where"}, "--data-path no/where is not a folder"),
     ({"folder": "empty"}, "no image below --data-path empty"),
 ])
 def test_what_cannot_be_shrunk_is_said(photos, tmp_path, monkeypatch, given, message):

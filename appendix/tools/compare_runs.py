@@ -31,7 +31,7 @@ def build_parser():
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="folders of runs; default: all in outputs/")
     parser.add_argument("--references", nargs="+", metavar="FILE", help="default: reference_*.jsonl of every section")
     parser.add_argument("--tolerance", type=Float(0), default=0.05, help="largest relative difference of a logged loss")
-    parser.add_argument("--write", metavar="FILE", help="keep the one run of --runs as a reference and leave")
+    parser.add_argument("--write", metavar="FILE", help="write the one run of --runs to FILE as a reference, and stop")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser
 
@@ -40,14 +40,14 @@ def read_lines(path):
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no log ({error}): give a run's folder or a reference_*.jsonl") from None
+        raise UserError(f"{path} is not a log ({error}): give a run's folder or a reference_*.jsonl") from None
 
 
 def read_reference(path):
     """Read a reference; return the description in its first line, and the rows of its log."""
     lines = read_lines(path)
     if not lines or "script" not in lines[0]:
-        raise UserError(f"{path} is no reference: --write makes one of a finished run")
+        raise UserError(f"{path} is not a reference: --write makes one of a finished run")
     return lines[0], lines[1:]
 
 
@@ -55,7 +55,7 @@ def read_run(folder):
     """Read a run; return {"script", "settings" (of its identity), "data" (fingerprints)} and the rows of its log."""
     absent = [name for name in ("settings.json", "log.jsonl") if not (Path(folder) / name).is_file()]
     if absent:
-        raise UserError(f"{folder} is no run's folder, as it has no {' and no '.join(absent)}: give one as outputs/"
+        raise UserError(f"{folder} is not a run's folder, as it has no {' and no '.join(absent)}: give one as outputs/"
                         f"SCRIPT/NAME/, which a training made")
     stored = json.loads((Path(folder) / "settings.json").read_text())
     settings = identity({name: value for name, value in stored.items() if name not in ABOUT})
@@ -90,10 +90,10 @@ def compare(rows, reference):
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         raise UserError("no step of the reference is in the run's log: log with --log-every 10, as the reference was")
-    away = {step: abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in shared}
-    worst = max(shared, key=away.get)
+    apart = {step: abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in shared}
+    worst = max(shared, key=apart.get)
     evaluations = [next((row["eval"] for row in reversed(log) if "eval" in row), {}) for log in (rows, reference)]
-    return {"steps": len(shared), "largest": away[worst], "at": worst, "loss": [ours[shared[-1]], theirs[shared[-1]]],
+    return {"steps": len(shared), "largest": apart[worst], "at": worst, "loss": [ours[shared[-1]], theirs[shared[-1]]],
             "evaluation": evaluations}
 
 
@@ -141,14 +141,13 @@ def main(args):
             raise UserError("--write keeps one run: name it by --runs")
         return write_reference(args.runs[0], args.write)
     results, curves, lines = {}, {}, []
-    for folder, (about, rows), (theirs, log) in matching(args):
-        name, alike = f"{about['script']}/{folder.name}", about["data"] == theirs["data"]
-        results[name], curves[name] = {**compare(rows, log), "judged": alike or bool(args.runs)}, (rows, log)
-        top1 = " / ".join(f"{evaluation['top1']:.1f}" if "top1" in evaluation else "-"
-                          for evaluation in results[name]["evaluation"])
-        lines.append([name, f"{results[name]['largest']:.2%}", results[name]["at"],
-                      "{:.4f} / {:.4f}".format(*results[name]["loss"]), top1,
-                      "" if alike else "other data or weights"])
+    for folder, (about, rows), (reference, expected) in matching(args):
+        name, alike = f"{about['script']}/{folder.name}", about["data"] == reference["data"]
+        result = {**compare(rows, expected), "judged": alike or bool(args.runs)}
+        top1 = [f"{found['top1']:.1f}" if "top1" in found else "-" for found in result["evaluation"]]
+        lines.append([name, f"{result['largest']:.2%}", result["at"], "{:.4f} / {:.4f}".format(*result["loss"]),
+                      " / ".join(top1), "" if alike else "other data or weights"])
+        results[name], curves[name] = result, (rows, expected)
     if not results:
         raise UserError(f"no run in {args.output} has a reference: run a demo first, or --write one")
     header = ["run", "largest difference of the loss", "at step", "last loss / reference", "top-1 / reference", ""]

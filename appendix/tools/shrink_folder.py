@@ -49,10 +49,10 @@ SETTINGS, UNREADABLE, TEMPORARY = ".shrink_folder.json", ".unreadable.txt", ".sh
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", required=True, metavar="DIR", help="any tree of images, train/ and val/ or not")
-    parser.add_argument("--output", required=True, metavar="SMALL", help="a new folder, or one to go on with")
-    parser.add_argument("--short-side", type=Int(1), default=256, metavar="PX", help="at most so many pixels")
+    parser.add_argument("--output", required=True, metavar="SMALL", help="a new folder, or one to continue")
+    parser.add_argument("--short-side", type=Int(1), default=256, metavar="PX", help="of a copy, at most")
     parser.add_argument("--quality", type=Int(1, 100), default=95, help="of JPEG, 1 to 100")
-    parser.add_argument("--format", choices=("jpeg", "keep"), default="jpeg", help="keep: what is no JPEG becomes PNG")
+    parser.add_argument("--format", choices=("jpeg", "keep"), default="jpeg", help="keep: others become PNG")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes; 0: none, -1: by the cores")
     return parser
 
@@ -63,15 +63,15 @@ def image_names(root):
     A training lists train/, val/ and each class separately, so each of them counts, even if it is a link to another.
     """
     if not root.is_dir():
-        raise DataError(f"--data-path {root} is no folder: give the one that holds the images")
+        raise DataError(f"--data-path {root} is not a folder: give the one that holds the images")
     _, _, splits = look_into(root)
     classes = [folder for split in splits for folder in look_into(split)[-1]]
-    names = {os.path.relpath(path, root) for path in list_images(root)}
-    names |= {os.path.relpath(path, root) for folder in splits + classes for path in list_images(folder, Counter())}
-    names = sorted(names)
-    if not names:
+    paths = list_images(root)
+    for folder in splits + classes:
+        paths += list_images(folder, Counter())  # files that are not images were reported above
+    if not paths:
         raise DataError(f"no image below --data-path {root} (looked for {' '.join(EXTENSIONS)})")
-    return names
+    return sorted({os.path.relpath(path, root) for path in paths})
 
 
 def target_names(names, how):
