@@ -30,9 +30,9 @@ def build_parser():
     group = parser.add_argument_group("sweep")
     group.add_argument("--dataset", default="cifar100", metavar="NAME",
                        help="see sec3_benchmark/downstream_sets.py")
-    group.add_argument("--dataset-path", metavar="ROOT", help="where it lies")
-    group.add_argument("--init", metavar="CHECKPOINT", help="default: an MAE pre-trained on --data, or found done")
-    group.add_argument("--lrs", type=Float(0), nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="peak rates")
+    group.add_argument("--dataset-path", metavar="ROOT", help="folder that holds it")
+    group.add_argument("--init", metavar="CHECKPOINT", help="default: MAE pre-trained on --data, once")
+    group.add_argument("--lrs", type=Float(0), nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="peak learning rates")
     group.add_argument("--layer-decays", type=Float(0, 1), nargs="+", default=[0.65, 0.75, 0.85, 1.0])
     group.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="each cell is run once per seed")
     tables.add_rows(parser)

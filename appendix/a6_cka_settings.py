@@ -35,7 +35,7 @@ VARIANTS = {  # name -> what differs from Figure 1's setting
 def build_parser():
     parser = study.make_parser(__doc__)
     parser.add_argument("--cut-off", type=Float(0, 1), default=0.5,
-                        help="between low and high, of the highest frequency")
+                        help="boundary between low and high, as a share of the highest frequency")
     return parser
 
 
@@ -53,7 +53,7 @@ def band_pass(tokens, grid, band, cut_off):
 
 
 def variant(args, change):
-    """Return args with the change of one variant; the band is no argument of Figure 1."""
+    """Return args with the change of one variant; Figure 1 has no argument for the band."""
     change = {name: value for name, value in change.items() if name != "band"}
     if "num_images" in change:
         change["num_images"] = int(change["num_images"] * args.num_images)

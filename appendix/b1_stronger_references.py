@@ -30,10 +30,7 @@ def rows_of(args):
 
 
 def main(args):
-    """Measure, write and draw; return {model: CKA (its layers, layers of the first)}.
-
-    Returns {} after a dry run and on ranks other than 0.
-    """
+    """Measure and draw; return {model: CKA (its layers, layers of the first)}, {} after a dry run or on ranks > 0."""
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "b1")
     else:

@@ -144,7 +144,7 @@ def numbers(name, similarity, amplitudes, attention):
     attention, relative to uniform attention; and how much the heads of a layer differ in distance ("diversity").
     """
     equal_layers = np.diagonal(similarity)[1:]  # without index 0, the embedding
-    heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]
+    heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]  # the last column is uniform attention
     distance, entropy = heads / uniform  # each (layers, heads)
     found = {(f"high frequencies {part}", name): amplitudes[0, point, -1]
              for point, part in enumerate(("embedding", "block 1"))}
@@ -157,10 +157,7 @@ def numbers(name, similarity, amplitudes, attention):
 
 
 def provenance(row, results, args):
-    """Yield how the number of a row was made, for each seed: last command, run, top-1 and minutes.
-
-    The command names the run it starts from instead of the path of the weights.
-    """
+    """Yield for each seed of a row its last command (which names the run it starts from), run, top-1 and minutes."""
     for seed, lines in zip(args.seeds, results):
         start = Path(lines[-2]["run"]).name if len(lines) > 1 else PREVIOUS
         command = f"python {row.lines[-1].replace(PREVIOUS, start)} --preset {args.preset} --seed {seed}"

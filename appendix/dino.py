@@ -167,10 +167,7 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
 
 
 def update_center(center, teacher_sum, rows, momentum=0.9):
-    """Return the updated moving average of the teacher's outputs, (1, K).
-
-    teacher_sum: (K,), the sum of the outputs of all ranks, of which there are `rows`.
-    """
+    """Return the new centre, (1, K): a moving average of the teacher's outputs; teacher_sum (K,): the sum of `rows`."""
     return momentum * center + (1 - momentum) * teacher_sum / rows
 
 

@@ -31,12 +31,12 @@ def add_arguments(parser):
     options.add_data(parser)
     options.add_model(parser, MODELS)
     group = parser.add_argument_group("features")
-    group.add_argument("--init", metavar="CHECKPOINT", help="weights: ours, which say their size and model themselves, "
-                                                            "or another project's (common/pretrained.py)")
+    group.add_argument("--init", metavar="CHECKPOINT", help="a checkpoint: ours, which holds model and image size, or "
+                                                            "another project's (common/pretrained.py)")
     group.add_argument("--layer", type=Int(0), default=0,
                        help="block whose output is taken, from 1; 0: the last one, followed by the final norm")
-    group.add_argument("--pooling", choices=POOLING, help="class token, the default, or mean of the patch tokens; a "
-                                                          "classifier of the mean says so itself")
+    group.add_argument("--pooling", choices=POOLING, help="class token or mean of the patch tokens; default: token, "
+                                                          "unless the model has none or its head reads the mean")
     return parser
 
 
@@ -49,9 +49,9 @@ def add_execution(parser, save_to, kept=True):
     group.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR", help="where results are kept")
     group.add_argument("--save-to", metavar="FILE", help=save_to)
     if kept:
-        group.add_argument("--fresh", action="store_true", help="compute features anew")
+        group.add_argument("--fresh", action="store_true", help="compute features again")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--micro-batch", type=Int(1), default=512, help="most images at once on a device, up to 256")
+    group.add_argument("--micro-batch", type=Int(1), default=512, help="images at once on a device, 256 at most")
     group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes per rank; -1: by the cores")
 
 
@@ -85,15 +85,12 @@ def build_encoder(args, device):
 
 
 def features(vit, images, layer=0, pooling="token"):
-    """Compute features of images (B, C, H, W): (B, D).
-
-    layer: the block whose output is pooled, from 1; 0 takes the last one and applies the final norm.
-    """
+    """Compute features (B, D) of images (B, C, H, W) from block `layer`; 0: from the last one, after the final norm."""
     [(patches, prefix)] = vit.forward_intermediates(images, indices=[layer - 1 if layer else len(vit.blocks) - 1],
                                                     norm=layer == 0, output_fmt="NLC", return_prefix_tokens=True,
                                                     stop_early=True, intermediates_only=True)
     pooled = prefix[:, 0] if pooling == "token" else patches.mean(dim=1)
-    return pooled if layer or vit.fc_norm is None else vit.fc_norm(pooled)  # identity unless it averages
+    return pooled if layer or vit.fc_norm is None else vit.fc_norm(pooled)  # the identity unless a classifier averages
 
 
 @torch.inference_mode()
@@ -128,7 +125,7 @@ def kept_features(path):
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged bytes can raise any exception
-        print0(f"{path} is damaged ({type(error).__name__}): computed anew")
+        print0(f"{path} is damaged ({type(error).__name__}): computed again")
         return None
 
 

@@ -22,10 +22,7 @@ def drawn(labels, shots, seed, number):
 
 
 def fit(features, labels, iterations=200):
-    """Minimise the sum of cross-entropies + |W|^2 / 2 by L-BFGS and return W (C, D), b (C,).
-
-    features: (N, D), labels: (N,).
-    """
+    """Minimise sum of cross-entropies + |W|^2 / 2 by L-BFGS; return W (C, D), b (C,). features (N, D), labels (N,)."""
     classes = int(labels.max()) + 1
     weight = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=features.dtype, device=features.device, requires_grad=True)

@@ -66,7 +66,7 @@ def build_distilled(args, num_classes, weights, keep_head=False, drop_path=0.0):
 
 
 class Distilled(finetune.Supervised):
-    """Hard distillation: (1 - alpha) * cross-entropy of head with labels + alpha * that of head_dist with teacher."""
+    """Hard distillation: (1 - alpha) * CE(head, labels) + alpha * CE(head_dist, class predicted by the teacher)."""
 
     def __init__(self, model, args, num_classes, *, teacher):
         super().__init__(model, args, num_classes)

@@ -27,7 +27,7 @@ def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
     parser.add_argument("--k", type=Int(1), default=20, help="neighbours that vote")
     parser.add_argument("--temperature", type=Float(1e-6), default=0.07,
-                        help="T; the smaller, the more the nearest count")
+                        help="T; a smaller one gives near neighbours more weight")
     parser.add_argument("--seed", type=Int(0), default=0, help="nothing is random here; tables pass it to every stage")
     add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser

@@ -49,7 +49,7 @@ def build_parser():
     group = parser.add_argument_group("recipe (official MAE)")
     group.add_argument("--recipe", choices=tuple(RECIPES), default="official", help="quick: AdamW, few epochs")
     group.add_argument("--views", type=Int(0), default=0,
-                       help="random crops of each image, one an epoch in turn; 0: the centre crop")
+                       help="random crops of each image, used in turn by the epochs; 0: the centre crop")
     group.add_argument("--epochs", type=Int(1), default=90)
     group.add_argument("--batch-size", type=Int(2), default=16384)
     group.add_argument("--base-lr", type=Float(0), default=0.1, help="per 256 images: the peak is base * batch / 256")
@@ -57,7 +57,7 @@ def build_parser():
     group.add_argument("--seed", type=Int(0), default=0)
     group = parser.add_argument_group("few labels, in place of all of them")
     group.add_argument("--shots", type=Int(1), nargs="+", metavar="K", help="images of each class")
-    group.add_argument("--draws", type=Int(1), help="of the images, for mean and spread; default: 5")
+    group.add_argument("--draws", type=Int(1), help="random draws of the images; default: 5")
     add_execution(parser, save_to="also copy the probed weights to this file, for a row's next stage")
     return parser
 
@@ -71,10 +71,7 @@ def build_probe(dim, num_classes):
 
 
 def make_optimizer(parameters, recipe):
-    """Build LARS for the official recipe, else AdamW.
-
-    LARS scales the step of a matrix to 0.001 of its norm; a bias takes plain steps of SGD.
-    """
+    """Build LARS (steps of 0.001 of a matrix's norm, plain SGD for a bias) for the official recipe, else AdamW."""
     groups = [{"params": [p], "lr_scale": 1.0, "always_adapt": p.ndim > 1} for p in parameters]
     return Lars(groups, lr=0.0, momentum=0.9, eps=0.0) if recipe == "official" else \
         torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)

@@ -55,9 +55,9 @@ def build_parser():
     group.add_argument("--teacher-temp-epochs", type=Int(0), default=0,
                        help="warm-up; the longer official run: 30, from 0.04 to 0.07")
     group.add_argument("--momentum", type=Float(0, 1), default=0.996,
-                       help="of the teacher, a half cosine from here to 1")
+                       help="of the teacher at the start; a half cosine leads to 1")
     group.add_argument("--freeze-last-layer", type=Int(0), default=1,
-                       help="epochs in which the last layer stays as it is")
+                       help="first epochs in which the last layer is not trained")
     group = parser.add_argument_group("recipe (official DINO)")
     group.add_argument("--epochs", type=Int(1), default=400, help="ours, as MAE's and MoCo-v3's")
     group.add_argument("--batch-size", type=Int(1), default=1024, help="global; ours, as MoCo-v3's")
@@ -125,10 +125,9 @@ def crops_of(args):
     if args.in_chans not in (1, 3):
         raise UserError(f"--in-chans {args.in_chans}: DINO's colour jitter and blur need 1 or 3")
     if args.local_min >= args.global_min:
-        raise UserError(f"--local-min {args.local_min} and --global-min {args.global_min}: areas of crops, the first "
-                        f"the smaller")
+        raise UserError(f"--local-min {args.local_min}: must be smaller than --global-min {args.global_min}")
     if args.local_size % args.patch_size:
-        raise UserError(f"--local-size {args.local_size}: a multiple of --patch-size {args.patch_size}")
+        raise UserError(f"--local-size {args.local_size}: must be a multiple of --patch-size {args.patch_size}")
     return MultiCrop(args.img_size, args.local_size, args.local_crops, args.global_min,
                      (args.local_min, args.global_min), args.blur_sigma)
 

@@ -36,7 +36,7 @@ def build_parser():
     options.add_model(parser, tuple(name for name in MODELS if not name.endswith("_rpe")))
     parser.set_defaults(model="vit_tiny_simmim")
     group = parser.add_argument_group("masking")
-    group.add_argument("--mask-ratio", type=Float(0, 1), default=0.6, help="share of mask units hidden, rounded up")
+    group.add_argument("--mask-ratio", type=Float(0, 1), default=0.6, help="share of mask units masked, rounded up")
     group.add_argument("--mask-unit", type=Int(1), default=2,
                        help="side in patches; the official 32 px at patch size 16")
     group = parser.add_argument_group("recipe (official SimMIM for ViT-B)")
@@ -46,7 +46,7 @@ def build_parser():
     group.add_argument("--warmup-epochs", type=Int(0), default=10, help="linear from --warmup-lr")
     group.add_argument("--warmup-lr", type=Float(0), default=5e-7, help="of the first step, at any batch size (ours)")
     group.add_argument("--drop-at", type=Float(0, 1), default=0.875,
-                       help="part of the epochs after which the rate falls to a tenth: official 700 of 800")
+                       help="share of the epochs after which the rate drops to a tenth; official: 700 of 800")
     group.add_argument("--weight-decay", type=Float(0), default=0.05, help="not on vectors, positions, class token")
     group.add_argument("--drop-path", type=Float(0, 1), default=0.1, help="at the last block, linear from 0; 0: off")
     group.add_argument("--crop-min", type=Float(0.001, 1), default=0.67, help="smallest area of a crop")

@@ -58,10 +58,7 @@ class SimMIM(nn.Module):
 
 
 def masked_l1(images, reconstruction, mask, patch_size):
-    """Return the mean absolute error over masked pixels, computed in float32.
-
-    images, reconstruction: (B, C, H, W); mask: (B, h, w), True for masked patches.
-    """
+    """Return the mean absolute error over masked pixels, in float32. images (B, C, H, W), mask (B, h, w) of patches."""
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1).float()
     difference = (images.float() - reconstruction.float()).abs() * pixels
     return difference.sum() / (pixels.sum() + 1e-5) / images.shape[1]

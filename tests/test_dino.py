@@ -329,7 +329,7 @@ def test_files_give_the_teacher(tmp_path):
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    for changes, message in ((dict(local_min=0.5), "the first the smaller"), (dict(in_chans=4), "need 1 or 3")):
+    for changes, message in ((dict(local_min=0.5), "must be smaller"), (dict(in_chans=4), "need 1 or 3")):
         args = settings_of(pretrain_dino, changes)
         with pytest.raises(UserError, match=message):
             pretrain_dino.crops_of(args)

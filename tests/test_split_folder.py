@@ -58,7 +58,7 @@ def test_the_draw_is_of_names_and_seed(classes, tmp_path):
 @pytest.mark.parametrize(("given", "message"), [
     ({"val_share": 0.9}, "class c has 2 images and 2 would go to val/"),
     ({"split_path": "old"}, "--split-path old exists: name a new folder"),
-    ({"data_path": "no/where"}, "no/where is no folder: give the one that holds a folder of images for each class"),
+    ({"data_path": "no/where"}, "no/where is not a folder: give one that holds a folder of images for each class"),
     ({"data_path": "old"}, "must hold one folder of images for each class"),
     ({"split_path": "classes/new"}, "classes/new lies inside --data-path .*/classes"),
     ({"split_path": "old/../classes/deeper/new"}, "lies inside --data-path"),

@@ -26,7 +26,7 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--num-images", type=Int(1), default=1024)
     parser.add_argument("--batch-size", type=Int(1), default=128)
-    parser.add_argument("--layers", type=Int(1), default=13, help="of each of the two models")
+    parser.add_argument("--layers", type=Int(1), default=13, help="layers of each of the two models")
     parser.add_argument("--width", type=Int(1), default=196 * 192, help="numbers per image and layer")
     benchmarking.add_execution(parser)
     return parser

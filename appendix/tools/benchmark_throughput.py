@@ -39,8 +39,8 @@ def build_parser():
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
     parser.add_argument("--workers", type=Int(-1, 256), default=2, help="loading processes; 0: the speed of one core")
-    parser.add_argument("--num-images", type=Int(1), default=1000, help="read in each turn of the loader")
-    parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="of the loader; default: all")
+    parser.add_argument("--num-images", type=Int(1), default=1000, help="images read in each turn of the loader")
+    parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="views to load; default: all")
     benchmarking.add_execution(parser)
     return parser
 

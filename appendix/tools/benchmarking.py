@@ -20,7 +20,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 def add_execution(parser):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
-    parser.add_argument("--memory-of", nargs="+", help="used by the script itself, for a process of its own")
+    parser.add_argument("--memory-of", nargs="+", help="internal: print the peak memory of this version")
 
 
 def from_tests(name):
@@ -95,9 +95,6 @@ def peak_of_step(script, make_step, version, precision, args, device):
 
 
 def resident(name):
-    """Return the resident memory of this process in GiB: name is VmHWM (peak) or VmRSS (now).
-
-    getrusage would not do, as it may report the peak of the parent process.
-    """
+    """Return VmHWM (peak) or VmRSS (now) of this process in GiB; getrusage would count the parent's peak too."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 2**20

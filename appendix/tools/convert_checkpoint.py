@@ -36,14 +36,14 @@ TOLERANCE = 1e-5  # of the outputs, relative to the largest one
 
 def build_parser():
     parser = options.make_parser(__doc__)
-    parser.add_argument("--checkpoint", "--init", required=True, help="as common/pretrained.py reads, also timm:NAME")
+    parser.add_argument("--checkpoint", "--init", required=True, help="in any format of common/pretrained.py")
     parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
-    parser.add_argument("--num-heads", type=Int(1), help="only for a foreign file, which cannot say")
+    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
     parser.add_argument("--decoder-heads", type=Int(1), help="likewise")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="positions are resized to it; default: as "
-                        "the file says, or as many positions make a square")
-    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the inputs; default: as the file says")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="position embeddings are resized to "
+                        "it; default: the checkpoint's, else the square that has as many positions")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the inputs; default: the checkpoint's")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     return parser
 
@@ -95,7 +95,7 @@ def encoder_state(to, model):
     return {name: value for name, value in state.items() if to == "plain" or not name.startswith("head.")}
 
 
-def unsaid(config, statistics):
+def not_in_tensors(config, statistics):
     """Return, as arguments, the settings that other projects would assume wrongly, as tensors do not tell them."""
     usual = channel_statistics(config["in_chans"])
     assumed = {"num_heads": 12, "decoder_heads": DECODERS.get(config["model"], (None,) * 3)[2],
@@ -117,17 +117,17 @@ def encode(model, images, head):
 
 
 @torch.inference_mode()
-def largest_difference(model, again, head=True):
+def largest_difference(model, reread, head=True):
     """Return the largest difference between two models' outputs for noise images, relative to the largest output."""
     config = model.config
     images = torch.randn(2, config["in_chans"], *config["img_size"], generator=torch.Generator().manual_seed(0))
-    ours, theirs = (encode(eval_mode(m, "cpu"), images, head) for m in (model, again))
+    ours, theirs = (encode(eval_mode(m, "cpu"), images, head) for m in (model, reread))
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
-def checked(model, again, args):
+def verify(model, reread, args):
     """Return the largest difference between both models' outputs. Raises UserError if it exceeds TOLERANCE."""
-    difference = largest_difference(model, again, head=args.to != "mocov3")
+    difference = largest_difference(model, reread, head=args.to != "mocov3")
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} computes something else: outputs differ by {difference:.1e}. Keep the original")
     return difference
@@ -146,7 +146,7 @@ def write_file(model, args, about):
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_torch(draft, {key: state, **about})
-        difference = checked(model, load_model(draft), args)
+        difference = verify(model, load_model(draft), args)
         draft.replace(args.output)
     finally:
         draft.unlink(missing_ok=True)
@@ -167,12 +167,12 @@ def main(args):
     names = weights.classes if getattr(model, "num_classes", 0) else None
     if args.to == "timm":
         export_timm(model, args.output, **statistics, class_names=names)
-        difference = checked(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)
+        difference = verify(model, timm.create_model(f"local-dir:{args.output}", pretrained=True), args)
     else:
         config = {**model.config, **({"num_classes": 0} if args.to == "mocov3" else {})}
         difference = write_file(model, args, {"config": config, "statistics": statistics, "classes": names})
     print0(f"{args.output}: same outputs as {args.checkpoint} (largest relative difference {difference:.1e})")
-    if args.to != "timm" and (words := unsaid(model.config, statistics)):
+    if args.to != "timm" and (words := not_in_tensors(model.config, statistics)):
         print0(f"tell other projects' readers: {' '.join(words)}")
     return {"output": args.output, "difference": difference}
 

@@ -32,7 +32,7 @@ def build_parser():
     parser.add_argument("--in-chans", type=Int(1), default=3,
                         help="channels; other than 1 and 3 are read from .npy files")
     parser.add_argument("--num-images", type=Int(1),
-                        help="a seeded draw of so many, of train/ and of val/; default: all")
+                        help="read so many random images of train/, and of val/; default: all")
     parser.add_argument("--seed", type=Int(0), default=0)
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="reading processes; 0: none, -1: by the cores")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")

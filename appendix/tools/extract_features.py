@@ -33,7 +33,7 @@ def build_parser():
     parser = add_arguments(options.make_parser(__doc__))
     add_execution(parser, save_to="the file of the features; default: outputs/extract_features/<weights>-<...>.npz",
                   kept=False)
-    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: leave it out, list it")
+    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: list it, without a row")
     return parser
 
 

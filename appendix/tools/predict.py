@@ -36,14 +36,14 @@ from sec4_analysis.images import preprocessing
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
-    parser.add_argument("--data-path", required=True, help="a folder, read with all that is below it, or one image")
-    parser.add_argument("--num-heads", type=Int(1), help="only for a foreign file, which cannot say")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="positions are resized to it; default: as "
-                        "the file says, or as many positions make a square")
-    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: as the file says")
+    parser.add_argument("--data-path", required=True, help="a folder, with all its subfolders, or one image")
+    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="position embeddings are resized to "
+                        "it; default: the checkpoint's, else the square that has as many positions")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: the checkpoint's")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
-    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: it has no class")
+    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: list it, no class")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
@@ -75,7 +75,7 @@ def predict(model, files, args, device):
     return zip(*found)
 
 
-def shown(name):
+def printable(name):
     """Return a name that can be printed even if it is not valid UTF-8."""
     return str(name).encode(errors="replace").decode()
 
@@ -85,15 +85,15 @@ def cell(text):
     return f"'{text}" if str(text).startswith(("=", "+", "-", "@", "\t", "\r")) else str(text)
 
 
-def print_accuracy(truth, said):
+def print_accuracy(truth, predicted):
     """Print the accuracy over all images of known class and for each class, worst first; return the former, 0..1."""
-    right = {name: [a == b for a, b in zip(truth, said) if a == name] for name in dict.fromkeys(truth) if name}
+    right = {name: [a == b for a, b in zip(truth, predicted) if a == name] for name in dict.fromkeys(truth) if name}
     total, count = sum(map(sum, right.values())), sum(map(len, right.values()))
     print0(f"{100 * total / count:.2f} % of {count} images are right"
            + (f" ({len(truth) - count} lie in no folder of a class)" if count < len(truth) else "")
            + "; of each class, worst first:")
     for name, hits in sorted(right.items(), key=lambda item: sum(item[1]) / len(item[1])):
-        print0(f"  {shown(name)}: {sum(hits)} of {len(hits)}")
+        print0(f"  {printable(name)}: {sum(hits)} of {len(hits)}")
     return total / count
 
 
@@ -119,10 +119,10 @@ def main(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen, probabilities = predict(model, files, args, device)
     require_finite(path, {"probability": probabilities})
-    said = ["" if number is None else names[number] for number in chosen]
+    predicted = ["" if number is None else names[number] for number in chosen]
 
     truth = class_folders(files, args.data_path, weights.classes or ())
-    columns = {"file": files, "class": said,
+    columns = {"file": files, "class": predicted,
                "probability": ["" if value is None else f"{value:.4f}" for value in probabilities]}
     if any(truth):
         columns["folder"] = truth
@@ -131,11 +131,11 @@ def main(args):
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
     read = [index for index, number in enumerate(chosen) if number is not None]
     for index in read[:10]:
-        print0(f"{shown(files[index])}: {shown(said[index])} ({probabilities[index]:.1%})")
+        print0(f"{printable(files[index])}: {printable(predicted[index])} ({probabilities[index]:.1%})")
     of_read = [truth[index] for index in read]
-    accuracy = print_accuracy(of_read, [said[index] for index in read]) if any(of_read) else None
+    accuracy = print_accuracy(of_read, [predicted[index] for index in read]) if any(of_read) else None
     print0(f"all {len(files)} in {path}" + ("" if weights.classes else "; the file does not name its classes"))
-    return {"classes": said, "accuracy": accuracy, "file": str(path),
+    return {"classes": predicted, "accuracy": accuracy, "file": str(path),
             "unreadable": [str(file) for file, number in zip(files, chosen) if number is None]}
 
 

@@ -6,8 +6,7 @@
 Takes seconds. Any MAE checkpoint that holds its decoder will do (ours, mae-lite's, facebook's "full" ones). With
 normalised targets the network predicts each patch without its mean and contrast; the picture restores those of the
 input patch, and says so. Checkpoints of other projects are assumed to have normalised targets, unless --raw-pixels is
-given. The last column shows visible patches as they are and predicted ones elsewhere. Writes reconstruction.png and
-.npz.
+given. The last column shows visible patches as they are, predicted ones elsewhere. Writes reconstruction.png and .npz.
 """
 from pathlib import Path
 
@@ -36,20 +35,20 @@ PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": 
 def build_parser():
     parser = options.make_parser(__doc__)  # without options.add_data: size and channels are the checkpoint's
     parser.add_argument("--data", choices=data.NAMES, default="imagenet", help="data set, see common/data.py")
-    parser.add_argument("--data-path", metavar="DIR", help="where the data set lies")
-    parser.add_argument("--preset", choices=options.PRESET_NAMES, help="demo without a path to data, paper with one")
+    parser.add_argument("--data-path", metavar="DIR", help="folder that holds the data set")
+    parser.add_argument("--preset", choices=options.PRESET_NAMES, help="default: demo without --data-path, else paper")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     parser.add_argument("--mean", type=Float(0, 1), nargs="+",
-                        help="per channel, in 0..1; default: as the checkpoint says")
+                        help="per channel, in 0..1; default: the checkpoint's")
     parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
-    parser.add_argument("--decoder-heads", type=Int(1), help="only for a foreign file, which cannot say")
-    parser.add_argument("--num-heads", type=Int(1), help="likewise")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="positions are resized to it; default: as "
-                        "the file says, or as many positions make a square")
-    parser.add_argument("--raw-pixels", action="store_true", help="likewise: it predicts raw pixels")
+    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
+    parser.add_argument("--decoder-heads", type=Int(1), help="likewise")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", help="position embeddings are resized to "
+                        "it; default: the checkpoint's, else the square that has as many positions")
+    parser.add_argument("--raw-pixels", action="store_true", help="likewise: the model predicts raw pixels")
     parser.add_argument("--mask-ratio", type=Float(0, 1),
-                        help="share of patches removed; default: the file's, else 0.75")
+                        help="share of patches removed; default: the checkpoint's, else 0.75")
     parser.add_argument("--num-images", type=Int(1), default=8)
     parser.add_argument("--seed", type=Int(0), default=0, help="chooses images and masks")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")

@@ -150,17 +150,17 @@ def item_html(path, content):
     about = {**settings(content), "data": ", ".join(str(value) for value in images if value),
              "made": environment.get("date"), "command": environment.get("command"),
              "on": environment.get("gpu") or environment.get("cpu"), "torch": environment.get("torch"),
-             "numbers": shown(path)}
-    parts = [f'<h3 id="{anchor(path)}">{html.escape(title(content))} <small>{html.escape(shown(path.parent))}/</small>'
-             f'</h3>']
+             "numbers": location(path)}
+    folder = html.escape(location(path.parent))
+    parts = [f'<h3 id="{anchor(path)}">{html.escape(title(content))} <small>{folder}/</small></h3>']
     if content.get("preset") == "demo":
         parts.append('<p class="demo">Demo: generated images, minutes of training. It shows that the chain works and '
                      'is no evidence for the paper.</p>')
     if text.exists():
         parts.append(markdown_html(text.read_text(encoding="utf-8").replace(NOTES["demo"], "")))  # shown above
     parts += [figure_html(picture, content) for picture in pictures]
-    said = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
-    return "\n".join([*parts, f'<p class="about">{said}</p>'])
+    line = "; ".join(f"{name}: {html.escape(str(value))}" for name, value in about.items() if value)
+    return "\n".join([*parts, f'<p class="about">{line}</p>'])
 
 
 def figure_html(picture, content):
@@ -189,7 +189,7 @@ def data_path(command):
     return parser.parse_known_args(shlex.split(command or ""))[0].data_path
 
 
-def shown(path):
+def location(path):
     """Return a path relative to the repository if it is inside, otherwise absolute."""
     path, root = Path(path).absolute(), options.ROOT.absolute()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
@@ -197,7 +197,7 @@ def shown(path):
 
 def anchor(path):
     """Return the HTML id of a file, unique in the page."""
-    return quote(shown(path))
+    return quote(location(path))
 
 
 def page(parts):

@@ -25,8 +25,8 @@ def build_parser():
     parser.add_argument("--data-path", required=True, metavar="DIR", help="one folder of images for each class")
     parser.add_argument("--split-path", required=True, metavar="SPLIT", help="a new folder")
     parser.add_argument("--val-share", type=Float(1e-6, 1), default=0.1, help="of each class; at least one image")
-    parser.add_argument("--num-classes", type=Int(1), metavar="N", help="the first so many by name; default: all")
-    parser.add_argument("--per-class", type=Int(1), metavar="N", help="at most so many for training; default: all")
+    parser.add_argument("--num-classes", type=Int(1), metavar="N", help="use the first N classes by name; default: all")
+    parser.add_argument("--per-class", type=Int(1), metavar="N", help="at most N training images each; default: all")
     parser.add_argument("--seed", type=Int(0), default=0)
     return parser
 
@@ -63,7 +63,7 @@ def link(paths, root, folder):
 def check_places(root, target):
     """Raise UserError unless DIR holds classes and SPLIT is a new folder outside of it."""
     if not root.is_dir():
-        raise UserError(f"--data-path {root} is no folder: give the one that holds a folder of images for each class")
+        raise UserError(f"--data-path {root} is not a folder: give one that holds a folder of images for each class")
     place, new = root.resolve(), target.resolve()
     if new.is_relative_to(place):  # it would be a class of the next split
         raise UserError(f"--split-path {target} lies inside --data-path {root}, whose folders are the classes: name a "
