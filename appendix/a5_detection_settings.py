@@ -50,8 +50,8 @@ COLUMNS = {"protocol": lambda row: row["name"], "box AP": column("box_ap"), "mas
 def main(args):
     """Run the chosen rows, write a5_detection.json and .md, and return the rows."""
     canvas = [f"detect.img_size=[{','.join(map(str, args.img_size))}]"] if "img_size" in args.given else []
-    args = options.replaced(args, data="coco" if args.dataset_path else "scenes",  # as named in the table
-                            data_path=None, set=[*canvas, *args.set])  # detect.py's canvas is set by --set alone
+    data = "coco" if args.dataset_path else "scenes"  # for the table; detect.py takes its canvas from --set alone
+    args = options.replaced(args, data=data, data_path=None, set=[*canvas, *args.set])
     results, without = tables.run_rows(ROWS, args, DEMO, "a5_detection")
     if args.dry_run:
         return []
