@@ -110,7 +110,7 @@ def test_attention_reference():
     entropy, distance = [], []
     for batches in torch.from_numpy(values["logits"]):  # of one layer
         weights = attention.attention_weights(batches.flatten(0, 1))  # batches are of equal size
-        lowered = (weights * (1 + 1e-6 / weights).log()).sum(dim=-1).mean(dim=-1)  # theirs has 1e-6 inside the logarithm
+        lowered = (weights * (1 + 1e-6 / weights).log()).sum(dim=-1).mean(dim=-1)  # by their 1e-6 in the logarithm
         entropy.append((attention.attention_entropy(weights) - lowered).mean(dim=0))
         distance.append(attention.attention_distance(weights, distances).mean(dim=0))
     assert_close(torch.stack(entropy), values["entropy"], 1e-5)
