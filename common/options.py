@@ -83,6 +83,16 @@ def add_model(parser, models=SIZES):
     group.add_argument("--num-heads", type=Int(1), help="12 in the paper; DeiT-Tiny's own has 3")
 
 
+def add_unrecorded(parser):
+    """Add the arguments for what checkpoints of other projects may not record: heads, image size, mean, deviation."""
+    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", metavar="PX", help="position embeddings are resized to "
+                        "it; default: the checkpoint's, else the square that has as many positions")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+",
+                        help="of the images, per channel, in 0..1; default: the checkpoint's")
+    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
+
+
 def add_execution(parser, pretraining=True):
     """Add the arguments that say how a run is executed and watched, and return the parser.
 

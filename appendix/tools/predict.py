@@ -25,7 +25,7 @@ from common.filling import load_model
 from common.images import ImageSet
 from common.loader import eval_loader, on_device
 from common.pretrained import read_weights
-from common.ranges import Float, Int
+from common.ranges import Int
 from common.vit import eval_mode
 from common.watch import progress
 from sec3_benchmark.evaluate import say_unreadable
@@ -37,11 +37,7 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
     parser.add_argument("--data-path", required=True, help="a folder, with all its subfolders, or one image")
-    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="position embeddings are resized to "
-                        "it; default: the checkpoint's, else the square that has as many positions")
-    parser.add_argument("--mean", type=Float(0, 1), nargs="+", help="of the images; default: the checkpoint's")
-    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
+    options.add_unrecorded(parser)
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
     parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: list it, no class")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")

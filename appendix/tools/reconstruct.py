@@ -38,15 +38,10 @@ def build_parser():
     parser.add_argument("--data-path", metavar="DIR", help="folder that holds the data set")
     parser.add_argument("--preset", choices=options.PRESET_NAMES, help="default: demo without --data-path, else paper")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
-    parser.add_argument("--mean", type=Float(0, 1), nargs="+",
-                        help="per channel, in 0..1; default: the checkpoint's")
-    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
-    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
-    parser.add_argument("--decoder-heads", type=Int(1), help="likewise")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", help="position embeddings are resized to "
-                        "it; default: the checkpoint's, else the square that has as many positions")
-    parser.add_argument("--raw-pixels", action="store_true", help="likewise: the model predicts raw pixels")
+    options.add_unrecorded(parser)
+    parser.add_argument("--decoder-heads", type=Int(1), help="as --num-heads")
+    parser.add_argument("--raw-pixels", action="store_true", help="as --num-heads: it predicts raw pixels")
     parser.add_argument("--mask-ratio", type=Float(0, 1),
                         help="share of patches removed; default: the checkpoint's, else 0.75")
     parser.add_argument("--num-images", type=Int(1), default=8)
