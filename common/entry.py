@@ -77,7 +77,7 @@ def announce(parser, args):
     """Print the preset and the settings that differ from the defaults, which for all but tables are the paper's values.
     """
     usual, is_table = options.defaults(parser), "given" in args
-    network = {} if is_table else options.NETWORKS.get(args.preset, {})
+    network = {} if is_table else options.NETWORKS.get(vars(args).get("preset"), {})
     settings = {name: network.get(name) if value is None else value for name, value in vars(args).items()}
     changed = {name: value for name, value in settings.items() if value != usual.get(name, value)}
     if changed.pop("preset", None):
