@@ -76,11 +76,11 @@ CLAIMS = [
           lambda m: m.stat("cka", "MoCo-v3", "high") - m.stat("cka", "MAE", "high"), "CKA"),
     Claim("C4b", "Section 4.1, Figure 1", "MAE is more like the supervised model in its first four layers than in its "
           "last", lambda m: m.stat("cka", "MAE", "low") - m.stat("cka", "MAE", "high"), "CKA"),
-    Claim("C5", "Section 4.1, Figure 3", "Behind the patch embedding, MoCo-v3 has less of the high frequencies than "
+    Claim("C5", "Section 4.1, Figure 3", "After the patch embedding, MoCo-v3 has less of the high frequencies than "
           "MAE",
           lambda m: m.stat("high frequencies", "MAE", "embedding") - m.stat("high frequencies", "MoCo-v3", "embedding"),
           "log amplitude"),
-    Claim("C5b", "Section 4.1, Figure 3", "Behind the first block, MoCo-v3 has less of the high frequencies than MAE",
+    Claim("C5b", "Section 4.1, Figure 3", "After the first block, MoCo-v3 has less of the high frequencies than MAE",
           lambda m: m.stat("high frequencies", "MAE", "block 1") - m.stat("high frequencies", "MoCo-v3", "block 1"),
           "log amplitude"),
     Claim("C6", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more local than in the supervised "
@@ -138,7 +138,7 @@ def judge(claim, seeds):
 def in_words(row):
     """Format the effect of a row with its interval and unit."""
     effect, unit = row["effect"], row["unit"]
-    digits = 1 if unit == POINTS else 2
+    digits = 1 if unit == POINTS else 3
     if effect["low"] is None:
         return f"{effect['mean']:+.{digits}f} {unit} (one seed)"
     return f"{effect['mean']:+.{digits}f} ({effect['low']:+.{digits}f} to {effect['high']:+.{digits}f}) {unit}"
@@ -187,15 +187,16 @@ def draw_panel(axis, rows):
     axis.set_yticks(range(len(rows)), [textwrap.fill(f"{row['statement']} ({row['claim']})", 62) for row in rows],
                     fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
+    explained = "right of 0: as the paper says; small ticks: single seeds"
     if points:
+        dotted = "; dotted: the claim's bound" if any(row["within"] or row["beyond"] for row in rows) else ""
         axis.set_title("Accuracy")
-        axis.set_xlabel("effect (points of top-1); right of 0: as the paper says\n"
-                        "dotted: the bound, where a claim has another than 0")
+        axis.set_xlabel(f"effect in points of top-1; {explained}{dotted}")
     else:
         axis.set_title("Layers and attention")
         axis.set_xlim(-1.1, 1.1)
         axis.set_xticks([0])
-        axis.set_xlabel("effect, each claim on a scale of its own; right of 0: as the paper says")
+        axis.set_xlabel(f"effect, each claim on its own scale; {explained}")
 
 
 def conclusion(args, rows, sets):
@@ -203,9 +204,9 @@ def conclusion(args, rows, sets):
     count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in (SEEN, OPEN, CONTRARY)}
     small = ", ".join(map(downstream.title, sets)) or "none"
     return "\n\n".join([
-        f"Of {len(rows)} claims {', '.join(f'{number} {verdict}' for verdict, number in count.items())}. Seeds: "
+        f"{len(rows)} claims: {', '.join(f'{number} {verdict}' for verdict, number in count.items())}. Seeds: "
         f"{', '.join(map(str, args.seeds))}; small sets: {small}. An effect is positive if the claim holds; its "
-        f"interval is that over seeds or, of accuracies, that from the number of validation images where it is wider.",
+        f"interval is that over seeds or, for accuracies, over validation images, whichever is wider.",
         tables.NOTES[args.preset]])
 
 
