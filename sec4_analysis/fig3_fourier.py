@@ -59,8 +59,8 @@ def draw_amplitudes(arrays):
         axes[0].plot(array[0, :, -1], style, color=colour, markersize=3.5, linewidth=1.2, label=name)
     from matplotlib import cm, colormaps, colors
     last = next(iter(arrays.values()))[1, 0, -1]
-    axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"highest frequency, {last:.2f} π")
-    axes[0].legend(fontsize=8)
+    axes[0].set(xlabel="point (0: patch embedding)", ylabel="Δ log amplitude", title=f"last frequency, {last:.2f} π")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(arrays), fontsize=8)
     for panel, (name, array) in zip(axes[1:], arrays.items()):
         for point, (values, frequencies) in enumerate(zip(*array)):
             panel.plot(frequencies, values, color=colormaps["viridis"](0.9 * point / (array.shape[1] - 1)),
