@@ -115,10 +115,11 @@ CLAIMS = [
 
 def build_parser():
     parser = options.make_parser(__doc__)
+    parser.epilog = "\n".join(["claims:", *(f"  {claim.key:4} {claim.statement} ({claim.where})" for claim in CLAIMS)])
     options.add_data(parser)
     downstream.add_datasets(parser)
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], metavar="C",
-                        default=[claim.key for claim in CLAIMS], help="to test, of C1, C1b, ... C9b; default: all")
+                        default=[claim.key for claim in CLAIMS], help="to test; they are listed below; default: all")
     parser.add_argument("--seeds", type=Int(0), nargs="+", default=[0], help="every run is made once per seed")
     tables.add_rows(parser)
     report.add_pictures(parser, ".json")

@@ -39,6 +39,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line and suggests the argument that was meant."""
 
+    def format_help(self):
+        for action in self._actions:
+            if action.help is None and action.default is not None:
+                action.help = "default: %(default)s"  # argparse shows a default only behind a text
+        return super().format_help()
+
     def error(self, message):  # argparse would print the usage first, which fills a screen here
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = {name for word in unknown for name in difflib.get_close_matches(word, self._option_string_actions, n=1)}

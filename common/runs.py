@@ -94,8 +94,9 @@ class Run:
         return result
 
     def draw(self):
-        """Draw curve.png from the log."""
-        report.draw_curve(self.log_path, self.folder / "curve.png")
+        """Draw curve.png from the log, if it has begun."""
+        if self.log_size():
+            report.draw_curve(self.log_path, self.folder / "curve.png")
         self.drawn_at = time.perf_counter()
 
     def draw_now_and_then(self):

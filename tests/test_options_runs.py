@@ -180,6 +180,7 @@ def test_a_row_cannot_choose_what_the_command_line_refuses(name, value, capsys):
 
 def test_help_says_each_default_once():
     text = finetune.build_parser().format_help()
+    assert re.search(r"--epochs EPOCHS\s+default: 300", text)  # an argument without a text of its own
     assert "(default: None)" not in text and "(default: 0.85)" in text
     assert " ".join(text.split()).count("default: as the weights say, else 224") == 1
 

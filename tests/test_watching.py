@@ -327,9 +327,11 @@ def test_the_picture_is_drawn_with_the_checkpoints_but_not_all_the_time(labels, 
     assert len(asked) == 3 and all(asked)  # steps 1 to 3; the last leaves weights.pt
     monkeypatch.undo()
     run = Run(tmp_path, {})
+    run.draw()  # stopped before the first row
+    assert not capsys.readouterr().out.count("was not drawn")
     run.log({"step": 1, "epoch": 1.0, "loss": 1.0, "lr": 0.1})
     run.draw_now_and_then()
-    assert not (tmp_path / "curve.png").exists()
+    assert not (tmp_path / "curve.png").exists()  # half a minute has not passed
     run.drawn_at -= 31
     run.draw_now_and_then()
     first = (tmp_path / "curve.png").stat().st_mtime_ns
