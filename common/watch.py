@@ -48,7 +48,8 @@ def mention_busy_cores(device):
     threads, cores = torch.get_num_threads(), os.cpu_count()
     if device.type == "cpu" and threads > 1 and hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2:
         print0(f"other processes keep this machine busy (load {os.getloadavg()[0]:.1f} on {cores} cores): "
-               f"OMP_NUM_THREADS=1 may be several times faster than {threads} threads")
+               f"OMP_NUM_THREADS=1 before the command may be several times faster than {threads} threads (and "
+               f"--allow-inexact behind it, if the run has begun)")
 
 
 class Guard:

@@ -144,7 +144,8 @@ def folder_sets(name, root, args):
     test = "test" if (place / "test").is_dir() else "val"
     if not (place / "train").is_dir() or not (place / test).is_dir():
         raise DataError(f"--dataset {name}: {place} does not hold train/ and test/ (or val/), one folder per class in "
-                        f"each. The sets known by name are {', '.join([*SETS, *FRACTALS])}")
+                        f"each; appendix/tools/split_folder.py makes both of a folder of classes. The "
+                        f"sets known by name are {', '.join([*SETS, *FRACTALS])}")
     print0(f"{name}: training on {place / 'train'}, testing on {place / test}")
     folder = argparse.Namespace(data="folder", data_path=str(place), in_chans=args.in_chans)
     return data.load_sets(folder, splits=("train", test))
