@@ -115,7 +115,7 @@ class Meter:
 
     @contextmanager
     def bar(self, start):
-        """Show a progress bar on rank 0 in this block, or without a terminal print a line every two minutes."""
+        """Show a progress bar on rank 0 in this block, or without a terminal print a line now and then."""
         self.start, self.began, self.report_at = start, time.perf_counter(), time.perf_counter() + 20
         with progress_bar(self.total, initial=start, unit="step", leave=True) as self.line:
             yield
@@ -175,7 +175,7 @@ class Meter:
             left = (now - self.began) / (step - self.start) * (self.total - step)
             print0(f"step {step} of {self.total}: loss {loss:.4f}, {speed:.0f} images/s, "
                    f"{waiting:.0%} waiting for data, {left / 60:.1f} minutes left")
-            self.report_at = now + 120
+            self.report_at = now + max(30, 0.02 * (now - self.began))  # half a minute at first, later more rarely
 
 
 class BadImages:
