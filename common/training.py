@@ -21,10 +21,7 @@ from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention
 
 
 class Method:
-    """Base class of the training methods: a model, its loss, and optional hooks around each optimizer step.
-
-    The hooks serve momentum encoders, moving averages and DINO's centre.
-    """
+    """Base class of the training methods: a model, its loss, and hooks around each step (for momentum encoders, say)."""
 
     def __init__(self, model):
         self.model = model  # has an attribute `config`, which goes into its checkpoints
@@ -163,10 +160,9 @@ class Engine:
 def train(run, args, method, optimizer, schedule, images, transform, device, evaluate=None):
     """Train `method.model` on `images` for args.epochs, or for args.iterations steps where a recipe has that setting.
 
-    schedule(step): returns the learning rate. transform(image): returns a training view, a dict of tensors. evaluate():
-    returns {"top1": ..., ...}; it runs every args.eval_every epochs and at the end, and its first number decides which
-    weights are the best. Training continues from the run's newest intact checkpoint. After a stop signal it saves one
-    and exits with code STOPPED.
+    schedule(step): the learning rate. transform(image): a training view, a dict of tensors. evaluate(): {"top1": ...},
+    whose first number decides which weights are the best; it runs every args.eval_every epochs and at the end. Training
+    continues from the newest intact checkpoint; after a stop signal it saves one and exits with code STOPPED.
 
     Returns {"seconds", "images_per_second", "bad_images", "last", "best"}; the last two are results of evaluate().
     Raises FloatingPointError for a non-finite loss, gradient or weight, and if fp16 skips every update.
@@ -221,9 +217,14 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
                 evaluate_and_log(snapshot, stop, evaluate, epoch)
                 method.model.train()
     guard.raise_if_bad()
-    seconds = snapshot.seconds()
-    return {"seconds": round(seconds, 1), "images_per_second": round(total * args.batch_size / seconds, 1),
-            "bad_images": len(bad_images.all_ranks()), "last": progress["last"], "best": progress["best"]}
+    return summary(snapshot, total * args.batch_size, bad_images.all_ranks())
+
+
+def summary(snapshot, images, bad_images):
+    """Return the result of a training that saw this many images; bad_images: those it could not read."""
+    seconds, progress = snapshot.seconds(), snapshot.progress
+    return {"seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1),
+            "bad_images": len(bad_images), "last": progress["last"], "best": progress["best"]}
 
 
 def log_measured(run, step, epoch, what, result):
