@@ -21,7 +21,7 @@ from common.watch import BadImages, Guard, Meter, explain_out_of_memory, mention
 
 
 class Method:
-    """Base class of the training methods: a model, its loss, and hooks around each step (for momentum encoders, say)."""
+    """Base class of the training methods: model, loss, and hooks around each step (for a momentum encoder, say)."""
 
     def __init__(self, model):
         self.model = model  # has an attribute `config`, which goes into its checkpoints
