@@ -181,7 +181,6 @@ def train(run, args, method, optimizer, schedule, images, transform, device, eva
     keep_decoded(images, args.keep_decoded)
     probe = Probe(args, images, device) if getattr(args, "probe_every", 0) else None
     engine.batches = engine.micro_batches(images, transform, start, total, bad_images)
-
     with (StopSignals(run, progress, total) as stop, meter.bar(start), explain_out_of_memory(engine.micro_batch),
           closing(engine.batches), board(run, start)):
         if progress["evaluate"]:  # the run was stopped during this evaluation
