@@ -208,7 +208,7 @@ def conclusion(args, rows, sets):
         f"{len(rows)} claims: {', '.join(f'{number} {verdict}' for verdict, number in count.items())}. Seeds: "
         f"{', '.join(map(str, args.seeds))}; small sets: {small}. An effect is positive if the claim holds; its "
         f"interval is that over seeds or, for accuracies, over validation images, whichever is wider.",
-        tables.NOTES[args.preset]])
+        tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
 
 
 def main(args):

@@ -52,7 +52,7 @@ def add_execution(parser, save_to, kept=True):
         group.add_argument("--fresh", action="store_true", help="compute features again")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--micro-batch", type=Int(1), default=512, help="images at once on a device, 256 at most")
-    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes per rank; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes per rank that load; -1: by the cores")
 
 
 def build_encoder(args, device):

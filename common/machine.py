@@ -22,10 +22,10 @@ TROUBLES = {  # {pattern in the message of PyTorch or the system: what it means}
     r"ancdata|Too many open files":
         "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
     r"killed by signal: Killed|DataLoader worker.*exited unexpectedly":
-        f"a loading process was killed, most likely {STARVED}",
-    r"Caught MemoryError in DataLoader|DataLoader worker.*can't allocate memory": f"a loading process failed {STARVED}",
-    r"\[Errno 12\]": f"a loading process could not be started {STARVED}",
-    r"killed by signal: ": "a loading process crashed: --workers 0 shows where",
+        f"a worker was killed, most likely {STARVED}",
+    r"Caught MemoryError in DataLoader|DataLoader worker.*can't allocate memory": f"a worker failed {STARVED}",
+    r"\[Errno 12\]": f"a worker could not be started {STARVED}",
+    r"killed by signal: ": "a worker crashed: --workers 0 shows where",
 }
 
 

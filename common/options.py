@@ -112,7 +112,7 @@ def add_execution(parser, pretraining=True):
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
     group.add_argument("--micro-batch", type=Int(1), default=512, help="most images at once on a device")
-    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes per rank; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes per rank that load; -1: by the cores")
     group.add_argument("--keep-decoded", type=Float(0, 1), default=0.25, metavar="SHARE",
                        help="decode a set once and keep it, if that takes at most this share of free memory; 0: never")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")

@@ -137,6 +137,7 @@ def train_at_once(rows, args, script, at_once):
              for seed in args.seeds for group in jobs.groups(rows)]
     if len(tasks) > 1:
         jobs.run_at_once(tasks, at_once)
+        print0("\n# All rows once more, in order: what is finished is reused, what failed is repeated")
 
 
 def train_rows(rows, seed, args, script):

@@ -40,13 +40,13 @@ def limit_workers(views, first, workers):
     free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 1 << 40
     room = int(free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / max(1, batch))
     if not room:
-        raise UserError(f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, and loading processes need twice the "
+        raise UserError(f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, and workers need twice the "
                         f"{batch / 2**20:,.1f} MiB of a batch of {len(first)} images for each rank: give the container "
                         f"more (docker run --shm-size=16g), pass a smaller --micro-batch, or --workers 0")
     workers = min(workers, room)
     ahead = 2 if room >= 2 * workers else 1
     if len(tempfile.gettempdir()) > 75:  # the path of a socket has at most 107
-        raise UserError(f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of loading processes: set it to a "
+        raise UserError(f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of workers: set it to a "
                         f"folder whose path has at most 75 characters, or pass --workers 0")
     allow_open_files(100 + workers * (5 + ahead * (len(tensors) + 4)))
     return workers, ahead
@@ -62,7 +62,7 @@ def allow_open_files(needed):
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         if limit < needed:
-            raise UserError(f"{limit} files may be open at once and the loading processes need {needed}: raise the "
+            raise UserError(f"{limit} files may be open at once and the workers need {needed}: raise the "
                             f"limit (ulimit -n {needed}), or pass a smaller --workers")
 
 

@@ -62,7 +62,7 @@ def build_parser():
     group.add_argument("--imagenet", metavar="DIR", help="ImageNet-1k, holding val/<class>/")
     group.add_argument("--real-labels", metavar="FILE", help="real.json; needs --imagenet")
     group.add_argument("--imagenet-v2", metavar="DIR", help="imagenetv2-matched-frequency, folders 0 to 999")
-    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes that load; -1: by the cores")
     report.add_pictures(parser, ".json")
     group = parser.add_argument_group("execution")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -141,7 +141,7 @@ def test_the_limit_of_open_files_is_raised_or_said(monkeypatch):
     ("DataLoader worker (pid 7) is killed by signal: Killed. ", "was killed.*want of memory.*--keep-decoded 0"),
     ("DataLoader worker (pid(s) 7) exited unexpectedly", "was killed.*want of memory"),
     ("Caught RuntimeError in DataLoader worker process 0.\nx\nRuntimeError: can't allocate memory: you tried",
-     "loading process failed for want of memory"),
+     "worker failed for want of memory"),
     ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "crashed: --workers 0"),
 ])
 def test_troubles_of_loading_processes_are_explained(said, meant):

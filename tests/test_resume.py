@@ -120,7 +120,7 @@ def kill_at_random(words, output):
 @pytest.mark.parametrize(("name", "workers", "kills"), [("mae", 0, 3), ("mae", 2, 2), ("mae accumulated", 0, 2),
                                                         ("finetune", 2, 2)])
 def test_killed_again_and_again_it_ends_in_the_same_bits(data, untouched, tmp_path, name, workers, kills):
-    """Whatever the number of loading processes: the untouched runs have none."""
+    """Whatever the number of workers: the untouched runs have none."""
     words = command(data, tmp_path, *RUNS[name], "--workers", str(workers))
     for _ in range(kills):
         kill_at_random(words, tmp_path)
@@ -132,7 +132,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(data, untouched, tmp_pa
 
 
 def test_a_folder_in_use_names_its_process_and_is_free_once_that_is_killed(data, tmp_path):
-    """The loading processes outlive a kill -9 by some seconds; they must not hold the folder."""
+    """The workers outlive a kill -9 by some seconds; they must not hold the folder."""
     words = command(data, tmp_path, "pretrain_mae", "--workers", "2", "--epochs", "1000")
     process = start(words, tmp_path)
     wait_for_step(1, process, tmp_path)
@@ -182,7 +182,7 @@ def test_a_signal_before_the_training_leaves_with_75_too(data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_does_the_same(data, tmp_path, number):
-    """As a scheduler sends it, or a terminal: the loading processes get it too."""
+    """As a scheduler sends it, or a terminal: the workers get it too."""
     assert_stopped_and_saved(signalled(data, tmp_path, number, os.killpg), tmp_path)
 
 

@@ -56,7 +56,7 @@ def our_views(size):
 
 
 class Several:
-    """A transform from an image to a tuple of views, picklable for the loading processes."""
+    """A transform from an image to a tuple of views, picklable for the workers."""
 
     def __init__(self, transforms_):
         self.transforms = transforms_

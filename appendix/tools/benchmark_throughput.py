@@ -38,7 +38,7 @@ def build_parser():
     parser.add_argument("--pairs", type=Int(1), default=5, help="measured turns of each version, after one to warm up")
     parser.add_argument("--compile", action="store_true", help="also measure both compiled")
     parser.add_argument("--data-path", help="class folders of images for the loader; default: 1,000 generated JPEGs")
-    parser.add_argument("--workers", type=Int(-1, 256), default=2, help="loading processes; 0: the speed of one core")
+    parser.add_argument("--workers", type=Int(-1, 256), default=2, help="processes that load; 0: the speed of one core")
     parser.add_argument("--num-images", type=Int(1), default=1000, help="images read in each turn of the loader")
     parser.add_argument("--views", nargs="+", choices=benchmark_loader.VIEWS, help="views to load; default: all")
     benchmarking.add_execution(parser)
@@ -116,7 +116,7 @@ def write(args, device, steps, loader):
         texts += [f"MAE-Tiny/{args.patch_size} training step, {where}, median of {args.pairs} pairs",
                   report.markdown(header, body)]
     if loader:
-        texts += [f"Loader, {args.workers} loading processes, {args.img_size} px, {loader[0]['images']} images, median "
+        texts += [f"Loader, {args.workers} workers, {args.img_size} px, {loader[0]['images']} images, median "
                   f"of {args.pairs} turns; small: copies by shrink_folder.py; both against ImageFolder on the "
                   f"originals", report.markdown(
                       ["view", "from", "ours img/s", "ImageFolder img/s", "ratio"],

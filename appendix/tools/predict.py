@@ -40,7 +40,7 @@ def build_parser():
     options.add_unrecorded(parser)
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
     parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: list it, no class")
-    parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="loading processes; -1: by the cores")
+    parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes that load; -1: by the cores")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default=str(options.ROOT / "outputs"), metavar="DIR")
     return parser
