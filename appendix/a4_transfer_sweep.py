@@ -12,7 +12,7 @@ SETTINGS of sec3_benchmark/downstream.py.
 """
 import shlex
 
-from common import distributed, entry, options, tables
+from common import entry, options, tables
 from common.ranges import Float, Int
 from common.rows import Row
 from sec3_benchmark.accuracy_table import accuracy_table
@@ -58,7 +58,7 @@ def rows_of(args):
 
 def main(args):
     """Run the chosen rows, write a4.json and a4.md, and return the rows."""
-    distributed.start_process_group("cpu" if args.dry_run else args.device)
+    tables.start_ranks(args)
     check_path(args.dataset, args.dataset_path)
     if args.dataset not in FRACTALS and not args.dry_run:  # find a missing data set before a long pre-training
         load_downstream(options.resolve(args))

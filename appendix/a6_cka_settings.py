@@ -127,7 +127,7 @@ def main(args):
     else:
         if args.order == "authors" or args.models and len(args.models) < 2:
             raise UserError("A.6 compares at least two models and changes the order itself: more --models, no --order")
-        models = study.load_all(args, study.models(args, ROWS, "a6"))
+        models = study.load_all(args, study.checkpoints(args, ROWS, "a6"))
         images = study.images(args, models)
         if images is None:
             return {}

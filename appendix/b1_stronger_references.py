@@ -34,10 +34,7 @@ def main(args):
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "b1")
     else:
-        models = study.load_all(args, study.models(args, rows_of(args), "b1"))
-        arrays = similarity.compare(args, "b1", models)
-        if arrays is None:
-            return {}
+        arrays = similarity.compare(args, "b1", study.checkpoints(args, rows_of(args), "b1"))
     report.draw_numbers(args, "b1", similarity.draw_heat_maps, arrays)
     return arrays
 

@@ -21,7 +21,7 @@ from sec5_distill import fig7_distilled_layer as fig7
 from sec5_distill import table5_distillation as table5
 
 # Run -> (method, line of its pre-training); only the first six pre-trained blocks are kept, as in Figures 2 and 4
-SIX_BLOCKS = {"mae-6": ("MAE", study.MAE), "mocov3-6": ("MoCo-v3", study.MOCO)}
+SIX_BLOCKS = {"mae-6": ("MAE", study.PRETRAIN_MAE), "mocov3-6": ("MoCo-v3", study.PRETRAIN_MOCOV3)}
 TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
 ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12"}  # distilled in this block, as in Figure 7
 ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # the models of Figures 1, 3 and 5

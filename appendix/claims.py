@@ -17,7 +17,7 @@ from pathlib import Path
 
 from appendix import claim_runs, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN
-from common import distributed, entry, options, report, tables
+from common import entry, options, report, tables
 from common.ranges import Int
 from sec3_benchmark import downstream
 
@@ -211,25 +211,30 @@ def conclusion(args, rows, sets):
         tables.NOTES["demo"] if args.preset == "demo" else ""]).rstrip()
 
 
-def main(args):
-    """Train what is missing, judge the claims, write claims.json, .md and .png, and return the rows."""
-    if not args.from_numbers:
-        distributed.start_process_group("cpu" if args.dry_run else args.device)
-        claims = [claim for claim in CLAIMS if claim.key in args.claims]
-        required = evidence.required(claim.effect for claim in claims)
-        sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in required) else []
-        measured = claim_runs.measure(required, args, sets)
-        if measured is None:
-            return []
-        seeds, runs = measured
-        rows = [judge(claim, seeds) for claim in claims]
-        report.write_text(Path(args.output) / "claims", "claims", {
-            "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
-            "small_sets": sets, "rows": rows, "runs": runs},
-            f"claims, {report.origin(args.preset, args.data)}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
-    if not distributed.is_main():
+def measure(args):
+    """Train what is missing, judge the claims, write claims.json and claims.md; return the rows.
+
+    There are none after a dry run and on ranks other than 0.
+    """
+    tables.start_ranks(args)
+    claims = [claim for claim in CLAIMS if claim.key in args.claims]
+    required = evidence.required(claim.effect for claim in claims)
+    sets = downstream.chosen_sets(args) if any(kind == "small" for kind, _ in required) else []
+    measured = claim_runs.measure(required, args, sets)
+    if measured is None:
         return []
-    rows = report.read_numbers(args.from_numbers or Path(args.output) / "claims" / "claims.json", "claims", "rows")
+    seeds, runs = measured
+    rows = [judge(claim, seeds) for claim in claims]
+    report.write_text(Path(args.output) / "claims", "claims", {
+        "item": "claims", "preset": args.preset, "data": args.data, "seeds": args.seeds,
+        "small_sets": sets, "rows": rows, "runs": runs},
+        f"claims, {report.origin(args.preset, args.data)}\n\n{table(rows)}\n\n{conclusion(args, rows, sets)}")
+    return rows
+
+
+def main(args):
+    """Measure, write and draw; return the rows."""
+    rows = report.read_numbers(args.from_numbers, "claims", "rows") if args.from_numbers else measure(args)
     report.draw_numbers(args, "claims", draw_forest_plot, rows)
     return rows
 

@@ -52,7 +52,7 @@ def add_execution(parser, save_to, kept=True):
         group.add_argument("--fresh", action="store_true", help="compute features again")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--micro-batch", type=Int(1), default=512, help="images at once on a device, 256 at most")
-    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes per rank that load; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes that load, per rank; -1: by cores")
 
 
 def build_encoder(args, device):
@@ -100,12 +100,11 @@ def extract(vit, images, transform, args, device, view=0, unreadable=None):
     unreadable: a list to which the indices of unreadable images are added if args.on_bad_image is "skip"; their rows
     have no meaning.
     """
-    mean, std = (values.to(device) for values in statistics(args))
     rank, world = distributed.rank(), distributed.world_size()
     loader = eval_loader(images, transform, min(args.micro_batch, 256), args.workers, device, rank, world,
                          epoch=view, on_bad_image=getattr(args, "on_bad_image", None))
     everything = torch.zeros(len(images), vit.embed_dim)
-    for batch in on_device(progress(loader, "features"), device, mean, std):
+    for batch in on_device(progress(loader, "features"), device, *statistics(args)):
         everything[batch["index"]] = features(vit, batch["image"], args.layer, args.pooling).float().cpu()
         if unreadable is not None:
             unreadable += batch["bad"][batch["bad"] >= 0].tolist()

@@ -123,22 +123,20 @@ def main(args):
     encoder, fingerprint, args = build_encoder(args, device)
     train_set, val_set = load_sets(args)
     num_classes = count_classes(train_set)
-    crop = pretrain_transform(args.img_size, interpolation="bicubic")
     views = max(1, args.views)
-
-    def compute(images, fresh=args.fresh, **view):
-        return cached_features(encoder, fingerprint, images, args, device, fresh, **view).to(device)
+    crop = pretrain_transform(args.img_size, interpolation="bicubic") if args.views else None  # None: the centre crop
 
     @lru_cache(maxsize=1)  # keep one view in memory: there may be 90
-    def train_view(number, fresh):
-        return compute(train_set, fresh, **(dict(transform=crop, view=number) if args.views else {}))
+    def train_view(view, fresh):
+        return cached_features(encoder, fingerprint, train_set, args, device, fresh, crop, view).to(device)
 
     def view_of(epoch):  # --fresh recomputes a view in the first epoch that uses it
         return train_view(epoch % views, args.fresh and epoch < views)
 
+    val = cached_features(encoder, fingerprint, val_set, args, device, args.fresh).to(device)
     labels, targets = (torch.as_tensor(images.labels).to(device) for images in (train_set, val_set))
     if args.shots:
-        train, val, draws = view_of(0), compute(val_set), args.draws or 5
+        train, draws = view_of(0), args.draws or 5
         found = {shots: few_shots.accuracies(train, labels, val, targets, shots, draws, args.seed)
                  for shots in args.shots}
         print0(few_shots.table(found))
@@ -146,7 +144,7 @@ def main(args):
     seed_everything("weights", args.seed)
     probe = build_probe(encoder.embed_dim, num_classes).to(device)
     loss = fit_probe(probe, view_of, labels, args)
-    result = {**probe_accuracy(probe, compute(val_set), targets), "train_loss": loss}
+    result = {**probe_accuracy(probe, val, targets), "train_loss": loss}
     print0("published for MAE-Tiny on ImageNet-1k: 23.4, protocol not given")
     return write_result("linear_probe", args, fingerprint, (train_set, val_set), result)
 

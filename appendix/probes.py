@@ -1,11 +1,11 @@
 """Writing the result of a probe, shared by linear_probe.py and knn_probe.py."""
 from pathlib import Path
 
-from common import distributed
+from common import distributed, report
 from common.checkpoint import save_json
 from common.distributed import print0
 from common.errors import UserError
-from common.runs import deliver, environment, settings_hash
+from common.runs import deliver, settings_hash
 
 
 def check_save_to(args):
@@ -27,7 +27,7 @@ def write_result(script, args, fingerprint, data, result):
     result = {**result, "run": str(folder / f"{name}.json"), "checkpoint": args.init}
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / f"{name}.json", {**result, "settings": vars(args), "environment": environment()})
+        save_json(folder / f"{name}.json", {**result, "settings": vars(args), "environment": report.environment()})
     accuracy = f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}" if "top1" in result else "written"
     print0(f"{accuracy}: {folder / name}.json")
     deliver(result, args.save_to)

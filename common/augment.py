@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import partial
 
 import torch.nn.functional as F
-from torchvision.transforms import Compose
+from torchvision.transforms import CenterCrop, Compose
 
 from common.images import contiguous
 from common.vit import pair
@@ -38,7 +38,7 @@ def eval_transform(size):
     For size 224: the shorter side becomes 256, then a central crop of 224 x 224.
     """
     size, resized = pair(size), tuple(math.floor(side / CROP_PCT) for side in pair(size))
-    return Compose([partial(resize_to_cover, size=resized), partial(central_crop, size=size), contiguous])
+    return Compose([partial(resize_to_cover, size=resized), CenterCrop(size), contiguous])
 
 
 class RandomResizedCrop:
@@ -98,9 +98,3 @@ def resize_to_cover(image, size):
     before = image.shape[1:]
     zoom = max(map(Fraction, size, before))  # an exact fraction, so that only the product is rounded
     return resize(image, [int(side * zoom) for side in before])
-
-
-def central_crop(image, size):
-    """Crop the centre `size` (H, W) of an image at least as large; an offset of n + 1/2 is rounded to even."""
-    top, left = (round((full - part) / 2) for full, part in zip(image.shape[1:], size))
-    return image[:, top:top + size[0], left:left + size[1]]

@@ -105,7 +105,7 @@ def print0(*args, **kwargs):
 @cache
 def remark(text):
     """Print a text on rank 0, and only the first time in this process: data sets are listed many times."""
-    print0(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
+    print0(text)
 
 
 def barrier():

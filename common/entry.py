@@ -10,9 +10,9 @@ from pathlib import Path
 
 from common import distributed, options
 from common.distributed import print0
-from common.errors import STOPPED, UserError
-from common.machine import explain_troubles
-from common.signals import hang_up, stop_signals
+from common.errors import UserError
+from common.signals import exit_on_stop_signals
+from common.workers import explain_troubles
 
 
 def run_script(main, parser, *presets_and_recipes, parse=options.parse):
@@ -26,17 +26,6 @@ def run_script(main, parser, *presets_and_recipes, parse=options.parse):
         result = main(args)
         if isinstance(result, dict) and "seconds" in result:
             print0(f"{result['seconds'] / 60:.1f} minutes of training; weights: {result['checkpoint']}")
-
-
-def exit_on_stop_signals():
-    """Exit with STOPPED at a stop signal; the same command then continues. A training installs its own handlers."""
-    def stop(number, frame):
-        if number == signal.SIGHUP:
-            hang_up()
-        os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
-        sys.exit(STOPPED)
-    for number in stop_signals():
-        signal.signal(number, stop)
 
 
 @contextmanager

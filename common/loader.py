@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from common.images import DataError, UnreadableImage
-from common.workers import default_workers, ignore_stop_signals, limit_workers
+from common.errors import DataError
+from common.images import UnreadableImage
+from common.signals import ignore_stop_signals
+from common.workers import default_workers, limit_workers
 
 # Names of a batch's entries that stay on the CPU begin like this. All other uint8 tensors are taken for images
 HOST = ("index", "bad", "host_")
@@ -161,6 +163,7 @@ def on_device(batches, device, mean, std):
 
     On a GPU a batch is copied by a second stream while the batch before it is in use.
     """
+    mean, std = mean.to(device), std.to(device)
     if device.type != "cuda":
         yield from (to_device(batch, device, mean, std) for batch in batches)
         return

@@ -91,6 +91,8 @@ class MAE(nn.Module):
         default_dim, default_depth, default_heads = DECODERS[model]
         decoder_dim, decoder_depth = decoder_dim or default_dim, decoder_depth or default_depth
         decoder_heads = decoder_heads or default_heads
+        check_heads(dim, num_heads)
+        check_heads(decoder_dim, decoder_heads, "--decoder-heads")
         self.config = dict(model=model, img_size=list(pair(img_size)), patch_size=patch_size, in_chans=in_chans,
                            num_heads=num_heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads, mask_ratio=mask_ratio, norm_pix=norm_pix)
@@ -120,7 +122,6 @@ class MAE(nn.Module):
 
     @staticmethod
     def _block(dim, heads):
-        check_heads(dim, heads)
         return Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
     def _fixed_positions(self, dim):

@@ -89,16 +89,6 @@ def add_model(parser, models=SIZES):
     group.add_argument("--num-heads", type=Int(1), help="12 in the paper; DeiT-Tiny's own has 3")
 
 
-def add_unrecorded(parser):
-    """Add the arguments for what checkpoints of other projects may not record: heads, image size, mean, deviation."""
-    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
-    parser.add_argument("--img-size", type=Int(1), nargs="+", metavar="PX", help="position embeddings are resized to "
-                        "it; default: the checkpoint's, else the square that has as many positions")
-    parser.add_argument("--mean", type=Float(0, 1), nargs="+",
-                        help="of the images, per channel, in 0..1; default: the checkpoint's")
-    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
-
-
 def add_execution(parser, pretraining=True):
     """Add the arguments that say how a run is executed and watched, and return the parser.
 
@@ -112,7 +102,7 @@ def add_execution(parser, pretraining=True):
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 where the device has it, else fp16 on GPUs and fp32 on CPUs")
     group.add_argument("--micro-batch", type=Int(1), default=512, help="most images at once on a device")
-    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes per rank that load; -1: by the cores")
+    group.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes that load, per rank; -1: by cores")
     group.add_argument("--keep-decoded", type=Float(0, 1), default=0.25, metavar="SHARE",
                        help="decode a set once and keep it, if that takes at most this share of free memory; 0: never")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")

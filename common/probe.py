@@ -91,12 +91,11 @@ class Probe:
         The features are (N, D) each and the labels (N,), zeros if there are none. Each rank computes its share; all get
         the whole, on the CPU. Raises FloatingPointError for features that are not finite.
         """
-        mean, std = (values.to(self.device) for values in statistics(self.args))
         loader = eval_loader(images, eval_transform(self.args.img_size), min(self.args.micro_batch, 256),
                              self.args.workers, self.device, distributed.rank(), distributed.world_size(),
                              on_bad_image="skip")
         rows = torch.zeros(len(images), 2 * vit.embed_dim + 1)
-        for batch in on_device(progress(loader, "probing"), self.device, mean, std):
+        for batch in on_device(progress(loader, "probing"), self.device, *statistics(self.args)):
             tokens = vit.forward_features(batch["image"])
             pooled = torch.cat([tokens[:, 0], tokens[:, vit.num_prefix_tokens:].mean(dim=1)], dim=1)
             rows[batch["index"]] = torch.cat([pooled.cpu(), (batch["bad"] < 0).unsqueeze(1)], dim=1)

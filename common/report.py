@@ -1,16 +1,21 @@
 """Results: tables as JSON and Markdown with the published numbers beside ours, and the figures' common style."""
 import json
 import os
+import platform
+import shlex
 import statistics
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.checkpoint import save_json, write_atomically
 from common.distributed import is_main, print0
 from common.errors import UserError
-from common.machine import environment
+from common.options import ROOT
 
 # The palette of Okabe and Ito, distinguishable for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -74,8 +79,11 @@ def only_a_picture(path, numbers=None):
 def draw_numbers(args, item, draw, content):
     """Draw the figure `draw(content)` as <item>.png, and in the other --figure-format, beside the file of its numbers.
 
-    A failure is a UserError with --from-numbers, else a warning: the numbers are written already.
+    Only rank 0 draws, and nothing is drawn of no numbers (after a dry run). A failure is a UserError with
+    --from-numbers, else a warning: the numbers are written already.
     """
+    if not content or not is_main():
+        return
     path = Path(args.from_numbers or Path(args.output) / item / f"{item}.json").with_suffix(".png")
     with only_a_picture(path, args.from_numbers):
         figure = draw(content)
@@ -178,6 +186,18 @@ def origin(preset, data) -> str:
     if preset == "paper" and data != "imagenet":
         return f"the paper's settings on other images (data {data})"
     return f"preset {preset}, data {data}"
+
+
+def environment():
+    """Return what a result records about where it was made: versions, hardware, date and command."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name  # without folders of this machine
+    versions = {name: getattr(sys.modules.get(name), "__version__", None)
+                for name in ("torch", "torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), **versions, "gpu": gpu,
+            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", str(script), *sys.argv[1:]])}
 
 
 def write_text(folder, item, content, text):

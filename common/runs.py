@@ -18,7 +18,6 @@ from common.checkpoint import explain_failed_write, save_json, save_torch, verif
 from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.machine import environment
 from common.options import EXECUTION
 from common.tensorboard import add_row
 
@@ -86,7 +85,7 @@ class Run:
         result = {**result, "run": str(self.folder), "checkpoint": str(self.folder / WEIGHTS)}
         if distributed.is_main():
             save_torch(self.folder / WEIGHTS, self.weights(model))
-            save_json(self.folder / "result.json", {**result, "environment": environment()})
+            save_json(self.folder / "result.json", {**result, "environment": report.environment()})
             remove_leftovers(self.folder, "step-*.pt")
         deliver(result, self.save_to)
         self.draw()  # last: nothing is lost where it fails

@@ -93,7 +93,7 @@ def source_grid(weights, wanted=None):
 def fit_positions(name, weights, grid, notes):
     """Return the position embedding `name` of the Weights, (1, tokens, D), resized to a grid of patches, bicubic.
 
-    (timm 1.0.26 would not resize it to a grid with as many patches, such as from 4 x 4 to 2 x 8.)
+    (timm 1.0.26 would not resize it to a square grid with as many patches, such as from 2 x 8 to 4 x 4.)
     """
     table, (prefix, old) = weights.state[name], source_grid(weights, grid)
     if not (weights.config or prefix) and "cls_token" in weights.state:

@@ -1,6 +1,7 @@
 """Stop signals: a training that receives one saves a checkpoint and exits, and the same command continues it."""
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 
@@ -23,6 +24,27 @@ def hang_up():
             os.write(stream, b"\n")  # fails if its terminal is closed
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def exit_on_stop_signals():
+    """Exit with STOPPED at a stop signal; the same command then continues. A training installs its own handlers."""
+    def stop(number, frame):
+        if number == signal.SIGHUP:
+            hang_up()
+        os.write(2, f"stopped by {signal.Signals(number).name}: the same command goes on\n".encode())
+        sys.exit(STOPPED)
+    for number in stop_signals():
+        signal.signal(number, stop)
+
+
+def ignore_stop_signals(worker):
+    """Keep a worker alive when a stop signal reaches the whole job: the main process needs it to finish the step.
+
+    SIGTERM is delayed by 30 seconds rather than ignored, because Python uses it to end workers that are left.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 class StopSignals:

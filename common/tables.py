@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.pretrained import HubError
 from common.ranges import Int
 from common.rows import PREVIOUS, overruled, remedy, split_setting, words_of
+from common.signals import exit_on_stop_signals
 
 PRESETS = {"demo": {"data": "fractals"}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}  # as every script's
 NOTES = {
@@ -77,6 +78,11 @@ def parse(parser, argv=None, presets=PRESETS, own=()):
 
 # Runs
 
+def start_ranks(args):
+    """Join the ranks and return this rank's device: for a dry run the CPU, as a cluster's login node has no GPU."""
+    return distributed.start_process_group("cpu" if args.dry_run else args.device)
+
+
 def run_row(row, seed, args, run):
     """Call `run(script, words)` for each line of a row, in order, and return the results.
 
@@ -109,7 +115,7 @@ def run_rows(rows, args, demo, script):
     for rows with a column {row.key: {column: results}}. The second is {row.key: reason} of the rows whose weights could
     not be loaded from timm's hub.
     """
-    device = distributed.start_process_group("cpu" if args.dry_run else args.device)
+    device = start_ranks(args)
     to_run = chosen(rows, args, demo)
     check_rows(rows, to_run, args)
     if args.dry_run:
@@ -143,7 +149,7 @@ def train_at_once(rows, args, script, at_once):
 def train_rows(rows, seed, args, script):
     """Train rows in one of the parallel processes. The table repeats what failed, and reports the error."""
     with entry.errors_in_one_line(script):
-        entry.exit_on_stop_signals()
+        exit_on_stop_signals()
         run = cache(scripts.run)
         for row in rows:
             with suppress(HubError):

@@ -133,8 +133,7 @@ class Engine:
                             start_step=start, total_steps=total, rank=distributed.rank(), world=world)
         views = Views(images, transform, args.seed, args.on_bad_image)
         loader = self.meter.waiting_for(data_loader(views, keys, args.workers, self.device))
-        mean, std = (values.to(self.device) for values in statistics(args))
-        for batch in on_device(loader, self.device, mean, std):
+        for batch in on_device(loader, self.device, *statistics(args)):
             bad_images.record(batch.pop("bad"))
             yield batch
 

@@ -1,14 +1,30 @@
-"""The loader's worker processes: how many there are, what limits them, and what they do at a stop signal."""
+"""The loader's worker processes: how many there are, what limits them, and what their obscure errors mean."""
 import os
+import re
 import resource
 import shutil
-import signal
 import tempfile
+from contextlib import contextmanager
 
 import torch
 
 from common.errors import UserError
-from common.machine import SHARED_MEMORY
+
+SHARED_MEMORY = "/dev/shm"  # where workers leave their batches
+STARVED = "for want of memory: pass a smaller --workers, or --keep-decoded 0"
+TROUBLES = {  # {pattern in the message of PyTorch or the system: what it means}; the first pattern that matches counts
+    r"killed by signal: Bus error|shared memory\(shm\)|</torch_.*No space left":
+        f"shared memory ran full: free some of {SHARED_MEMORY}, give the container more (docker run --shm-size=16g), "
+        f"or pass --workers 0",
+    r"ancdata|Too many open files":
+        "too many files are open: raise the limit (ulimit -n 4096), or pass a smaller --workers",
+    r"killed by signal: Killed|DataLoader worker.*exited unexpectedly":
+        f"a worker was killed, most likely {STARVED}",
+    r"Caught MemoryError in DataLoader|DataLoader worker.*can't allocate memory": f"a worker failed {STARVED}",
+    r"\[Errno 12\]": f"a worker could not be started {STARVED}",
+    r"killed by signal: ": "a worker crashed: --workers 0 shows where",
+}
+
 
 
 def default_workers(workers, device):
@@ -66,11 +82,16 @@ def allow_open_files(needed):
                             f"limit (ulimit -n {needed}), or pass a smaller --workers")
 
 
-def ignore_stop_signals(worker):
-    """Keep a worker alive when a stop signal reaches the whole job: the main process needs it to finish the step.
+@contextmanager
+def explain_troubles():
+    """Turn an error of the loader's workers into one that says what to do.
 
-    SIGTERM is delayed by 30 seconds rather than ignored, because Python uses it to end workers that are left.
+    To be put around a whole program: a worker's death is reported by a signal, which may interrupt it anywhere.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        for sign, meaning in TROUBLES.items():
+            if re.search(sign, str(error), re.DOTALL):
+                raise UserError(f"{meaning} ({str(error).strip().splitlines()[-1]})") from error
+        raise

@@ -93,9 +93,9 @@ def build_parser():
 
 
 def parse(parser, presets, argv=None):
-    """Parse a command line. With --eval-only `given` holds the settings typed there, for comparison with the file's."""
+    """Parse a command line. With --eval-only `typed` holds the settings typed there, for comparison with the file's."""
     args = options.parse(parser, presets, argv=argv)
-    return options.replaced(args, given=options.given(parser, argv)) if args.eval_only else args
+    return options.replaced(args, typed=options.given(parser, argv)) if args.eval_only else args
 
 
 def build_detector(args, num_classes, weights=None):
@@ -160,10 +160,10 @@ def as_built(args, weights):
     Only --proposals may differ, as no weight's shape depends on it.
     """
     own = {name: value for name, value in weights.config.items()
-           if name in args and (name != "proposals" or name not in args.given)}
+           if name in args and (name != "proposals" or name not in args.typed)}
     for name, theirs in own.items():
         ours = getattr(args, name)
-        if name in args.given and not options.same_value(name, ours, theirs):
+        if name in args.typed and not options.same_value(name, ours, theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
     return with_statistics(options.replaced(args, **own), weights)

@@ -10,8 +10,7 @@ from pathlib import Path
 from common import options, report
 from common.data import channel_statistics
 from common.distributed import print0
-from common.errors import UserError
-from common.images import DataError
+from common.errors import DataError, UserError
 from common.pretrained import HubError, read_weights
 from common.rows import Row, settings_set
 from sec3_benchmark.downstream_sets import FRACTALS, SETS, check_path, load_downstream
@@ -223,6 +222,17 @@ def summary(row, results):
             "measured": measured(results), "best_epoch": values("best_top1"), "run": values("run"),
             "seconds": values("seconds"), "seeds": max(map(len, results.values())),
             "train_images": {name: sizes[0] for name, sizes in values("train_images").items() if sizes}}
+
+
+def summaries(rows, results, names):
+    """Summarise all rows, given the results of those that were run, on the data sets `names`."""
+    nothing = {name: [] for name in names}
+    return [summary(row, results.get(row.key, nothing)) for row in rows]
+
+
+def remarks(rows):
+    """Return the notes of a table's summarised rows."""
+    return [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
 
 
 def column(name):

@@ -14,7 +14,8 @@ from torchvision import datasets as tv
 
 from common import data
 from common.distributed import once_per_node, print0
-from common.images import DataError, ImageSet
+from common.errors import DataError
+from common.images import ImageSet
 
 SETS = {  # images: number for training, for testing; download: whether torchvision can fetch it; holds: expected files
     "flowers": dict(

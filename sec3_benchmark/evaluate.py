@@ -103,7 +103,7 @@ def evaluator(model, images, args, device):
     Preprocessing is that of all the paper's recipes: resize so that the crop is 0.875 of the side, then centre crop.
     Each call starts a new loader, so no worker processes stay between evaluations.
     """
-    mean, std = (values.to(device) for values in statistics(args))
+    mean, std = statistics(args)
 
     def evaluate():
         return accuracy(model, share_of_rank(images, args, device), device, mean, std)
@@ -124,8 +124,7 @@ def answered_right(model, images, args, device):
     Where scores are tied it is the chance of a correct answer (common.measures.hits).
     """
     model.eval()
-    mean, std = (values.to(device) for values in statistics(args))
     right = torch.zeros(len(images), device=device)
-    for batch in on_device(share_of_rank(images, args, device), device, mean, std):
+    for batch in on_device(share_of_rank(images, args, device), device, *statistics(args)):
         right[batch["index"]] = hits(model(batch["image"]).float(), batch["label"], 1)
     return distributed.all_sum(right).cpu().numpy()  # entries of the other ranks' images are 0

@@ -14,8 +14,8 @@ import torch
 
 from common import distributed
 from common.augment import eval_transform
-from common.data import STATISTICS, labelled_folder
-from common.images import DataError
+from common.data import channel_statistics, labelled_folder
+from common.errors import DataError
 from common.loader import eval_loader, on_device
 from common.watch import progress
 
@@ -28,9 +28,8 @@ def predictions(model, images, device, workers=-1, batch_size=256):
     images are normalised by its `statistics` (mean, std) if it has that attribute, else by ImageNet's. Raises
     FloatingPointError for scores that are not finite.
     """
-    statistics = getattr(model, "statistics", None)
-    mean, std = statistics.values() if statistics else STATISTICS[3]
-    mean, std = 255 * torch.tensor(mean, device=device), 255 * torch.tensor(std, device=device)
+    theirs = getattr(model, "statistics", None) or {}
+    mean, std = (255 * torch.tensor(values, device=device) for values in channel_statistics(3, **theirs).values())
     loader = eval_loader(images, eval_transform(model.config["img_size"]), batch_size, workers, device,
                          distributed.rank(), distributed.world_size())
     best = torch.zeros(len(images), dtype=torch.int64, device=device)

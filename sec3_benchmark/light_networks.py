@@ -30,6 +30,11 @@ class Network(NamedTuple):
     ours: str = ""  # name in common/vit.py, for a model that is not timm's
     note: str = ""
 
+    @property
+    def model(self):
+        """The name of the row's model; rows of ours may share one."""
+        return self.ours or self.key
+
 
 NETWORKS = [
     Network("mobilenetv2_100", "MobileNetV2 1.0", "", 224, 3.50, 72.956, 80.236, 60.190, 9591, 8361),

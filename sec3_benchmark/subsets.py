@@ -19,7 +19,7 @@ import numpy as np
 from common import options
 from common.data import image_tree, load_images, load_sets
 from common.distributed import print0
-from common.images import DataError
+from common.errors import DataError, UserError
 from common.optim import steps_per_epoch
 
 SEED = 0
@@ -44,6 +44,9 @@ def pretraining_images(args):
     In the settings, epochs and warm-up follow --equal. --equal and --pretrain-path are cleared: the number of epochs
     and the fingerprint of the images stand for them in a run's identity.
     """
+    if args.subset and args.pretrain_path:
+        raise UserError(f"--subset {args.subset} is a part of --data, and --pretrain-path {args.pretrain_path} takes "
+                        f"its place: leave one of them out")
     if args.subset is None and args.pretrain_path is None:
         images = load_images(args)
         return options.replaced(args, equal=None), images

@@ -116,17 +116,15 @@ def measure(network, chosen, args, device):
 
 
 def measure_all(wanted, args, device):
-    """Measure each network of the rows once: {row's key: result of `measure`}. Rank 0 measures, other ranks wait."""
-    results = {}
-    for network in NETWORKS if distributed.is_main() else []:
-        model = network.ours or network.key
-        chosen = "all" in wanted or network.key in wanted
-        if model not in results or results[model]["status"] == "not chosen":
-            results[model] = measure(network, chosen, args, device)
-            if chosen:
-                print0(f"{model}: " + ", ".join(f"{k} {v:,.0f}" for k, v in results[model].items() if k != "status"))
+    """Measure each model of the rows once: {row's key: result of `measure`}. Rank 0 measures, other ranks wait."""
+    chosen = {network.model for network in NETWORKS if "all" in wanted or network.key in wanted}
+    models, results = {network.model: network for network in NETWORKS}, {}
+    for model, network in models.items() if distributed.is_main() else ():
+        results[model] = measure(network, model in chosen, args, device)
+        if model in chosen:
+            print0(f"{model}: " + ", ".join(f"{k} {v:,.0f}" for k, v in results[model].items() if k != "status"))
     results = distributed.broadcast_object(results)
-    return {network.key: results[network.ours or network.key] for network in NETWORKS}
+    return {network.key: results[network.model] for network in NETWORKS}
 
 
 def checkpoints(args):
@@ -154,7 +152,8 @@ def evaluate_all(given, args, device):
     v2 = imagenet_variants.imagenet_v2(args.imagenet_v2) if args.imagenet_v2 else None
     results = {}
     for key, file in given.items():
-        model, expected = load_model(file), next(network.ours for network in NETWORKS if network.key == key)
+        model = load_model(file)
+        expected = next(network.ours for network in NETWORKS if network.key == key)
         found = f"{model.config['model']} with {model.config['num_heads']} heads"
         if found != f"{expected} with 12 heads":
             raise UserError(f"--checkpoints {key}={file}: the file holds {found}, the row is {expected} with 12 heads")
@@ -228,20 +227,20 @@ def measure_rows(args):
              "published": {name: getattr(n, name) for name in published},
              "measured": {**measured[n.key], **accuracy.get(n.key, {})}}
             for n in NETWORKS]
+    how = protocol(args, device)
     about = "\n".join(f"- {n.name}: {n.note}" for n in NETWORKS if n.note)
-    text = "\n\n".join([f"table2, preset {args.preset}", protocol(args, device),
+    text = "\n\n".join([f"table2, preset {args.preset}", how,
                         report.markdown(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows]),
                         *NOTES, f"About the published numbers of ours:\n{about}"])
-    content = {"preset": args.preset, "rows": rows, "protocol": protocol(args, device), "notes": NOTES}
-    report.write_text(Path(args.output) / "table2", "table2", {"item": "table2", **content}, text)
+    content = {"item": "table2", "preset": args.preset, "rows": rows, "protocol": how, "notes": NOTES}
+    report.write_text(Path(args.output) / "table2", "table2", content, text)
     return rows
 
 
 def main(args):
     """Measure, write and draw; return the rows."""
     rows = report.read_numbers(args.from_numbers, "table2", "rows") if args.from_numbers else measure_rows(args)
-    if distributed.is_main():
-        report.draw_numbers(args, "table2", draw, rows)
+    report.draw_numbers(args, "table2", draw, rows)
     return rows
 
 

@@ -14,7 +14,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from common import distributed, entry, options, report, scripts, tables
+from common import entry, options, report, scripts, tables
 from common.data import load_sets
 from common.errors import UserError
 from common.optim import steps_per_epoch
@@ -28,6 +28,7 @@ METHODS = {  # name, script, what its fine-tuning changes
     "mocov3": ("MoCo-v3", "sec3_benchmark/pretrain_mocov3.py", f" {MOCO_FINETUNING}"),
 }
 DATA = {"1": "1%", "10": "10%", "lt": "lt", "full": None, "in21k": None}  # pre-training data -> its --subset
+PARTS = [subset for subset in DATA.values() if subset]  # those that are drawn, or listed in a file of --lists
 NAMES = {"1": "1 %", "10": "10 %", "lt": "long-tailed", "full": "all", "in21k": "IN21K"}
 DEMO = tuple(f"{method}-{data}" for method in METHODS for data in ("10", "full"))
 ROWS = [Row(f"{method}-{data}", f"{name}, {NAMES[data]}", None,
@@ -52,9 +53,9 @@ def build_parser():
 
 def official_lists(args):
     """Parse --lists to {part: file}. Raises UserError for a part that has no list."""
-    lists, parts = options.parse_pairs(args.lists, "--lists"), [part for part in DATA.values() if part]
-    if wrong := [part for part in lists if part not in parts]:
-        raise UserError(f"--lists {wrong[0]}={lists[wrong[0]]}: the parts with a list are {', '.join(parts)}")
+    lists = options.parse_pairs(args.lists, "--lists")
+    if wrong := [part for part in lists if part not in PARTS]:
+        raise UserError(f"--lists {wrong[0]}={lists[wrong[0]]}: the parts with a list are {', '.join(PARTS)}")
     return lists
 
 
@@ -87,11 +88,11 @@ def described(row, args, full):
     """
     script, words = words_of(row.lines[0], args, 0)
     asked = options.resolve(scripts.settings_of(script, words))
-    drawn = asked.subset in DATA.values()
+    drawn = asked.subset in PARTS
     try:
         _, part = subsets.pretraining_images(options.replaced(asked, equal=None))
     except UserError as error:
-        if not drawn:  # a list that was given
+        if not drawn:  # a list or a folder that was given
             raise
         return unavailable(row, args, f"cannot be drawn: {error}")
     if len(part) < asked.batch_size:
@@ -165,7 +166,7 @@ def draw(rows):
 
 def measure(args):
     """Run the chosen rows; write table3.json and table3.md; return the rows, none after a dry run."""
-    distributed.start_process_group("cpu" if args.dry_run else args.device)
+    tables.start_ranks(args)
     planned_rows = planned(args)
     results, _ = tables.run_rows(planned_rows, args, DEMO, script="table3")
     if args.dry_run:
@@ -180,8 +181,7 @@ def measure(args):
 def main(args):
     """Measure, write and draw; return the rows."""
     rows = report.read_numbers(args.from_numbers, "table3", "rows") if args.from_numbers else measure(args)
-    if rows and distributed.is_main():
-        report.draw_numbers(args, "table3", draw, rows)
+    report.draw_numbers(args, "table3", draw, rows)
     return rows
 
 

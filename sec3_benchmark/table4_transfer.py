@@ -14,8 +14,7 @@ import math
 import statistics
 from itertools import cycle
 
-from common import distributed, entry, options, report, tables
-from common.distributed import is_main
+from common import entry, options, report, tables
 from common.rows import Row
 from sec3_benchmark import downstream
 from sec3_benchmark.downstream import COCO_AP, PUBLISHED
@@ -96,28 +95,26 @@ def panel(axis, heading, gap, sizes, colours):
 
 def measure(args):
     """Run the chosen rows on the chosen sets; write table4.json and .md; return the rows, none after a dry run."""
-    distributed.start_process_group("cpu" if args.dry_run else args.device)
+    tables.start_ranks(args)
     names = downstream.chosen_sets(args)
     rows, args = downstream.with_models(ROWS, args)
     rows = [downstream.random_like(row, args) if row.key == "random" else row for row in rows]
-    results, _ = tables.run_rows(downstream.cells(rows, names, args.rows), args, DEMO, "table4")
+    results, without = tables.run_rows(downstream.cells(rows, names, args.rows), args, DEMO, "table4")
     if args.dry_run:
         return []
-    nothing = {name: [] for name in names}
-    rows = [downstream.summary(row, results.get(row.key, nothing)) for row in rows]
+    rows = downstream.summaries(rows, results, names)
     sizes = {name: size for row in rows for name, size in row["train_images"].items()}
     about = "Each cell: published / measured, top-1 (COCO: AP) in % at the last epoch. Training images: " + ", ".join(
         f"{downstream.title(name)} {size:,}" for name, size in sizes.items()) + "."
-    given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
-    report.write_table("table4", args, downstream.columns(names), rows, notes=[about, *given, NOTES[args.preset]])
+    report.write_table("table4", args, downstream.columns(names), rows, notes=[
+        about, *downstream.remarks(rows), *without.values(), NOTES[args.preset]])
     return rows
 
 
 def main(args):
     """Measure, write and draw; return the rows."""
     rows = report.read_numbers(args.from_numbers, "table4", "rows") if args.from_numbers else measure(args)
-    if rows and is_main():
-        report.draw_numbers(args, "table4", draw, rows)
+    report.draw_numbers(args, "table4", draw, rows)
     return rows
 
 

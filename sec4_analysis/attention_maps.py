@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import entry, report
+from common import entry, options, report
 from common.distributed import is_main
 from common.errors import UserError
 from common.images import ImageSet
@@ -42,9 +42,9 @@ def parse_maps(parser, argv=None):
         parser.error("--image chooses among the drawn images, and --picture is one: leave it out")
     if args.image >= args.num_images and args.order == "drawn":
         raise UserError(f"--image {args.image}: {args.num_images} images are drawn; raise --num-images")
-    if args.picture:
-        args.preset, args.data, args.num_images, args.order = None, Path(args.picture).name, 1, "drawn"
-    return args
+    if not args.picture:
+        return args
+    return options.replaced(args, preset=None, data=Path(args.picture).name, num_images=1, order="drawn")
 
 
 def one_picture(args, models):
@@ -70,11 +70,11 @@ def pick(batches, number):
 def check_places(model, layers, heads, query):
     """Raise UserError for layers or heads (from 1) or a query patch (row, column; from 0) the model does not have."""
     _, (rows, columns), _ = geometry(model)
-    if query and not (0 <= query[0] < rows and 0 <= query[1] < columns):
+    if query and not (query[0] < rows and query[1] < columns):
         raise UserError(f"--query {query[0]} {query[1]}: the grid has {rows} rows and {columns} columns")
-    if not all(1 <= layer <= len(model.blocks) for layer in layers):
+    if max(layers) > len(model.blocks):
         raise UserError(f"--layers {layers}: the model has {len(model.blocks)} blocks, counted from 1")
-    if not all(1 <= head <= model.blocks[0].attn.num_heads for head in heads):
+    if max(heads) > model.blocks[0].attn.num_heads:
         raise UserError(f"--heads {heads}: the model has {model.blocks[0].attn.num_heads}, counted from 1")
 
 
@@ -159,7 +159,7 @@ def main(args):
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "attention_maps")
     else:
-        models = study.load_all(args, study.models(args, ROWS, "attention_maps"))
+        models = study.load_all(args, study.checkpoints(args, ROWS, "attention_maps"))
         images = one_picture(args, models) if args.picture else study.images(args, models)
         if images is None:
             return {}

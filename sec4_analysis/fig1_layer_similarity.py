@@ -23,10 +23,7 @@ def main(args):
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig1")
     else:
-        models = study.load_all(args, study.models(args, ROWS, "fig1"))
-        arrays = similarity.compare(args, "fig1", models)
-        if arrays is None:
-            return {}
+        arrays = similarity.compare(args, "fig1", study.checkpoints(args, ROWS, "fig1"))
     report.draw_numbers(args, "fig1", similarity.draw_heat_maps, arrays)
     return arrays
 

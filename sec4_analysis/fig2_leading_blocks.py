@@ -9,7 +9,6 @@ The paper's claim (Section 4.1): a few leading blocks already give the gain; fur
 MoCo-v3. Writes fig2.json, .md and draws fig2.png from the .json.
 """
 from common import entry, options, report
-from common.distributed import is_main
 from sec4_analysis import leading_blocks, study
 
 
@@ -27,13 +26,13 @@ def panels(args):
 
 
 def main(args):
-    """Run, write and draw; return the points {"method", "k", "top1" of each seed, ...}, [] if this rank has none."""
+    """Run, write and draw; return the points {"method", "k", "top1" of each seed, ...}, [] after a dry run."""
     if args.from_numbers:
         points = report.read_numbers(args.from_numbers, "fig2", "points")
     else:
         study.prepare(args, "fig2")
         points = leading_blocks.run_points(args, panels(args), "fig2")
-        if args.dry_run or not is_main():
+        if args.dry_run:
             return []
         leading_blocks.save(args, "fig2", points)
     report.draw_numbers(args, "fig2", leading_blocks.draw_accuracies, points)

@@ -63,8 +63,8 @@ def draw_amplitudes(arrays):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(arrays), fontsize=8)
     for panel, (name, array) in zip(axes[1:], arrays.items()):
         for point, (values, frequencies) in enumerate(zip(*array)):
-            panel.plot(frequencies, values, color=colormaps["viridis"](0.9 * point / (array.shape[1] - 1)),
-                       linewidth=1)
+            shade = 0.9 * point / (array.shape[1] - 1)  # without viridis's last tenth, which is too pale on white
+            panel.plot(frequencies, values, color=colormaps["viridis"](shade), linewidth=1)
         panel.set(title=name, xlabel="frequency (π)")
     scale = cm.ScalarMappable(colors.Normalize(0, 1 / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axes[-1], boundaries=np.linspace(0, 1, 50), ticks=[0, 1])
@@ -77,7 +77,7 @@ def main(args):
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig3")
     else:
-        models = study.load_all(args, study.models(args, ROWS, "fig3"))
+        models = study.load_all(args, study.checkpoints(args, ROWS, "fig3"))
         images = study.images(args, models)
         if images is None:
             return {}

@@ -13,7 +13,6 @@ there; both methods are equal at small k, and MoCo-v3 is ahead at large k. Write
 import shlex
 
 from common import entry, options, report
-from common.distributed import is_main
 from common.errors import UserError
 from sec3_benchmark import downstream
 from sec4_analysis import leading_blocks, study
@@ -38,13 +37,13 @@ def panels(args):
 
 
 def main(args):
-    """Run, write and draw; return the points {"panel", "method", "k", "top1", ...}, [] if this rank has none."""
+    """Run, write and draw; return the points {"panel", "method", "k", "top1", ...}, [] after a dry run."""
     if args.from_numbers:
         points = report.read_numbers(args.from_numbers, "fig4", "points")
     else:
         study.prepare(args, "fig4")  # before chosen_sets, in which ranks wait for the one that downloads
         points = leading_blocks.run_points(args, panels(args), "fig4")
-        if args.dry_run or not is_main():
+        if args.dry_run:
             return []
         leading_blocks.save(args, "fig4", points)
     report.draw_numbers(args, "fig4", leading_blocks.draw_accuracies, points)

@@ -98,7 +98,7 @@ def main(args):
         arrays = report.read_numbers(args.from_numbers, "fig5")
         unit = str(arrays.pop("distance_unit", "px"))  # older files do not name it
     else:
-        models = study.load_all(args, study.models(args, ROWS, "fig5"))
+        models = study.load_all(args, study.checkpoints(args, ROWS, "fig5"))
         images = study.images(args, models)
         if images is None:
             return {}

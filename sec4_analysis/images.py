@@ -61,5 +61,5 @@ def batches(model, images, chosen, args, device, what="analysing"):
     parts = np.array_split(chosen, math.ceil(len(chosen) / args.batch_size))
     keys = [[(0, int(index)) for index in part] for part in parts]
     loader = data_loader(Views(images, eval_transform(size), seed=0), keys, args.workers, device)
-    for batch in on_device(progress(loader, what), device, mean.to(device), std.to(device)):
+    for batch in on_device(progress(loader, what), device, mean, std):
         yield batch["image"]

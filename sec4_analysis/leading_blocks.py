@@ -17,11 +17,11 @@ from common.ranges import Int
 from common.rows import PREVIOUS, Row
 from common.vit import SIZES
 from sec3_benchmark.downstream import MOCO_FINETUNING, scratch_settings, settings_told
-from sec4_analysis.study import MAE, MOCO, given_models, line_styles
+from sec4_analysis.study import PRETRAIN_MAE, PRETRAIN_MOCOV3, given_models, line_styles
 
 PRESETS = {"demo": {"data": "fractals", "blocks": [0, 6, 12]}, "laptop": {"data": "folder", "blocks": [0, 6, 12]},
            "small": {"data": "folder"}}
-METHODS = {"MAE": MAE, "MoCo-v3": MOCO}
+METHODS = {"MAE": PRETRAIN_MAE, "MoCo-v3": PRETRAIN_MOCOV3}
 DEPTH = SIZES["vit_tiny"]["depth"]  # that of every size
 
 
@@ -50,7 +50,8 @@ def starts(args):
 
 def moco_arguments(tuning, name):
     """Return the arguments that Table 1 adds to fine-tune MoCo-v3, if the method's name contains moco; else nothing."""
-    return MOCO_FINETUNING if "finetune.py" in tuning and "moco" in name.lower() else ""  # transfer.py's default
+    by_finetune = "finetune.py" in tuning  # for transfer.py, layer decay is the default
+    return MOCO_FINETUNING if by_finetune and "moco" in name.lower() else ""
 
 
 def given_weights(args):

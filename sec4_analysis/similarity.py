@@ -33,11 +33,15 @@ def similarities(args, models, images, band=None):
     return {name: cka.minibatch_cka(zip(own, reference)).cpu().numpy() for name, own in grams.items()}
 
 
-def compare(args, item, models):
-    """Compare the models on validation images, save the similarities as <item>, return them; None if not measured."""
+def compare(args, item, checkpoints, heads=None):
+    """Compare the models {name: checkpoint}, save the similarities as <item>, return them; {} if this rank has none.
+
+    heads: {name: number of heads} of files that cannot say.
+    """
+    models = study.load_all(args, checkpoints, heads)
     images = study.images(args, models)
     if images is None:
-        return None
+        return {}
     arrays = similarities(args, models, images)
     study.save(args, item, arrays, about(args, models, images), describe(arrays))
     return arrays

@@ -20,7 +20,7 @@ from common.distributed import print0
 from common.errors import UserError
 from common.filling import load_model
 from common.loader import seed_everything
-from common.mae import MAE as MaskedAutoencoder
+from common.mae import MAE
 from common.pretrained import fingerprint
 from common.ranges import Int
 from common.rows import Row
@@ -29,12 +29,12 @@ from sec4_analysis.activations import check_plain
 from sec4_analysis.images import batches, draw_images, preprocessing
 
 PRESETS = {"demo": {"data": "fractals", "num_images": 512}, "laptop": {"data": "folder"}, "small": {"data": "folder"}}
-MAE, MOCO = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/pretrain_mocov3.py"
+PRETRAIN_MAE, PRETRAIN_MOCOV3 = "sec3_benchmark/pretrain_mae.py", "sec3_benchmark/pretrain_mocov3.py"
 # The preset's own models; the first four are the paper's DeiT-Tiny, MAE-Tiny, MAE-Tiny-FT and MoCov3-Tiny
 SUPERVISED = Row("supervised", "supervised", None, ["sec3_benchmark/finetune.py"])
-MAE_ROW = Row("mae", "MAE", None, [MAE])
-MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, [MAE, "sec3_benchmark/finetune.py --init {previous}"])
-MOCOV3 = Row("mocov3", "MoCo-v3", None, [MOCO])
+MAE_ROW = Row("mae", "MAE", None, [PRETRAIN_MAE])
+MAE_FT = Row("mae-ft", "MAE, fine-tuned", None, [PRETRAIN_MAE, "sec3_benchmark/finetune.py --init {previous}"])
+MOCOV3 = Row("mocov3", "MoCo-v3", None, [PRETRAIN_MOCOV3])
 UNTRAINED = Row("random", "random", None)
 RANDOM = "random"  # in place of a checkpoint: the first model with newly initialised weights
 
@@ -97,12 +97,7 @@ def given_models(args, words=()):
     return models
 
 
-def start_ranks(args):
-    """Join the ranks and return this rank's device: for a dry run the CPU, as a cluster's login node has no GPU."""
-    return distributed.start_process_group("cpu" if args.dry_run else args.device)
-
-
-def models(args, rows, item):
+def checkpoints(args, rows, item):
     """Return {name: checkpoint} of --models or of the preset's own runs, which are trained now; {} after a dry run."""
     if args.models:
         prepare(args, item)
@@ -115,7 +110,7 @@ def models(args, rows, item):
 
 def prepare(args, item):
     """Join the ranks and make the folder of the results, so that a folder that cannot be written fails at once."""
-    start_ranks(args)
+    tables.start_ranks(args)
     if not args.dry_run:
         (Path(args.output) / item).mkdir(parents=True, exist_ok=True)
 
@@ -174,8 +169,8 @@ def load(name, checkpoints, heads, args):
 def untrained(model, seed):
     """Return a model of the same architecture with newly initialised weights."""
     seed_everything("weights", seed)
-    if isinstance(model, MaskedAutoencoder):
-        twin = MaskedAutoencoder(**model.config)
+    if isinstance(model, MAE):
+        twin = MAE(**model.config)
         twin.statistics = model.statistics
         return twin
     for module in model.modules():
@@ -202,7 +197,7 @@ def images(args, models):
 
 def each_model(args, models, images):
     """Yield (name, model on this rank's device, batches of the drawn images) for each of the models {name: model}."""
-    device, chosen = start_ranks(args), draw_images(images, args)
+    device, chosen = tables.start_ranks(args), draw_images(images, args)
     for name, model in models.items():
         print0(f"{name}: {model.checkpoint}, {len(chosen)} images")
         yield name, eval_mode(model, device), batches(model, images, chosen, args, device, name)

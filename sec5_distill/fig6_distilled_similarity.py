@@ -42,11 +42,8 @@ def main(args):
     if args.from_numbers:
         arrays = report.read_numbers(args.from_numbers, "fig6")
     else:
-        checkpoints = study.models(args, (), "fig6") if args.models else own_models(args)
-        models = study.load_all(args, checkpoints, teacher_heads(args))
-        arrays = similarity.compare(args, "fig6", models)
-        if arrays is None:
-            return {}
+        checkpoints = study.checkpoints(args, (), "fig6") if args.models else own_models(args)
+        arrays = similarity.compare(args, "fig6", checkpoints, teacher_heads(args))
     report.draw_numbers(args, "fig6", similarity.draw_heat_maps, arrays)
     return arrays
 

@@ -14,7 +14,6 @@ import statistics
 from pathlib import Path
 
 from common import entry, options, report, tables
-from common.distributed import is_main
 from common.errors import UserError
 from common.ranges import Int
 from common.rows import Row
@@ -96,20 +95,23 @@ def draw(rows):
     return figure
 
 
-def main(args):
-    """Run, write and draw; return the rows of the table, [] if this rank has none."""
-    if not args.from_numbers:
-        rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
-        every = [row_of(layer, args.preset) for layer in LAYERS]  # all, so that --set may name any of their scripts
-        results, without = tables.run_rows(every, options.replaced(args, rows=[row.key for row in rows]), (), "fig7")
-        if args.dry_run:
-            return []
-        tables.require_weights(without)
-        report.write_table("fig7", args, COLUMNS, [summary(row, results[row.key]) for row in rows],
-                           notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
-    if not is_main():
+def measure(args):
+    """Run the chosen layers; write fig7.json and fig7.md; return the rows of the table, none after a dry run."""
+    rows = [row_of(layer, args.preset) for layer in dict.fromkeys(args.layers)]
+    every = [row_of(layer, args.preset) for layer in LAYERS]  # all, so that --set may name any of their scripts
+    results, without = tables.run_rows(every, options.replaced(args, rows=[row.key for row in rows]), (), "fig7")
+    if args.dry_run:
         return []
-    rows = report.read_numbers(args.from_numbers or Path(args.output) / "fig7" / "fig7.json", "fig7", "rows")
+    tables.require_weights(without)
+    rows = [summary(row, results[row.key]) for row in rows]
+    report.write_table("fig7", args, COLUMNS, rows,
+                       notes=["No source gives the numbers of the paper's plot.", tables.NOTES[args.preset]])
+    return rows
+
+
+def main(args):
+    """Measure, write and draw; return the rows of the table."""
+    rows = report.read_numbers(args.from_numbers, "fig7", "rows") if args.from_numbers else measure(args)
     report.draw_numbers(args, "fig7", draw, rows)
     return rows
 

@@ -96,18 +96,11 @@ class DMAEMethod(Method):
         return self.forward(images, noise, *self.teacher(images, visible_ids(self.model.model, noise)))
 
 
-def pairs(args):
-    """Return four lists: the student's blocks, the teacher's for them, the student's hidden layers, the teacher's."""
-    blocks, layers = args.distill_blocks, args.hidden_layers or []
-    return (blocks, blocks if args.teacher_blocks is None else args.teacher_blocks,
-            layers, layers if args.teacher_hidden_layers is None else args.teacher_hidden_layers)
-
-
 def with_pairs(args, teacher_depth):
-    """Return the settings with the teacher's blocks and layers filled in, for a teacher of this depth.
+    """Return the settings with all blocks and layers to match filled in, for a teacher of this depth.
 
-    Where none are given, they are at the same relative depth as the student's. Raises UserError if that is impossible,
-    and for blocks or layers that do not exist or do not form pairs.
+    Where the teacher's are not given, they are at the same relative depth as the student's. Raises UserError if that is
+    impossible, and for blocks or layers that do not exist or do not form pairs.
     """
     depth = model_size(args.model)["depth"]
     if args.decoupled is not None:
@@ -117,15 +110,15 @@ def with_pairs(args, teacher_depth):
             raise UserError(f"--decoupled distils the attention of block {depth}, half a block behind the last, alone: "
                             f"leave --distill-blocks and --hidden-layers out")
         args = options.replaced(args, distill_blocks=[depth])
-    blocks, layers = args.teacher_blocks, args.teacher_hidden_layers
-    if blocks is None:
-        blocks = at_relative_depth(args.distill_blocks, depth, teacher_depth, "--teacher-blocks")
-    if layers is None:
-        layers = at_relative_depth(args.hidden_layers or [], depth, teacher_depth, "--teacher-hidden-layers")
-    args = options.replaced(args, teacher_blocks=blocks, teacher_hidden_layers=layers)
-    check_pairs(depth, *pairs(args))
-    check_teacher_blocks(teacher_depth, blocks, layers)
-    return args
+    blocks, layers = args.distill_blocks, args.hidden_layers or []
+    their_blocks, their_layers = args.teacher_blocks, args.teacher_hidden_layers
+    if their_blocks is None:
+        their_blocks = at_relative_depth(blocks, depth, teacher_depth, "--teacher-blocks")
+    if their_layers is None:
+        their_layers = at_relative_depth(layers, depth, teacher_depth, "--teacher-hidden-layers")
+    check_pairs(depth, blocks, their_blocks, layers, their_layers)
+    check_teacher_blocks(teacher_depth, their_blocks, their_layers)
+    return options.replaced(args, hidden_layers=layers, teacher_blocks=their_blocks, teacher_hidden_layers=their_layers)
 
 
 def pretrain_teacher(args):
@@ -174,14 +167,14 @@ def without_defaults(args, weights):
 
 
 def build(args, encoder):
-    """Build the student with its maps M, and the teacher: (DMAE, Teacher)."""
+    """Build the student with its maps M, and the teacher: (DMAE, Teacher). args: result of `with_pairs`."""
     seed_everything("weights", args.seed)  # as in pretrain_mae.py, for the same initial weights
     student = build_mae(args) if args.decoupled is None else build_mae(args, DecoupledMAE, decoder_block=args.decoupled)
     check_channels(student, encoder)
-    blocks, their_blocks, layers, their_layers = pairs(args)
-    teacher = Teacher(encoder, their_blocks, their_layers, student.grid, student_statistics(args))
+    teacher = Teacher(encoder, args.teacher_blocks, args.teacher_hidden_layers, student.grid, student_statistics(args))
     seed_everything("adapters", args.seed)
-    return DMAE(student, teacher, blocks, layers, args.attention_weight, args.hidden_weight), teacher
+    return DMAE(student, teacher, args.distill_blocks, args.hidden_layers, args.attention_weight,
+                args.hidden_weight), teacher
 
 
 def main(args):
@@ -196,13 +189,14 @@ def main(args):
     args = with_statistics(args, weights, keep_given=True)  # if --mean or --std differs, Teacher converts the images
     identity = teacher_identity(args, weights)
     encoder = load_teacher(weights, args.teacher_heads, patch_grid(args.img_size, args.patch_size))
-    args = without_defaults(with_pairs(args, len(encoder.blocks)), weights)
+    matched = with_pairs(args, len(encoder.blocks))
+    args = without_defaults(matched, weights)
     name = f"{args.data}-{args.model}-{args.epochs}ep"
     with open_run("pretrain_dmae", name, args, {"data": images.fingerprint(), "teacher": identity},
                   no_identity=("teacher",)) as run:
         if run.result:
             return {**run.result, "teacher": args.teacher}
-        model, teacher = build(args, encoder)
+        model, teacher = build(matched, encoder)
         # M has weight decay, as any other matrix
         optimizer = adamw(parameter_groups(model.to(device), args.weight_decay), betas=(0.9, args.beta2))
         result = train(run, args, DMAEMethod(model, teacher), optimizer, warmup_cosine(args, images), images,

@@ -12,7 +12,7 @@ What ROOT holds: sec3_benchmark/downstream_sets.py; the settings of each set: se
 import argparse
 from dataclasses import replace
 
-from common import distributed, entry, options, report, tables
+from common import entry, options, report, tables
 from sec3_benchmark import downstream
 from sec3_benchmark.downstream import MOCO_FINETUNING
 
@@ -76,19 +76,18 @@ def columns(args, names):
 
 def main(args):
     """Run the chosen rows on the chosen sets, write table5.json and .md. Return the rows, [] after a dry run."""
-    distributed.start_process_group("cpu" if args.dry_run else args.device)
+    tables.start_ranks(args)
     if args.imagenet is None:
         args = options.replaced(args, imagenet=args.preset != "demo" and bool(args.data_path))
-    (rows, args), names = downstream.with_models(ROWS, args), downstream.chosen_sets(args)
+    rows, args = downstream.with_models(ROWS, args)
+    names = downstream.chosen_sets(args)
     results, without = tables.run_rows(cells(args, names, rows), args, DEMO, "table5")
     if args.dry_run:
         return []
-    nothing = {name: [] for name in names}
-    rows = [downstream.summary(row, results.get(row.key, nothing)) for row in rows]
-    given = [f"{row['name']}: {row['note']}." for row in rows if row["note"]]
+    rows = downstream.summaries(rows, results, names)
     report.write_table("table5", args, columns(args, names), rows, notes=[
-        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.", *given,
-        *without.values(), NOTES[args.preset]])
+        "Each cell: published / measured, top-1 (COCO: AP) in % after the last epoch.",
+        *downstream.remarks(rows), *without.values(), NOTES[args.preset]])
     return rows
 
 

@@ -169,7 +169,8 @@ def test_a_damaged_block_is_not_taken_for_the_half_one(lost, tmp_path):
 def test_in_every_preset_the_teachers_last_block_goes_with_the_half_one(preset, depth):
     args = options.resolve(settings_of(pretrain_dmae, {"preset": preset, "decoupled": 8}))
     args = pretrain_dmae.with_pairs(args, depth)
-    assert pretrain_dmae.pairs(args) == ([13], [depth], [], [])
+    assert (args.distill_blocks, args.teacher_blocks) == ([13], [depth])
+    assert (args.hidden_layers, args.teacher_hidden_layers) == ([], [])
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from appendix import a6_cka_settings
-from common import options
+from common import options, report
 from common.checkpoint import save_torch
 from common.data import load_sets
 from common.images import ImageSet
@@ -397,7 +397,7 @@ def test_figure_2_trains_for_100_epochs_in_the_paper_and_pretrains_once_per_seed
 def test_ranks_meet_before_figure_4_looks_for_its_sets(monkeypatch, tmp_path):
     """Otherwise they would not wait for the rank that downloads the sets."""
     order = []
-    monkeypatch.setattr(study, "start_ranks", lambda args: order.append("met"))
+    monkeypatch.setattr(study.tables, "start_ranks", lambda args: order.append("met"))
     monkeypatch.setattr(fig4_leading_blocks_small_data, "panels", lambda args: order.append("looked"))
     monkeypatch.setattr(leading_blocks, "run_points", lambda args, panels, item: None)
     args = leading_blocks.parse(fig4_leading_blocks_small_data.build_parser(), ["--output", str(tmp_path), "--dry-run"])
@@ -436,11 +436,11 @@ def test_a_random_twin_has_the_first_model_s_heads(place):
 
 @pytest.mark.parametrize("module", [fig2_leading_blocks, fig4_leading_blocks_small_data], ids=["fig2", "fig4"])
 def test_other_ranks_leave_the_writing_to_the_first(tmp_path, monkeypatch, module):
-    monkeypatch.setattr(module, "is_main", lambda: False)
-    monkeypatch.setattr(leading_blocks, "run_points", lambda *args: [
-        {"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}])
+    points = [{"panel": "", "method": "MAE", "k": 0, "top1": [1.0], "run": ["a"]}]
+    monkeypatch.setattr(report, "is_main", lambda: False)
+    monkeypatch.setattr(leading_blocks, "run_points", lambda *args: points)
     args = leading_blocks.parse(module.build_parser(), ["--output", str(tmp_path), "--device", "cpu"])
-    assert module.main(args) == [] and not list(tmp_path.rglob("*.*"))
+    assert module.main(args) == points and not list(tmp_path.rglob("*.*"))
 
 
 def test_moco_is_fine_tuned_by_its_own_layer_decay_however_it_is_spelled():

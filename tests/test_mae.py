@@ -6,6 +6,7 @@ from torch import nn
 
 from appendix.tools.reconstruct import predict_all
 from common import mae as mae_module
+from common.errors import UserError
 from common.mae import MAE, normalise_patches
 from common.vit import SIZES
 from tests.helpers import assert_close, fill_by_name, golden, parameter_count
@@ -125,3 +126,10 @@ def test_bad_sizes_are_named():
         MAE("vit_demo", img_size=(64, 32), patch_size=8)(torch.zeros(1, 3, 32, 64), torch.rand(1, 32))
     with pytest.raises(ValueError, match="mask-ratio 1.0"):
         MAE("vit_demo", mask_ratio=1.0)
+
+
+@pytest.mark.parametrize(("heads", "flag"), [
+    ({"num_heads": 5}, "--num-heads"), ({"decoder_heads": 5}, "--decoder-heads")])
+def test_heads_that_do_not_divide_the_width_are_refused_by_their_own_argument(heads, flag):
+    with pytest.raises(UserError, match=f"cannot be shared by 5 heads: choose a divisor as {flag}$"):
+        MAE("vit_demo", img_size=32, patch_size=8, **heads)

@@ -15,8 +15,8 @@ from common.augment import pretrain_transform
 from common.errors import UserError
 from common.images import ImageSet, UnreadableImage
 from common.loader import Views, data_loader, step_batches
-from common.machine import explain_troubles
 from common.memory import DecodedImages, free_memory, keep_decoded
+from common.workers import explain_troubles
 
 CPU = torch.device("cpu")
 

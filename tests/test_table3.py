@@ -274,6 +274,8 @@ def test_official_lists_take_the_place_of_draws(folder, capsys):
 def test_rows_that_lack_their_data_say_so_before_anything_runs(folder, capsys):
     with pytest.raises(UserError, match="--rows mae-in21k needs --in21k DIR"):
         dry_run(folder, capsys, "mae-in21k")
+    with pytest.raises(UserError, match="nowhere is not a folder"):  # though it is not named: it was meant to be there
+        dry_run(folder, capsys, "all", "--in21k", str(folder / "nowhere"))
     with pytest.raises(UserError, match="less than one image"):
         dry_run(folder, capsys, "mae-full", "mae-1", "--preset", "small")
     with pytest.raises(UserError, match="--rows mae-lt has 3 images, fewer than one batch of 4: .*batch_size=N"):
@@ -298,3 +300,5 @@ def test_a_subset_is_part_of_a_runs_identity_by_its_images(folder):
     (folder / "same.txt").write_text("\n".join(Path(file).name for file in drawn.images))
     assert run(subset="10%") == run(subset=str(folder / "same.txt"))
     assert run(subset="20%") != run(subset="10%") != run()
+    with pytest.raises(UserError, match="--subset 10% .* --pretrain-path .*: leave one of them out"):
+        run(subset="10%", pretrain_path=folder / "more")

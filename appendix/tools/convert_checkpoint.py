@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.filling import DECODER, load_model
 from common.mae import DECODERS, MAE
 from common.pretrained import read_weights
-from common.ranges import Int
+from common.ranges import Float, Int
 from common.shapes import STEM, TABLE, require_fit, shape_config, vit_config
 from common.vit import SIZES, eval_mode
 
@@ -34,12 +34,22 @@ PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encode
 TOLERANCE = 1e-5  # of the outputs, relative to the largest one
 
 
+def add_unrecorded(parser):
+    """Add the arguments for what checkpoints of other projects may not record: heads, image size, mean, deviation."""
+    parser.add_argument("--num-heads", type=Int(1), help="only for other projects' checkpoints, which do not hold it")
+    parser.add_argument("--img-size", type=Int(1), nargs="+", metavar="PX", help="position embeddings are resized to "
+                        "it; default: the checkpoint's, else the square that has as many positions")
+    parser.add_argument("--mean", type=Float(0, 1), nargs="+",
+                        help="of the images, per channel, in 0..1; default: the checkpoint's")
+    parser.add_argument("--std", type=Float(1e-6, 1), nargs="+", help="likewise")
+
+
 def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--checkpoint", "--init", required=True, help="in any format of common/pretrained.py")
     parser.add_argument("--to", choices=("timm", *PREFIXES), required=True)
     parser.add_argument("--output", required=True, help="a folder for timm, else a file")
-    options.add_unrecorded(parser)
+    add_unrecorded(parser)
     parser.add_argument("--decoder-heads", type=Int(1), help="as --num-heads")
     return parser
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from appendix.tools.convert_checkpoint import add_unrecorded
 from common import distributed, entry, options
 from common.augment import eval_transform
 from common.checkpoint import require_finite, write_atomically
@@ -37,7 +38,7 @@ def build_parser():
     parser = options.make_parser(__doc__)
     parser.add_argument("--init", "--checkpoint", required=True, help="a classifier, in any format")
     parser.add_argument("--data-path", required=True, help="a folder, with all its subfolders, or one image")
-    options.add_unrecorded(parser)
+    add_unrecorded(parser)
     parser.add_argument("--batch-size", type=Int(1), default=128, help="images at once")
     parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip", help="skip: list it, no class")
     parser.add_argument("--workers", type=Int(-1, 256), default=-1, help="processes that load; -1: by the cores")
@@ -63,7 +64,7 @@ def predict(model, files, args, device):
     loader = eval_loader(images, eval_transform(size), args.batch_size, args.workers, device,
                          on_bad_image=args.on_bad_image)
     found = []
-    for batch in on_device(progress(loader, "predicting"), device, mean.to(device), std.to(device)):
+    for batch in on_device(progress(loader, "predicting"), device, mean, std):
         best = model(batch["image"]).float().softmax(dim=1).max(dim=1)
         for number, value, bad in zip(best.indices.tolist(), best.values.tolist(), batch["bad"].tolist()):
             found.append((number, value) if bad < 0 else (None, None))

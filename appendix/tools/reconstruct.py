@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from appendix.tools.convert_checkpoint import add_unrecorded
 from common import data, distributed, entry, options
 from common.augment import eval_transform
 from common.checkpoint import save_arrays
@@ -39,7 +40,7 @@ def build_parser():
     parser.add_argument("--preset", choices=options.PRESET_NAMES, help="default: demo without --data-path, else paper")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data set")
     parser.add_argument("--checkpoint", "--init", required=True, help="an MAE with its decoder")
-    options.add_unrecorded(parser)
+    add_unrecorded(parser)
     parser.add_argument("--decoder-heads", type=Int(1), help="as --num-heads")
     parser.add_argument("--raw-pixels", action="store_true", help="as --num-heads: it predicts raw pixels")
     parser.add_argument("--mask-ratio", type=Float(0, 1),

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 from common.distributed import print0
-from common.images import DataError
+from common.errors import DataError
 
 FARTHEST = 100_000  # px, of a corner from the origin: drawing an outline takes memory in proportion to its length
 LARGEST = 1e10  # px, of an object: pycocotools ignores what is larger

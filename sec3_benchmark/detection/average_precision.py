@@ -24,12 +24,11 @@ def detect_all(model, images, args, device, rank=0, world=1):
     Boxes and masks are in pixels of the original image.
     """
     model.eval()
-    mean, std = (values.to(device) for values in statistics(args))
     views = DetectionViews(args.img_size, None)
     batch_size = min(args.micro_batch, 8)  # an image of 640 px takes about 0.4 GB
     loader = eval_loader(images, views, batch_size, args.workers, device, rank, world)
     categories, found = list(images.categories), []
-    for batch in on_device(progress(loader, "detecting"), device, mean, std):
+    for batch in on_device(progress(loader, "detecting"), device, *statistics(args)):
         sizes, originals = [tuple(size) for size in batch["host_size"].tolist()], batch["host_original"].tolist()
         detections = model(batch["image"], sizes)
         for index, detection, size, original in zip(batch["index"].tolist(), detections, sizes, originals):

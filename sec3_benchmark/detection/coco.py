@@ -19,8 +19,9 @@ from torch.utils.data import default_collate
 from torchvision.ops import masks_to_boxes
 
 from common.augment import resize
+from common.errors import DataError
 from common.files import Packed
-from common.images import DataError, ImageSet, UnreadableImage
+from common.images import ImageSet, UnreadableImage
 from common.vit import pair
 from sec3_benchmark.detection.annotations import read_annotations
 

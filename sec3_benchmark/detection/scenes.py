@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as run_lengths
 
+from common.errors import DataError
 from common.fractals import fractal_set
-from common.images import DataError
 from common.vit import pair
 from sec3_benchmark.detection.coco import coco_set, index_coco, load_coco
 
