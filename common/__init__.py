@@ -5,7 +5,7 @@ In the order in which one would read it:
     models         vit, mae
     images         fractals, files, images, data, augment, loader, workers, memory
     training       optim, training, watch, signals, checkpoint, probe, measures, distributed
-    weights        pretrained (reading a file), shapes, filling (loading it into a model)
+    weights        pretrained (reads a file), shapes, filling (a model to train from it), rebuilding (its own model)
     command lines  ranges, options, entry, scripts, rows, tables, jobs
     results        runs, report, tensorboard, errors
 

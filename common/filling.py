@@ -1,28 +1,23 @@
-"""Loading the weights that common/pretrained.py has read into models.
+"""Loading weights that common/pretrained.py has read into a ViT that is to be trained: `load_encoder`.
 
-`load_encoder` loads them into a ViT that is to be trained, `load_model` rebuilds the model from which they came. In
-both, a tensor of the weights or of the model that is neither matched nor known to be optional is an error. The same
-tensors with another number of heads are another function, so every file of ours holds that number, and it is compared
-wherever it is known.
+A tensor of the weights or of the model that is neither matched nor known to be optional is an error. The same tensors
+with another number of heads are another function, so every file of ours holds that number, and it is compared wherever
+it is known.
 """
 from collections import Counter
 from dataclasses import dataclass
 
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, adapt_input_conv
 from timm.models.beit import Beit
-from torch import nn
 
-from common import shapes
-from common.distributed import print0
-from common.errors import FormatError, listed
-from common.mae import DECODERS, MAE
-from common.pretrained import Weights, read_weights
-from common.vit import SIZES, build_model, pair, patch_grid
+from common.errors import FormatError
+from common.pretrained import Weights
+from common.shapes import DECODER, STEM, TABLE, fit_positions, require_fit
+from common.vit import SIZES, patch_grid
 
 # Prefixes of names
 SECOND_HEAD = ("dist_norm.", "head_dist.")  # of appendix/finetune_distilled.py
 FINAL = ("norm.", "fc_norm.", "head.")  # what follows the last block, and may keep its initial values
-DECODER = ("mask_token", "decoder_")  # the part of an MAE that is not its encoder
 # Suffixes of the names in which a plain ViT and one with relative positions differ. From a plain ViT to the other kind,
 # those of the weights are dropped and those of the model keep their initial values, as in the authors' code.
 NOT_SHARED = ("relative_position_bias_table", "q_bias", "v_bias", "gamma_1", "gamma_2", "qkv.bias")
@@ -62,11 +57,11 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
     target, depth, notes = vit.state_dict(), len(vit.blocks), []
     if keep_blocks is not None and not 0 <= keep_blocks <= depth:
         raise FormatError(f"--keep-blocks {keep_blocks}: the model has {depth} blocks, so 0 to {depth}")
-    shapes.check_kind(weights, vit)
+    check_kind(weights, vit)
     # 1. Choose the source's tensors to load, and the model's that must be among them
     ignored, optional = (*DECODER, "head.", *SECOND_HEAD), (*FINAL, *SECOND_HEAD)
     if keep_head:
-        shapes.require_head(weights, target, keep_blocks)
+        require_head(weights, target, keep_blocks)
         ignored, optional = DECODER, FINAL
     if "fc_norm.weight" in target:
         ignored += ("norm.",)  # as in the authors' code, MAE's norm does not become fc_norm, which starts anew
@@ -77,15 +72,15 @@ def load_encoder(vit, weights, keep_blocks=None, keep_head=False):
     state = {name: value for name, value in wanted.items() if name in target and not name.startswith(ignored)}
     # 2. Make positions and channels fit
     if "pos_embed" in state:
-        state["pos_embed"] = shapes.fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
-    if shapes.STEM in state:
-        state[shapes.STEM] = shapes.fit_channels(state[shapes.STEM], target[shapes.STEM].shape[1], notes)
+        state["pos_embed"] = fit_positions("pos_embed", weights, tuple(vit.patch_embed.grid_size), notes)
+    if STEM in state:
+        state[STEM] = fit_channels(state[STEM], target[STEM].shape[1], notes)
     # 3. Everything else is an error
     unshared = NOT_SHARED if isinstance(vit, Beit) and "blocks.0.attn.qkv.bias" in weights.state else ()
     missing = [name for name in required if name not in state and not name.endswith(unshared)]
     unexpected = [name for name in weights.state if name not in target
                   and not name.startswith(ignored) and not name.endswith(unshared)]
-    shapes.require_fit(weights.source, target, state, missing, unexpected)
+    require_fit(weights.source, target, state, missing, unexpected)
     vit.load_state_dict(state, strict=False)
     left_out = weights.left_out + [name for name in weights.state if name not in state]
     fresh = [name for name in target if name not in state]
@@ -105,95 +100,72 @@ def leading_blocks(state, k):
     return {name: value for name, value in state.items() if kept(name)}
 
 
-# The model from which the weights came
+def fit_channels(weight, in_chans, notes):
+    """Convert a patch convolution (D, C, p, p) to in_chans channels, such that a grey image gives the same as in RGB.
 
-def load_model(source, **overrides):
-    """Rebuild the model of a source (as for `read_weights`, or Weights), an MAE or a ViT, and load it strictly.
-
-    For `timm:NAME` and timm folders it is timm's own model. Its attribute `statistics` holds the mean and std of the
-    images on which it was trained, or None. Assumptions and changes are printed.
-
-    overrides: settings of the model, None if not given. They say what a foreign file cannot say (num_heads,
-    decoder_heads, norm_pix). mask_ratio and drop_path may be chosen freely, and for another img_size the positions are
-    resized. Raises FormatError if any other setting contradicts the source.
+    From C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    if "img_size" in given:
-        given["img_size"] = list(pair(given["img_size"]))
-    weights = source if isinstance(source, Weights) else read_weights(source)
-    source, config, notes = weights.source, weights.config or {}, []
-    for name, value in given.items():
-        fixed = weights.model is not None or (name in config and name != "mask_ratio")
-        if fixed and name != "img_size" and config.get(name) != value:
-            raise FormatError(f"{source} has {name} = {config.get(name)}, not {value}: leave this setting out")
-    if "dist_norm.weight" in weights.state:
-        raise FormatError(f"{source} has a second head, so it is no plain ViT: appendix/finetune_distilled.py "
-                          f"--eval-only evaluates it, and as --init it starts other trainings and the probes")
-    model = weights.model
-    if model is None:
-        model = rebuild(weights, given, notes)
-    elif given.get("img_size") not in (None, config.get("img_size")):
-        resize_timm(model, weights, given["img_size"], notes)
-    if notes:
-        print0(f"{source}: {'; '.join(dict.fromkeys(notes))}")
-    model.statistics = weights.statistics
-    return model
+    if weight.shape[1] == 1 and in_chans == 3:
+        notes.append("input channel shared out to 3")
+        return weight.repeat(1, 3, 1, 1) / 3
+    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # if they still differ, require_fit raises the error
+        return weight
+    notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
+    return adapt_input_conv(in_chans, weight)
 
 
-def rebuild(weights, given, notes):
-    """Build the model of Weights from a file and load them strictly, without a projection head or unused mask token."""
-    config = {**(weights.config or foreign_config(weights, given, notes)), **given}
-    model = MAE(**config) if "decoder_dim" in config else build_model(**config)
-    target, grid = model.state_dict(), patch_grid(model.config["img_size"], config["patch_size"])
-    beside = [name for name in weights.state if name not in target and name.startswith(("head.", "mask_token"))]
-    state = {name: value for name, value in weights.state.items() if name not in beside}
-    if beside:
-        notes.append(f"left out {listed(beside)}")
-    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-        if weights.config or state[name].shape != target[name].shape:  # else it fits as it is
-            state[name] = shapes.fit_positions(name, weights, grid, notes)
-    return shapes.fill(model, state, weights.source)
+def check_kind(weights, vit):
+    """Raise FormatError if the Weights belong to a ViT of another size or kind; it says which argument to change."""
+    source, target = weights.state, vit.state_dict()
+    heads = vit.blocks[0].attn.num_heads
+    if weights.config and (found := weights.config["num_heads"]) != heads:
+        raise FormatError(f"{weights.source} has {found} heads and the model {heads}: the shapes are equal, the "
+                          f"functions are not. Pass --num-heads {found}")
+    if STEM not in source or any(name.startswith("patch_embed.backbone.") for name in source):
+        raise FormatError(f"{weights.source} is no plain ViT, in which one convolution embeds the patches: give one")
+    theirs, ours = source[STEM].shape, target[STEM].shape
+    name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
+    if theirs[0] != ours[0]:
+        raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
+                          + (f"pass --model {name}" if name else "no --model has that width"))
+    if theirs[2:] != ours[2:]:
+        raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
+                          f"pass --patch-size {theirs[2]}")
+    ways = [how_it_computes(one) for one in (weights.model, vit) if isinstance(one, VisionTransformer)]
+    if len(set(ways)) > 1:
+        raise FormatError(f"{weights.source} computes by {ways[0]}, the model by {ways[1]}: the shapes are equal, the "
+                          f"functions are not. Give other weights")
+    relative = any(name.endswith(TABLE) for name in source)
+    if relative and not any(name.endswith(TABLE) for name in target):
+        model = f"{name}_rpe" if "pos_embed" in source else f"{name}_simmim"
+        raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
+                          f"(finetune.py, transfer.py); other scripts take plain ViTs only")
+    size = (weights.config or {}).get("img_size")
+    if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
+        raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
+                          f"which cannot be resized: leave --img-size out")
 
 
-def resize_timm(vit, weights, img_size, notes):
-    """Change the image size of timm's own ViT, in place: resize its positions."""
-    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
-        raise FormatError(f"{weights.source} is no plain ViT whose positions can be resized: leave --img-size out")
-    grid = patch_grid(img_size, vit.patch_embed.patch_size[0])
-    vit.pos_embed = nn.Parameter(shapes.fit_positions("pos_embed", weights, grid, notes))
-    vit.patch_embed.set_input_size(img_size=tuple(img_size))
-    vit.config = {**vit.config, "img_size": img_size}
+def how_it_computes(vit):
+    """Describe the first block's norm and activation, which no tensor tells, as torch prints the modules."""
+    block = vit.blocks[0]
+    return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
 
 
-def foreign_config(weights, given, notes):
-    """Derive the settings of a foreign file from its shapes.
+def require_head(weights, target, keep_blocks):
+    """Raise FormatError unless the classifier of the Weights can be kept.
 
-    What shapes cannot tell is taken from the `given` settings, else assumed; the assumptions are added to `notes`.
+    It needs all blocks, the same number of classes, and the norm whose output it was trained on. target: the model's
+    state dict.
     """
-    size, patch = given.get("img_size"), weights.state[shapes.STEM].shape[2]
-    config = shapes.shape_config(weights.state, size and patch_grid(size, patch))
-    table = weights.state.get(f"blocks.0.attn.{shapes.TABLE}")
-    if config["model"] is None:
-        raise FormatError(f"{weights.source} has the width and depth of none of {', '.join(SIZES)}: "
-                          f"give timm:NAME or a timm folder")
-    if table is not None and not {"pos_embed", "head.weight"} <= weights.state.keys():
-        raise FormatError(f"{weights.source} has relative positions and is no classifier with absolute ones too: fine-"
-                          f"tune from it, by --model vit_tiny_rpe (or vit_tiny_simmim), and load the result")
-    config["img_size"] = size or [patch * side for side in shapes.source_grid(weights)[1]]
-    if table is not None:  # the paper's 79.0 % model; its table has a column for each head
-        config.update(model=config["model"] + "_rpe", num_heads=table.shape[1])
-        return {name: value for name, value in config.items() if name not in shapes.TOKENS}
-    assumed = {"num_heads": 12}
-    if "decoder_dim" in config:
-        assumed["decoder_heads"] = DECODERS[config["model"]][2]
-    notes += [f"{name} {value} ASSUMED (else --{name.replace('_', '-')}, in figures --num-heads-of NAME=N)"
-              for name, value in assumed.items() if name not in given]
-    notes.append(f"{' x '.join(map(str, config['img_size']))} px" + ("" if size else ", from the number of positions"))
-    if config.get("no_embed_class"):
-        notes.append("class token taken to have no position")
-    if config["in_chans"] == 3:
-        notes.append("ImageNet's mean and deviation unless given")
-    if any(name.startswith("model.blocks.") for name in weights.left_out):  # the half block of a D2-MAE
-        config["decoder_block"] = 8
-        notes.append("its decoder taken to read block 8")
-    return {**config, **assumed}
+    theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
+    norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
+    norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
+    if not theirs:
+        raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
+    if "head_dist.weight" in weights.state.keys() - target.keys():
+        raise FormatError(f"{weights.source} has a second head: appendix/finetune_distilled.py --eval-only asks both")
+    if theirs != ours or norm not in norms or keep_blocks is not None:
+        raise FormatError(f"{weights.source} classifies {theirs} classes after {norms[0]}, the model {ours} after "
+                          f"{norm}, with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: "
+                          f"--global-pool token")

@@ -1,8 +1,8 @@
 """Reading weights from a file, a timm folder or timm's hub: tensors under public names, and their model's settings.
 
 Files are not trusted. Only tensors, plain values and SAFE_GLOBALS are read, and no code in a file is run. For a file
-that cannot be read or understood, a FormatError names the file and a remedy. common/filling.py loads the weights into
-models.
+that cannot be read or understood, a FormatError names the file and a remedy. common/filling.py loads the weights into a
+model that is to be trained, common/rebuilding.py makes their own model.
 """
 import argparse
 import difflib

@@ -3,15 +3,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models import VisionTransformer, adapt_input_conv
 
 from common.errors import FormatError, listed
 from common.vit import SIZES, patch_grid
 
 STEM = "patch_embed.proj.weight"  # the patch convolution, a tensor that every ViT has
 TABLE = "relative_position_bias_table"
+DECODER = ("mask_token", "decoder_")  # prefixes of names: the part of an MAE that is not its encoder
 # Arguments of build_vit that no command line has, with their values in the paper's ViT
-TOKENS = {"class_token": True, "reg_tokens": 0, "no_embed_class": False, "init_values": None}
+TOKEN_SETTINGS = {"class_token": True, "reg_tokens": 0, "no_embed_class": False, "init_values": None}
 
 
 def vit_config(vit):
@@ -58,11 +58,11 @@ def is_square(count):
 
 
 def tokens_of(weights, model, img_size, patch_size):
-    """Return the TOKENS that build_vit must be given so that its ViT fits the Weights; {} for the paper's ViT."""
+    """Return the TOKEN_SETTINGS that build_vit must get so that its ViT fits the Weights; {} for the paper's ViT."""
     if weights is None or STEM not in weights.state or model not in SIZES:
         return {}
     config = weights.config or shape_config(weights.state, patch_grid(img_size, patch_size))
-    return {name: config[name] for name, usual in TOKENS.items() if config.get(name, usual) != usual}
+    return {name: config[name] for name, usual in TOKEN_SETTINGS.items() if config.get(name, usual) != usual}
 
 
 def source_grid(weights, wanted=None):
@@ -104,77 +104,6 @@ def fit_positions(name, weights, grid, notes):
     patches = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
     return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
-
-
-def fit_channels(weight, in_chans, notes):
-    """Convert a patch convolution (D, C, p, p) to in_chans channels, such that a grey image gives the same as in RGB.
-
-    From C = 3 as timm does: summed for 1 channel, else repeated in turn and scaled by 3 / in_chans.
-    """
-    if weight.shape[1] == 1 and in_chans == 3:
-        notes.append("input channel shared out to 3")
-        return weight.repeat(1, 3, 1, 1) / 3
-    if weight.shape[1] == in_chans or weight.shape[1] != 3:  # if they still differ, require_fit raises the error
-        return weight
-    notes.append(f"input channels {'summed' if in_chans == 1 else 'repeated and scaled'} from 3 to {in_chans}")
-    return adapt_input_conv(in_chans, weight)
-
-
-def check_kind(weights, vit):
-    """Raise FormatError if the Weights belong to a ViT of another size or kind; it says which argument to change."""
-    source, target = weights.state, vit.state_dict()
-    heads = vit.blocks[0].attn.num_heads
-    if weights.config and (found := weights.config["num_heads"]) != heads:
-        raise FormatError(f"{weights.source} has {found} heads and the model {heads}: the shapes are equal, the "
-                          f"functions are not. Pass --num-heads {found}")
-    if STEM not in source or any(name.startswith("patch_embed.backbone.") for name in source):
-        raise FormatError(f"{weights.source} is no plain ViT, in which one convolution embeds the patches: give one")
-    theirs, ours = source[STEM].shape, target[STEM].shape
-    name = next((name for name, size in SIZES.items() if size["embed_dim"] == theirs[0]), None)
-    if theirs[0] != ours[0]:
-        raise FormatError(f"{weights.source} is {theirs[0]} wide and the model {ours[0]}: "
-                          + (f"pass --model {name}" if name else "no --model has that width"))
-    if theirs[2:] != ours[2:]:
-        raise FormatError(f"{weights.source} has patches of {theirs[2]} px and the model of {ours[2]}: "
-                          f"pass --patch-size {theirs[2]}")
-    ways = [how_it_computes(one) for one in (weights.model, vit) if isinstance(one, VisionTransformer)]
-    if len(set(ways)) > 1:
-        raise FormatError(f"{weights.source} computes by {ways[0]}, the model by {ways[1]}: the shapes are equal, the "
-                          f"functions are not. Give other weights")
-    relative = any(name.endswith(TABLE) for name in source)
-    if relative and not any(name.endswith(TABLE) for name in target):
-        model = f"{name}_rpe" if "pos_embed" in source else f"{name}_simmim"
-        raise FormatError(f"{weights.source} has relative positions and the model has none: pass --model {model} "
-                          f"(finetune.py, transfer.py); other scripts take plain ViTs only")
-    size = (weights.config or {}).get("img_size")
-    if relative and size and patch_grid(size, theirs[2]) != tuple(vit.patch_embed.grid_size):
-        raise FormatError(f"{weights.source} has tables of relative positions for images of {size[0]} x {size[1]} px, "
-                          f"which cannot be resized: leave --img-size out")
-
-
-def how_it_computes(vit):
-    """Describe the first block's norm and activation, which no tensor tells, as torch prints the modules."""
-    block = vit.blocks[0]
-    return f"{getattr(block, 'norm1', None)} and {getattr(getattr(block, 'mlp', None), 'act', None)}"
-
-
-def require_head(weights, target, keep_blocks):
-    """Raise FormatError unless the classifier of the Weights can be kept.
-
-    It needs all blocks, the same number of classes, and the norm whose output it was trained on. target: the model's
-    state dict.
-    """
-    theirs, ours = (len(state.get("head.weight", ())) for state in (weights.state, target))
-    norms = [name for name in ("fc_norm.weight", "norm.weight") if name in weights.state] or ["no norm"]
-    norm = "fc_norm.weight" if "fc_norm.weight" in target else "norm.weight"
-    if not theirs:
-        raise FormatError(f"{weights.source} holds no classifier: fine-tune from it first (without --eval-only)")
-    if "head_dist.weight" in weights.state.keys() - target.keys():
-        raise FormatError(f"{weights.source} has a second head: appendix/finetune_distilled.py --eval-only asks both")
-    if theirs != ours or norm not in norms or keep_blocks is not None:
-        raise FormatError(f"{weights.source} classifies {theirs} classes after {norms[0]}, the model {ours} after "
-                          f"{norm}, with keep_blocks={keep_blocks}: the head cannot be kept. norm.weight: "
-                          f"--global-pool token")
 
 
 def require_fit(source, target, state, missing=None, unexpected=None):

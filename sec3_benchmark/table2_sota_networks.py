@@ -20,8 +20,8 @@ import torch
 from common import distributed, entry, options, report
 from common.distributed import print0
 from common.errors import UserError
-from common.filling import load_model
 from common.ranges import Int
+from common.rebuilding import load_model
 from common.training import choose_precision
 from common.vit import eval_mode
 from common.watch import out_of_memory

@@ -18,11 +18,11 @@ from common.checkpoint import save_arrays
 from common.data import images_to_analyse
 from common.distributed import print0
 from common.errors import UserError
-from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import MAE
 from common.pretrained import fingerprint
 from common.ranges import Int
+from common.rebuilding import load_model
 from common.rows import Row
 from common.vit import eval_mode, init_relative_vit, init_vit
 from sec4_analysis.activations import check_plain

@@ -19,9 +19,9 @@ from torch import nn
 
 from common.distributed import print0
 from common.errors import FormatError, UserError
-from common.filling import DECODER, load_model
 from common.mae import MAE, patchify, take
-from common.shapes import STEM, TABLE, fill, shape_config, source_grid
+from common.rebuilding import load_model
+from common.shapes import DECODER, STEM, TABLE, fill, shape_config, source_grid
 from common.vit import check_heads, final_norm, set_fused_attention
 from sec5_distill.distillation import block_logits, check_range
 

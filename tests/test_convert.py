@@ -9,8 +9,9 @@ import torch
 from appendix.tools import convert_checkpoint
 from appendix.tools.convert_checkpoint import export_timm
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.pretrained import FormatError, Weights, fingerprint, read_weights
+from common.rebuilding import load_model
 from common.vit import build_model, build_vit
 from tests.helpers import assert_close, fill_by_name, settings_of
 from tests.test_formats import autoencoder, classifier, images, latent, own_file

@@ -12,9 +12,10 @@ from straightforward_mae import StraightforwardMAE
 from common import mae as mae_module
 from common import options
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.mae import MAE
 from common.pretrained import FormatError, read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_vit
 from sec5_distill import pretrain_dmae
 from sec5_distill.decoupled import DecoupledMAE

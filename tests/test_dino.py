@@ -17,9 +17,10 @@ from torchvision.transforms import ColorJitter
 from appendix import dino, pretrain_dino
 from appendix.dino import DINO, DINOHead, MultiCrop, clip_each, dino_loss, teacher_temperature, update_center
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.loader import seed_everything
 from common.pretrained import read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_vit
 from sec3_benchmark.moco import half_cosine
 from tests.helpers import (

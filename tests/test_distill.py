@@ -17,9 +17,9 @@ from common import mae as mae_module
 from common import options, scripts
 from common.checkpoint import load_newest
 from common.errors import UserError
-from common.filling import load_model
 from common.mae import MAE, take
 from common.pretrained import read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_vit, set_fused_attention
 from sec5_distill import pretrain_dmae
 from sec5_distill.distillation import DMAE, attention_loss, block_logits, hidden_loss, visible_ids

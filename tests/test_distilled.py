@@ -10,10 +10,11 @@ from appendix.tools.convert_checkpoint import export_timm
 from common import options, report
 from common.augment import contiguous, eval_transform
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.images import ImageSet
 from common.mae import MAE
 from common.pretrained import FormatError, read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune
 from sec3_benchmark.layer_decay import layer_groups

@@ -1,4 +1,4 @@
-"""common/pretrained.py and common/filling.py: every layout is written from a real model's weights and read back.
+"""common/pretrained.py, filling.py, rebuilding.py: every layout is written from a real model's weights and read back.
 
 Outputs are compared, not only names. Where a number can be had otherwise (interpolation, a grey image, counts of
 tensors) it is. No network: the hub is replaced by timm building its model here.
@@ -15,9 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from common.filling import leading_blocks, load_encoder, load_model
+from common.filling import leading_blocks, load_encoder
 from common.mae import MAE
 from common.pretrained import SAFE_GLOBALS, FormatError, Weights, fingerprint, read_weights
+from common.rebuilding import load_model
 from common.vit import build_model, build_vit
 from tests.helpers import assert_close, fill_by_name
 

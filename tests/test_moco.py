@@ -22,12 +22,13 @@ from torchvision.transforms import functional as TF
 
 from common import distributed, report
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.images import ImageSet
 from common.loader import Views, seed_everything, to_device
 from common.mae import sincos_positions
 from common.optim import learning_rate
 from common.pretrained import FormatError, read_weights
+from common.rebuilding import load_model
 from common.training import Engine
 from common.vit import SIZES, build_vit
 from sec3_benchmark import finetune, pretrain_mocov3, subsets, table1_pretraining_methods

@@ -18,9 +18,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from common.checkpoint import save_arrays, save_json
 from common.errors import FormatError, UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.mae import MAE
 from common.pretrained import Weights, fingerprint, read_weights
+from common.rebuilding import load_model
 from common.shapes import tokens_of
 from common.vit import build_vit
 from tests.helpers import assert_close, noisy

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from common.augment import contiguous
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.images import ImageSet
 from common.mae import MAE
 from common.pretrained import FormatError, read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_model
 from sec3_benchmark import finetune
 from sec3_benchmark.layer_decay import layer_groups

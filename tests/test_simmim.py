@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from appendix import pretrain_simmim
 from appendix.simmim import SimMIM, masked_l1, random_mask
 from common.errors import UserError
-from common.filling import load_encoder, load_model
+from common.filling import load_encoder
 from common.optim import parameter_groups
 from common.pretrained import read_weights
+from common.rebuilding import load_model
 from common.vit import SIZES, build_model
 from tests.helpers import (
     assert_close,

@@ -23,11 +23,11 @@ from common.checkpoint import save_json, save_torch, write_atomically
 from common.data import channel_statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.filling import DECODER, load_model
 from common.mae import DECODERS, MAE
 from common.pretrained import read_weights
 from common.ranges import Float, Int
-from common.shapes import STEM, TABLE, require_fit, shape_config, vit_config
+from common.rebuilding import load_model
+from common.shapes import DECODER, STEM, TABLE, require_fit, shape_config, vit_config
 from common.vit import SIZES, eval_mode
 
 PREFIXES = {"plain": ("model", ""), "mocov3": ("state_dict", "module.base_encoder.")}  # outer key, prefix of each name

@@ -22,11 +22,11 @@ from common.checkpoint import require_finite, write_atomically
 from common.distributed import print0
 from common.errors import UserError
 from common.files import list_images
-from common.filling import load_model
 from common.images import ImageSet
 from common.loader import eval_loader, on_device
 from common.pretrained import read_weights
 from common.ranges import Int
+from common.rebuilding import load_model
 from common.vit import eval_mode
 from common.watch import progress
 from sec3_benchmark.evaluate import say_unreadable

@@ -20,11 +20,11 @@ from common.checkpoint import save_arrays
 from common.data import images_to_analyse, statistics, with_statistics
 from common.distributed import print0
 from common.errors import UserError
-from common.filling import load_model
 from common.loader import seed_everything
 from common.mae import take
 from common.pretrained import read_weights
 from common.ranges import Float, Int
+from common.rebuilding import load_model
 from common.report import save_figure, subplots
 from common.vit import eval_mode
 from sec4_analysis.attention_maps import visible
