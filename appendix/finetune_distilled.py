@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common import distributed, entry, options
-from common.data import load_sets, with_statistics
+from common.data import load_sets
 from common.distributed import print0
 from common.errors import UserError
 from common.pretrained import read_weights
@@ -92,7 +92,7 @@ def read_teacher(args, device):
     """
     args = options.resolve(args, read_weights(args.init) if args.init else None)  # weights may fix the image size
     weights = read_weights(args.teacher)
-    args = with_statistics(args, weights)
+    args = options.with_statistics(args, weights)
     if weights.model is None:
         raise UserError(f"--teacher {args.teacher}: give timm:NAME or a timm folder (appendix/tools/"
                         f"convert_checkpoint.py makes one from a checkpoint)")

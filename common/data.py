@@ -5,7 +5,6 @@
     imagenet           the same folders, with exactly 1,000 classes
     cifar10, cifar100  torchvision's, in --data-path (--download fetches them)
 """
-import argparse
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torchvision import datasets as tv
 
 from common.augment import CROP_PCT
-from common.distributed import once_per_node, print0, remark
+from common.distributed import once_per_node, remark
 from common.errors import DataError
 from common.files import EXTENSIONS, list_images, look_into, report_others
 from common.fractals import fractal_set
@@ -184,27 +183,3 @@ def statistics(args):
     """Return mean and std per channel of a run's images, two float tensors (C,), in 0..255."""
     usual = channel_statistics(args.in_chans, args.mean, args.std)
     return tuple(torch.tensor(values) * 255 for values in usual.values())
-
-
-def with_statistics(args, weights, keep_given=False):
-    """Return settings with the mean and std of the images on which the Weights were trained, where these are known.
-
-    Without weights (None), or if they do not say, the settings are returned unchanged. Raises DataError if the settings
-    already ask for another mean or std; with `keep_given` those stay instead.
-    """
-    theirs = weights.statistics if weights else None
-    if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # from grey to colour, or the other way round
-        theirs = {name: [round(sum(values) / len(values), 6)] * args.in_chans for name, values in theirs.items()}
-    if not theirs or len(theirs["mean"]) != args.in_chans:
-        return args
-    taken = {}
-    for name, ours in channel_statistics(args.in_chans, args.mean, args.std).items():
-        given = getattr(args, name)
-        if all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs[name])) or (given and keep_given):
-            continue
-        if given:
-            raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
-                            f"leave --{name} out to take theirs, or choose a teacher and weights that agree")
-        print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
-        taken[name] = theirs[name]
-    return argparse.Namespace(**{**vars(args), **taken})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import data
 from common.distributed import print0
-from common.errors import UserError
+from common.errors import DataError, UserError
 from common.ranges import Float, Int
 from common.tensorboard import summary_writer
 from common.vit import SIZES, pair
@@ -178,7 +178,31 @@ def resolve(args, weights=None, names=SHAPE):
     if by_weights:
         print0("as the weights say:", *to_argv(by_weights))
     resolved = replaced(args, **{name: by_preset[name] for name in unset} | by_weights)
-    return data.with_statistics(resolved, weights) if "mean" in args else resolved
+    return with_statistics(resolved, weights) if "mean" in args else resolved
+
+
+def with_statistics(args, weights, keep_given=False):
+    """Return settings with the mean and std of the images on which the Weights were trained, where these are known.
+
+    Without weights (None), or if they do not say, the settings are returned unchanged. Raises DataError if the settings
+    already ask for another mean or std; with `keep_given` those stay instead.
+    """
+    theirs = weights.statistics if weights else None
+    if theirs and {len(theirs["mean"]), args.in_chans} == {1, 3}:  # from grey to colour, or the other way round
+        theirs = {name: [round(sum(values) / len(values), 6)] * args.in_chans for name, values in theirs.items()}
+    if not theirs or len(theirs["mean"]) != args.in_chans:
+        return args
+    taken = {}
+    for name, ours in data.channel_statistics(args.in_chans, args.mean, args.std).items():
+        given = getattr(args, name)
+        if all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs[name])) or (given and keep_given):
+            continue
+        if given:
+            raise DataError(f"{weights.source} learnt from images with {name} {theirs[name]}, here it is {ours}: "
+                            f"leave --{name} out to take theirs, or choose a teacher and weights that agree")
+        print0(f"{name} {theirs[name]} of the images, as {weights.source} says")
+        taken[name] = theirs[name]
+    return replaced(args, **taken)
 
 
 def same_value(name, ours, theirs):

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from common import distributed, entry, options
-from common.data import with_statistics
 from common.distributed import print0
 from common.errors import FormatError, UserError
 from common.filling import load_encoder
@@ -166,7 +165,7 @@ def as_built(args, weights):
         if name in args.typed and not options.same_value(name, ours, theirs):
             raise UserError(f"{weights.source} was built with {name} {theirs}, not {ours}: leave "
                             f"--{name.replace('_', '-')} out")
-    return with_statistics(options.replaced(args, **own), weights)
+    return options.with_statistics(options.replaced(args, **own), weights)
 
 
 def resolve_backbone(args, weights):

@@ -12,7 +12,7 @@ weights.pt holds the student and the map M, not the teacher; pass it to finetune
 8 GPUs the authors' code page gives about 44 hours, against 40 without distillation.
 """
 from common import distributed, entry, options, scripts
-from common.data import channel_statistics, load_images, with_statistics
+from common.data import channel_statistics, load_images
 from common.errors import UserError
 from common.loader import seed_everything
 from common.mae import MAEViews, add_arguments, build_mae
@@ -186,7 +186,7 @@ def main(args):
         args = options.replaced(args, teacher=pretrain_teacher(args))
     images = load_images(args)
     weights = read_weights(args.teacher)
-    args = with_statistics(args, weights, keep_given=True)  # if --mean or --std differs, Teacher converts the images
+    args = options.with_statistics(args, weights, keep_given=True)  # where they differ, Teacher converts the images
     identity = teacher_identity(args, weights)
     encoder = load_teacher(weights, args.teacher_heads, patch_grid(args.img_size, args.patch_size))
     matched = with_pairs(args, len(encoder.blocks))

@@ -10,9 +10,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from common.data import STATISTICS, channel_statistics, load_images, load_sets, statistics, with_statistics
+from common.data import STATISTICS, channel_statistics, load_images, load_sets, statistics
 from common.errors import DataError
 from common.files import EXTENSIONS
+from common.options import with_statistics
 
 RANDOM = np.random.RandomState(0).randint(0, 256, (20, 24, 3), dtype=np.uint8)
 

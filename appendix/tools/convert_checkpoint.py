@@ -20,7 +20,7 @@ from timm.models import VisionTransformer
 from common import entry, options
 from common.augment import CROP_PCT
 from common.checkpoint import save_json, save_torch, write_atomically
-from common.data import channel_statistics, with_statistics
+from common.data import channel_statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.mae import DECODERS, MAE
@@ -168,7 +168,7 @@ def main(args):
         raise UserError(f"{args.checkpoint} is a {type(model).__name__}: ViTs and MAEs can be converted, no others")
     if args.to != "timm" and model.config["model"] is None:
         raise UserError(f"{args.checkpoint} has the width and depth of none of {', '.join(SIZES)}: choose --to timm")
-    args = with_statistics(options.replaced(args, in_chans=model.config["in_chans"]), weights)
+    args = options.with_statistics(options.replaced(args, in_chans=model.config["in_chans"]), weights)
     statistics = channel_statistics(args.in_chans, args.mean, args.std)
     names = weights.classes if getattr(model, "num_classes", 0) else None
     if args.to == "timm":

@@ -17,7 +17,7 @@ from appendix.tools.convert_checkpoint import add_unrecorded
 from common import data, distributed, entry, options
 from common.augment import eval_transform
 from common.checkpoint import save_arrays
-from common.data import images_to_analyse, statistics, with_statistics
+from common.data import images_to_analyse, statistics
 from common.distributed import print0
 from common.errors import UserError
 from common.loader import seed_everything
@@ -120,7 +120,7 @@ def main(args):
                        mask_ratio=args.mask_ratio, norm_pix=False if args.raw_pixels else None)
     model = eval_mode(model, device)
     args = options.replaced(args, img_size=model.config["img_size"], in_chans=model.config["in_chans"])
-    args = with_statistics(args, weights)
+    args = options.with_statistics(args, weights)
     images = images_to_analyse(args)
     seed_everything("images", args.seed)
     chosen = np.random.permutation(len(images))[:args.num_images]
