@@ -1,4 +1,4 @@
-"""The runs and measurements that appendix/claims.py judges: those of Tables 1, 3 and 5 and of Figures 1 to 5 and 7."""
+"""The runs and measurements that appendix/claims.py judges: those of Tables 1, 3 and 5 and of Figures 1 to 7."""
 import shlex
 import statistics
 from dataclasses import replace
@@ -9,7 +9,7 @@ import numpy as np
 from appendix import answers
 from appendix.evidence import Measured
 from common import distributed, options, tables
-from common.rows import PREVIOUS
+from common.rows import PREVIOUS, Row
 from sec3_benchmark import downstream
 from sec3_benchmark import table1_pretraining_methods as table1
 from sec3_benchmark import table3_pretraining_data as table3
@@ -23,8 +23,10 @@ from sec5_distill import table5_distillation as table5
 # Run -> (method, line of its pre-training); only the first six pre-trained blocks are kept, as in Figures 2 and 4
 SIX_BLOCKS = {"mae-6": ("MAE", study.PRETRAIN_MAE), "mocov3-6": ("MoCo-v3", study.PRETRAIN_MOCOV3)}
 TENTH = ("mae-10", "mocov3-10")  # pre-trained on a tenth of the images, as in Table 3
-ONE_BLOCK = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12"}  # distilled in this block, as in Figure 7
-ANALYSED = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3)  # the models of Figures 1, 3 and 5
+DISTILLED = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12", "dmae-all": "all"}  # in this block, as in Figure 7
+# The models of Figures 1, 3, 5 and 6; the first is the reference of the similarities
+MODELS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3,
+          Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py"]))
 FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
 THIRD = 4  # of the twelve layers
 ALL = "the full data set"
@@ -42,8 +44,8 @@ def fine_tuned(run, args):
         return six_blocks_of(run, "sec3_benchmark/finetune.py")
     if run == "dmae-12" and args.preset != "paper":  # in preset paper, Figure 7 has 100 epochs, Table 1 has 300
         run = "dmae"
-    if run in ONE_BLOCK:
-        return fig7.row_of(ONE_BLOCK[run], args.preset)
+    if run in DISTILLED:
+        return fig7.row_of(DISTILLED[run], args.preset)
     if run in TENTH:
         own = tables.parse(table3.build_parser(), ["--rows", *TENTH, *arguments_for(table3.build_parser(), args)])
         return next(row for row in table3.planned(own) if row.key == run)
@@ -72,9 +74,13 @@ def rows_for(needed, args, sets):
         elif kind == "small":
             rows += [replace(transferred(run, name), key=f"small-{run}-{name}", name=f"{run}, {downstream.title(name)}",
                              column="") for name in sets]
-    if any(kind not in ("top1", "small") for kind, _ in needed):
-        rows += [replace(row, key=f"look-{row.key}") for row in ANALYSED]
-    return rows
+    return rows + [replace(row, key=f"look-{row.key}") for row in analysed(needed)]
+
+
+def analysed(needed):
+    """Return the rows of the models that Section 4's figures must analyse, the reference first; [] if none."""
+    names = {run for kind, run in needed if kind not in ("top1", "small")}
+    return [row for row in MODELS if row is study.SUPERVISED or row.name in names] if names else []
 
 
 def measure(needed, args, sets):
@@ -91,8 +97,8 @@ def measure(needed, args, sets):
     for number, seed in enumerate(args.seeds):
         final = {key: lines[number][-1] for key, lines in results.items()}
         values, right = accuracies(needed, final, sets, args)
-        if any(key.startswith("look") for key in final):
-            checkpoints = {row.name: final[f"look-{row.key}"]["checkpoint"] for row in ANALYSED}
+        if models := analysed(needed):
+            checkpoints = {row.name: final[f"look-{row.key}"]["checkpoint"] for row in models}
             values |= figure_statistics(checkpoints, args, seed)
         seeds.append(Measured(values, right))
     if not distributed.is_main():

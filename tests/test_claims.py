@@ -7,13 +7,14 @@ import pytest
 
 from appendix import answers, claim_runs, claims, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN, Measured
+from appendix.paper_claims import CLAIMS
 from common import data, scripts, tables
 from common.errors import UserError
 from sec3_benchmark import table3_pretraining_data
 from sec4_analysis import fig2_leading_blocks, fig4_leading_blocks_small_data
 from sec5_distill import fig7_distilled_layer, table5_distillation
 
-EVERY = {claim.key: claim for claim in claims.CLAIMS}
+EVERY = {claim.key: claim for claim in CLAIMS}
 
 
 def measured(**top1):
@@ -106,11 +107,39 @@ def effect_of(low, high):
 
 @pytest.mark.parametrize(("low", "high", "more", "expected"), [
     (0.1, 3, {}, SEEN), (-0.1, 3, {}, OPEN), (-3, -0.1, {}, CONTRARY),
-    (0.5, 3, {"beyond": 1.0}, OPEN), (1.1, 3, {"beyond": 1.0}, SEEN), (-1, 0.9, {"beyond": 1.0}, CONTRARY),
     (-0.9, 0.9, {"within": 1.0}, SEEN), (-1.1, 0.5, {"within": 1.0}, OPEN), (1.2, 4, {"within": 1.0}, CONTRARY),
     (-4, -1.2, {"within": 1.0}, CONTRARY)])
 def test_verdicts(low, high, more, expected):
     assert evidence.verdict(effect_of(low, high), **more) == expected
+
+
+@pytest.mark.parametrize(("intervals", "expected", "decisive"), [
+    ([(1, 3), (0.1, 9)], SEEN, 1), ([(1, 3), (-0.1, 9)], OPEN, 1), ([(-3, -1), (-9, 9)], CONTRARY, 0),
+    ([(1, 3), (-3, -1)], CONTRARY, 1)])
+def test_a_claim_of_two_effects_holds_if_both_do(intervals, expected, decisive):
+    effects = [effect_of(*interval) for interval in intervals]
+    assert evidence.decide(effects) == (expected, effects[decisive])
+
+
+def test_where_two_effects_are_nil_contrary_is_no_more_frequent_than_two_tests_make_it():
+    """Unlike the smaller effect of every seed, which is negative on average."""
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for values in rng.normal(size=(2000, 3, 2)):
+        seeds = [Measured({("a", "x"): a, ("b", "x"): b}) for a, b in values]
+        effects = [evidence.estimate(lambda m, kind=kind: m.get(kind, "x"), seeds) for kind in "ab"]
+        verdicts.append(evidence.decide(effects)[0])
+    assert verdicts.count(CONTRARY) / 2000 == pytest.approx(1 - 0.975 ** 2, abs=0.012)
+    assert verdicts.count(SEEN) / 2000 < 0.005
+
+
+def test_an_effect_on_each_small_set_averages_to_the_effect():
+    right = {run: {"A": np.arange(10) < count, "B": np.arange(20) < count} for run, count in (("mae", 4), ("dmae", 6))}
+    seed = Measured({("small", "mae"): 30.0, ("small", "dmae"): 45.0, ("top1", "mae"): 7.0},
+                    {("small", run): sets for run, sets in right.items()})
+    assert evidence.by_set(lambda m: m.small("dmae") - m.small("mae"), [seed, seed]) == {
+        "A": [pytest.approx(20)] * 2, "B": [pytest.approx(10)] * 2}
+    assert evidence.by_set(lambda m: m.top1("mae"), [seed]) == {}
 
 
 def test_one_seed_gives_no_verdict():
@@ -154,7 +183,7 @@ def test_the_runs_are_those_of_tables_and_figures(capsys, tmp_path):
             (table3_pretraining_data, ["--rows", "mae-10", "mocov3-10"], tables.parse),
             (fig2_leading_blocks, ["--blocks", "0", "6", "12"], fig2_leading_blocks.leading_blocks.parse),
             (fig4_leading_blocks_small_data, ["--blocks", "6", "12"], fig2_leading_blocks.leading_blocks.parse),
-            (fig7_distilled_layer, ["--layers", "4", "8"], tables.parse),
+            (fig7_distilled_layer, ["--layers", "4", "8", "all"], tables.parse),
             (table5_distillation, ["--rows", "supervised", "mae", "mocov3", "dmae"], tables.parse)]:
         theirs = commands(module, capsys, *output, *words, parse=parse)
         assert theirs and theirs <= ours, theirs - ours

@@ -36,7 +36,7 @@ def own_numbers(item, folder):
     else:
         row = {"name": "none", "measured": [1.0], "seconds_per_step": [1.0]}
         point = {"panel": "", "method": "MAE", "k": 0, "top1": [1.0]}
-        claim = {"claim": "C1", "statement": "s", "unit": "points", "beyond": 0, "within": None, "verdict": OPEN,
+        claim = {"claim": "C1", "statement": "s", "unit": "points", "mark": "", "within": None, "verdict": OPEN,
                  "effect": {"mean": 1.0, "low": 0.0, "high": 2.0, "values": [1.0]}}
         network = {"name": "n", "marks": "", "ours": True, "published": {"top1": 1.0},
                    "measured": {"images_per_second": 2.0}}
