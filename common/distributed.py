@@ -2,6 +2,7 @@
 
 In a single process the collectives return their input, so that scripts read the same on a laptop and on a cluster.
 """
+import multiprocessing
 import os
 import sys
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ def start_process_group(device="auto") -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # full float32, whatever the environment says
         torch.set_float32_matmul_precision("highest")
+        # PyTorch 2.11 and later would take cuDNN's attention on Hopper and Blackwell GPUs, with open reports of wrong
+        # gradients. Without it, attention is computed by the same kernels on all GPUs and in all versions
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))
@@ -73,7 +77,15 @@ def abort(text=""):
         raise SystemExit(printable(text) or 1)
     if text:
         print(f"rank {rank()}: {printable(text)}", file=sys.stderr, flush=True)
-    os._exit(1)
+    leave(1)
+
+
+def leave(code):
+    """End this rank at once with an exit code, with its workers, and without waiting for the other ranks."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def rank() -> int:

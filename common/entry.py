@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import distributed, options
 from common.distributed import print0
-from common.errors import UserError
+from common.errors import STOPPED, UserError
 from common.signals import exit_on_stop_signals
 from common.workers import explain_troubles
 
@@ -55,6 +55,10 @@ def errors_in_one_line(prog):
         if distributed.world_size() == 1:
             raise
         distributed.abort(traceback.format_exc())
+    except SystemExit as stop:
+        if stop.code == STOPPED and distributed.world_size() > 1:
+            distributed.leave(STOPPED)  # during an evaluation, the other ranks may wait for this one
+        raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise when a worker ends
         for worker in multiprocessing.active_children():  # they survive the SIGTERM that Python sends at exit

@@ -13,6 +13,7 @@ import torch
 
 from common.distributed import print0
 from common.images import UnreadableImage
+from common.jobs import CORES
 from common.watch import progress
 
 PROBE = 200  # images decoded to estimate the memory that all of them need
@@ -57,10 +58,17 @@ def keep_decoded(images, share):
     available = share * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not sizes or np.mean(sizes) * len(images) > available:
         return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         decoded = ordered_map(pool, decode, len(images))
         images.kept = DecodedImages(progress(decoded, f"decoding {images.name}", len(images)))
     print0(f"{images.name}: {len(images):,} decoded images kept in memory ({len(images.kept.block) / 2**20:,.0f} MiB)")
+
+
+def decoding_threads():
+    """Return how many threads decode: those of torch, and under torchrun, which gives torch one, a share of the cores.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.get_num_threads() if ranks == 1 else max(1, CORES // ranks)
 
 
 def decode_or_none(images, index):

@@ -131,6 +131,10 @@ def open_run(script, name, args, fingerprints, no_identity=()):
         raise UserError(f"--save-to {save_to} is a folder: name a file in it")
     deciding = {key: value for key, value in settings.items() if key not in no_identity}
     folder = Path(args.output) / script / f"{name}-{settings_hash(deciding, fingerprints)}"
+    names = set(distributed.gather(folder.name))
+    if len(names) > 1:
+        raise UserError(f"the ranks would make different runs ({', '.join(sorted(names))}): give all nodes the same "
+                        f"images, weights and arguments")
     lock, problem, result = None, None, None
     if distributed.is_main():
         try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from common.distributed import remark
 from common.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"  # where workers leave their batches
@@ -38,6 +39,9 @@ def default_workers(workers, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
+        if share < 4:
+            remark(f"{cores} cores for {os.environ.get('LOCAL_WORLD_SIZE', 1)} ranks of this node: loading images will "
+                   f"be slow (on SLURM, --cpus-per-task gives more)")
         return min(32, max(1, share - 1))
     return min(2, max(0, share - 2))
 

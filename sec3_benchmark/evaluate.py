@@ -45,7 +45,8 @@ def accuracy(model, loader, device, mean, std) -> dict:
         loss = F.cross_entropy(logits, label, reduction="sum")
         sums += torch.stack([hits(logits, label, 1).sum(), hits(logits, label, 5).sum(), loss,
                              torch.full((), float(len(label)), device=device)]).double()
-    top1, top5, loss, images = distributed.all_sum(sums).tolist()
+    # On the CPU: there a rank that waits for others is told if one leaves at a stop signal. On the GPU it would hang
+    top1, top5, loss, images = distributed.all_sum(sums.cpu()).tolist()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the classifier's scores are not finite on some of {int(images)} images, so it has "
                                  f"no accuracy: train it again with a lower learning rate or --precision fp32")
@@ -79,8 +80,10 @@ def check_readable(images, run, args, device):
 
     Each rank reads its share. Nothing is read for a resumed run, which did it at its start, or for a set in READABLE.
     """
-    keep_decoded(images, args.keep_decoded)
-    if not images.from_files or steps_saved(run.folder):
+    if distributed.world_size() == 1:  # one of several ranks would keep all of the images and use its share
+        keep_decoded(images, args.keep_decoded)
+    [resumed] = distributed.all_max(bool(steps_saved(run.folder)))  # agreed upon: nodes may see the folder differently
+    if not images.from_files or resumed:
         return
     fingerprint = images.fingerprint()
     if fingerprint in READABLE:
@@ -127,4 +130,4 @@ def answered_right(model, images, args, device):
     right = torch.zeros(len(images), device=device)
     for batch in on_device(share_of_rank(images, args, device), device, *statistics(args)):
         right[batch["index"]] = hits(model(batch["image"]).float(), batch["label"], 1)
-    return distributed.all_sum(right).cpu().numpy()  # entries of the other ranks' images are 0
+    return distributed.all_sum(right.cpu()).numpy()  # entries of the other ranks' images are 0

@@ -309,6 +309,69 @@ entry.run_script(main, options.make_parser("toy"), {}, parse=lambda parser, pres
     assert "rank 1: -c: error: no such thing on this node" in said(tmp_path)
 
 
+def test_a_rank_that_stops_within_an_evaluation_does_not_wait_for_the_others(tmp_path):
+    """Rank 1 has done its share and waits for rank 0."""
+    ranks = start_ranks([sys.executable, "-c", """
+import argparse, time
+from types import SimpleNamespace
+from common import distributed, entry, options, signals
+def main(args):
+    distributed.start_process_group("cpu")
+    run = SimpleNamespace(settings={}, folder="here")
+    with signals.StopSignals(run, {"step": 3}, 5) as stop, stop.exit_immediately():
+        print("evaluating\\n", end="", flush=True)
+        time.sleep(0 if distributed.rank() else 100)
+        distributed.barrier()
+entry.run_script(main, options.make_parser("toy"), {}, parse=lambda parser, presets: argparse.Namespace())
+"""], tmp_path)
+    deadline = time.time() + WAIT
+    while said(tmp_path).count("evaluating") < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert ranks[0].wait(30) == 75 and ranks[1].wait(30) != 0, said(tmp_path)
+
+
+def test_ranks_agree_whether_images_are_read_though_they_see_other_checkpoints(tmp_path):
+    """Rank 0 alone sees that the run is resumed, as with an --output that is not shared. One alone must not wait."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "step-00000001.pt").touch()
+    ranks = start_ranks([sys.executable, "-c", """
+from pathlib import Path
+from types import SimpleNamespace
+from common import distributed
+from common.images import ImageSet
+from sec3_benchmark import evaluate
+device = distributed.start_process_group("cpu")
+images = ImageSet("one", ["a.png"], None, [], 3)
+args = SimpleNamespace(keep_decoded=0, workers=0)
+evaluate.check_readable(images, SimpleNamespace(folder=Path(str(distributed.rank()))), args, device)
+assert distributed.all_max(1, distributed.rank()) == [1, 1]
+distributed.stop_process_group()
+"""], tmp_path)
+    assert [rank.wait(WAIT) for rank in ranks] == [0, 0], said(tmp_path)
+
+
+def test_ranks_that_see_other_images_are_told_before_anything_is_made(tmp_path):
+    ranks = start_ranks([sys.executable, "-c", """
+from types import SimpleNamespace
+from common import distributed, runs
+from common.errors import UserError
+distributed.start_process_group("cpu")
+try:
+    args = SimpleNamespace(output="out", fresh=False)
+    with runs.open_run("toy", "name", args, {"data": f"of rank {distributed.rank()}"}):
+        pass
+except UserError as error:
+    print(f"{error}\\n", end="", flush=True)
+distributed.stop_process_group()
+"""], tmp_path)
+    assert [rank.wait(WAIT) for rank in ranks] == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("give all nodes the same images, weights and arguments") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_ranks_stop_together_and_equal_one_process(data, untouched, tmp_path):
     """A signal to rank 1 alone, then one to torchrun, then to the end; the same global batch in one or two pieces."""
     run = (*RUNS["mae"], "--log-every", "5")  # a row sums over steps before and after a stop

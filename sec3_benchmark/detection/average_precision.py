@@ -30,7 +30,8 @@ def detect_all(model, images, args, device, rank=0, world=1):
     categories, found = list(images.categories), []
     for batch in on_device(progress(loader, "detecting"), device, *statistics(args)):
         sizes, originals = [tuple(size) for size in batch["host_size"].tolist()], batch["host_original"].tolist()
-        detections = model(batch["image"], sizes)
+        with torch.compiler.set_stance("force_eager"):  # a backbone compiled for training is not compiled anew for this
+            detections = model(batch["image"], sizes)
         for index, detection, size, original in zip(batch["index"].tolist(), detections, sizes, originals):
             found += to_coco(detection, images.ids[index], size, original, categories)
     return found
