@@ -27,7 +27,7 @@ DISTILLED = {"dmae-4": "4", "dmae-8": "8", "dmae-12": "12", "dmae-all": "all"}  
 # The models of Figures 1, 3, 5 and 6; the first is the reference of the similarities
 MODELS = (study.SUPERVISED, study.MAE_ROW, study.MAE_FT, study.MOCOV3,
           Row("dmae", "D-MAE", None, ["sec5_distill/pretrain_dmae.py"]))
-FIGURES = {"fig1": fig1, "fig3": fig3, "fig5": fig5}
+FIGURES = {"": (fig1, fig3, fig5), "without-positions": (fig3,)}  # value of --first, if given -> figures to measure
 THIRD = 4  # of the twelve layers
 ALL = "the full data set"
 
@@ -129,31 +129,35 @@ def figure_statistics(checkpoints, args, seed):
 
     checkpoints: {model: file}. The figures are written to claims/seed<seed>/ in the output folder.
     """
-    arrays = {}
-    for item, figure in FIGURES.items():
-        parser = figure.build_parser()
-        words = ["--models", *(f"{name}={file}" for name, file in checkpoints.items()), *arguments_for(parser, args),
-                 "--output", str(Path(args.output) / "claims" / f"seed{seed}"), "--seed", str(seed)]
-        arrays[item] = figure.main(study.parse(parser, words))
+    arrays = []
+    for first, figures in FIGURES.items():
+        for figure in figures:
+            parser = figure.build_parser()
+            words = ["--models", *(f"{name}={file}" for name, file in checkpoints.items()),
+                     *arguments_for(parser, args), "--seed", str(seed), *(["--first", first] if first else []),
+                     "--output", str(Path(args.output) / "claims" / f"seed{seed}" / first)]
+            arrays.append(figure.main(study.parse(parser, words)))
     if not distributed.is_main():
         return {}
     found = {}
     for name in checkpoints:
-        found |= numbers(name, *(arrays[item][name] for item in FIGURES))
+        found |= numbers(name, *(array[name] for array in arrays))
     return found
 
 
-def numbers(name, similarity, amplitudes, attention):
+def numbers(name, similarity, amplitudes, attention, bare_amplitudes):
     """Summarise the figures of one model as {(measure and part, name): number}.
 
     CKA with the supervised model in equal layers; high frequencies after the first layers; distance and entropy of
     attention, relative to uniform attention; and how much the heads of a layer differ in distance ("diversity").
+    bare_amplitudes: those of which point 0 is before positions are added.
     """
     equal_layers = np.diagonal(similarity)[1:]  # without index 0, the embedding
     heads, uniform = attention[:, :, :-1], attention[:, :1, -1:]  # the last column is uniform attention
     distance, entropy = heads / uniform  # each (layers, heads)
     found = {(f"high frequencies {part}", name): amplitudes[0, point, -1]
              for point, part in enumerate(("embedding", "block 1"))}
+    found["high frequencies embedding without positions", name] = bare_amplitudes[0, 0, -1]
     for part, layers in (("low", slice(0, THIRD)), ("high", slice(-THIRD, None))):
         found |= {(f"cka {part}", name): equal_layers[layers].mean(),
                   (f"distance {part}", name): distance[layers].mean(),

@@ -86,9 +86,12 @@ CLAIMS = [
           lambda m: m.stat("cka", "MoCo-v3", "high") - m.stat("cka", "MAE", "high"), "CKA"),
     Claim("C4b", "Section 4.1, Figure 1", "MAE is more like the supervised model in its first four layers than in its "
           "last", lambda m: m.stat("cka", "MAE", "low") - m.stat("cka", "MAE", "high"), "CKA"),
-    Claim("C5", "Section 4.1, Figure 3", "After the patch embedding, MoCo-v3 has less of the high frequencies than "
-          "MAE", fewer_high_frequencies("embedding"), "log amplitude"),
-    Claim("C5b", "Section 4.1, Figure 3", "After the first block, MoCo-v3 has less of the high frequencies than MAE",
+    Claim("C5", "Section 4.1, Figure 3", "After the patch embedding, positions added, MoCo-v3 has less of the high "
+          "frequencies than MAE", fewer_high_frequencies("embedding"), "log amplitude"),
+    Claim("C5b", "Section 4.1, Figure 3", "After the patch embedding, positions not added (the paper does not say), "
+          "MoCo-v3 has less of the high frequencies than MAE", fewer_high_frequencies("embedding without positions"),
+          "log amplitude"),
+    Claim("C5c", "Section 4.1, Figure 3", "After the first block, MoCo-v3 has less of the high frequencies than MAE",
           fewer_high_frequencies("block 1"), "log amplitude"),
     Claim("C6", "Section 4.2, Figure 5", "Attention in MAE's last four layers is more local than in the supervised "
           "model's", below_supervised("distance", "MAE", "high"), DISTANCE),
@@ -102,14 +105,15 @@ CLAIMS = [
           of_both(low_to_high("entropy")), ENTROPY),
     Claim("C6f", "Section 4.2, Figure 5", "In the distance of attention, MAE is nearer to the supervised model in low "
           "layers than in high ones", nearer_in_low_layers("distance"), DISTANCE),
-    Claim("C6g", "Section 4.2, Figure 5", "In the entropy of attention likewise", nearer_in_low_layers("entropy"),
-          ENTROPY),
+    Claim("C6g", "Section 4.2, Figure 5", "In the entropy of attention, MAE is nearer to the supervised model in low "
+          "layers than in high ones", nearer_in_low_layers("entropy"), ENTROPY),
     Claim("C6h", "Section 4.2, Figure 5", "In low layers, MoCo-v3's heads differ less than the supervised model's",
           below_supervised("diversity", "MoCo-v3", "low"), DISTANCE),
     Claim("C6i", "talk's slides; the text says alike", "Fine-tuned, MAE's attention in the last four layers is still "
           "more local than the supervised model's", below_supervised("distance", "MAE, fine-tuned", "high"), DISTANCE),
-    Claim("C6j", "talk's slides; the text says alike", "and more concentrated",
-          below_supervised("entropy", "MAE, fine-tuned", "high"), ENTROPY),
+    Claim("C6j", "talk's slides; the text says alike", "Fine-tuned, MAE's attention in the last four layers is still "
+          "more concentrated than the supervised model's", below_supervised("entropy", "MAE, fine-tuned", "high"),
+          ENTROPY),
     Claim("C7", "Section 5, Figure 7", "Of single layers, the last is the best to distil (here of 4, 8 and 12)",
           [lambda m: m.top1("dmae-12") - m.top1("dmae-8"), lambda m: m.top1("dmae-12") - m.top1("dmae-4")]),
     Claim("C7b", "Section 5, Figure 7", "Distilling the last layer alone is better than distilling all layers",

@@ -161,7 +161,8 @@ def test_a_models_numbers_by_hand():
     attention = np.empty((2, 12, 3))
     attention[0, :, :2], attention[0, :, 2] = [[0.5, 1.5]] * 4 + [[2, 2]] * 4 + [[3, 3]] * 4, 4
     attention[1, :, :2], attention[1, :, 2] = math.log(18), math.log(36)
-    found = claim_runs.numbers("MAE", similarity, amplitudes, attention)
+    found = claim_runs.numbers("MAE", similarity, amplitudes, attention, amplitudes - 1)
+    assert found["high frequencies embedding without positions", "MAE"] == -2
     assert found["cka low", "MAE"] == pytest.approx(2.5 / 12) and found["cka high", "MAE"] == pytest.approx(10.5 / 12)
     assert found["high frequencies embedding", "MAE"] == -1 and found["high frequencies block 1", "MAE"] == -1.5
     assert (found["distance low", "MAE"], found["distance high", "MAE"]) == (0.25, 0.75)
