@@ -2,7 +2,7 @@
 
 A table with numbers has a comment before it that says where they are from (other people's: `numbers: quoted`):
 
-    <!-- numbers: sec3_benchmark/results/table4_trashnet.json, sec3_benchmark/downstream.py -->
+    <!-- numbers: sec3_benchmark/results/table4_laptop.json, sec3_benchmark/downstream.py -->
 """
 import ast
 import json
