@@ -1,6 +1,6 @@
 """Benchmark of the MAE-Tiny/16 training step at 224 px and of the loader, against straightforward versions.
 
-    python appendix/tools/benchmark_throughput.py                        # 2 minutes on 2 CPU cores; run it alone
+    python appendix/tools/benchmark_throughput.py                        # 6 minutes on 2 CPU cores; run it alone
     python appendix/tools/benchmark_throughput.py --device cuda --batch-size 1024 --compile
     python appendix/tools/benchmark_throughput.py --parts loader --data-path DIR --workers 0
 
