@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import options, scripts, tables
 from common.errors import UserError
-from common.vit import build_model
+from common.vit import build_model, pair
 from sec3_benchmark import detect, table4_transfer
 from sec3_benchmark.detection import scenes
 from sec3_benchmark.detection.average_precision import detect_all
@@ -171,6 +171,19 @@ def test_ranks_share_the_evaluation(few_scenes, tmp_path):
     shared = [one for rank in (0, 1) for one in detect_all(model, images, args, torch.device("cpu"), rank, 2)]
     assert len(alone) > 10 and {one["image_id"] for one in alone} == {0, 1, 2}
     assert Counter(map(str, shared)) == Counter(map(str, alone))
+
+
+def test_an_evaluation_does_not_compile_the_backbone_anew(few_scenes, tmp_path):
+    """It would, for the mode and for the last, smaller batch. Here nothing is compiled before it."""
+    args = settings(tmp_path, micro_batch=2)
+    _, images = load_detection_sets(args)
+    model = detect.build_detector(args, 4)
+    compiled = []
+    model.backbone.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    detect_all(model, images, args, torch.device("cpu"))
+    assert not compiled
+    model.backbone(torch.zeros(2, 3, *pair(args.img_size)))
+    assert len(compiled) == 1
 
 
 def test_initial_weights_reach_the_backbone(few_scenes, tmp_path):
