@@ -5,7 +5,7 @@ In a single process the collectives return their input, so that scripts read the
 import multiprocessing
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 
@@ -84,7 +84,8 @@ def leave(code):
     """End this rank at once with an exit code, with its workers, and without waiting for the other ranks."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    sys.stdout.flush()
+    with suppress(OSError):  # whoever read the output may have left
+        sys.stdout.flush()
     os._exit(code)
 
 
