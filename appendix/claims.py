@@ -3,7 +3,7 @@
     python appendix/claims.py                                               # demo: shows that it works, proves nothing
     python appendix/claims.py --preset laptop --data-path DIR --dataset-path ROOT --datasets A B C --seeds 0 1 2
     python appendix/claims.py ... --claims C1 C2         # some of them; --dry-run: the commands of all trainings
-    python appendix/claims.py --from-numbers outputs/claims/claims.json     # draw the picture anew
+    python appendix/claims.py --from-numbers outputs/claims/claims.json     # draw the picture anew, or --claims of it
 
 DIR holds train/<class>/ and val/<class>/; ROOT holds the small sets, see sec3_benchmark/downstream_sets.py. Runs are
 shared with the tables and figures; finished ones are reused. Each claim is stated as an effect that is positive if
@@ -12,12 +12,14 @@ Writes claims.json, claims.md and claims.png, and beside them the figures of Sec
 """
 import statistics
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from appendix import claim_runs, evidence
 from appendix.evidence import CONTRARY, OPEN, SEEN
 from appendix.paper_claims import CLAIMS, POINTS
 from common import entry, options, report, tables
+from common.errors import UserError
 from common.ranges import Int
 from sec3_benchmark import downstream
 
@@ -150,10 +152,19 @@ def measure(args):
     return rows
 
 
+def draw_chosen(args, rows):
+    """Draw the rows that --claims names: all that were measured, or with --from-numbers some of those in the file."""
+    chosen = [row for row in rows if row["claim"] in args.claims]
+    if not chosen:
+        raise UserError(f"--claims {' '.join(args.claims)}: {args.from_numbers} holds only "
+                        f"{' '.join(row['claim'] for row in rows)}")
+    return draw_forest_plot(chosen)
+
+
 def main(args):
     """Measure, write and draw; return the rows."""
     rows = report.read_numbers(args.from_numbers, "claims", "rows") if args.from_numbers else measure(args)
-    report.draw_numbers(args, "claims", draw_forest_plot, rows)
+    report.draw_numbers(args, "claims", partial(draw_chosen, args), rows)
     return rows
 
 

@@ -70,7 +70,7 @@ def only_a_picture(path, numbers=None):
         why = f"({type(error).__name__}: {' '.join(str(error).split())})"
         if not numbers:
             print0(f"warning: {path} was not drawn {why}")
-        elif isinstance(error, OSError):
+        elif isinstance(error, (OSError, UserError)):
             raise
         else:
             raise UserError(f"--from-numbers {numbers}: this figure cannot be drawn from it {why}") from None

@@ -137,3 +137,18 @@ def test_a_figure_is_drawn_from_its_own_numbers_alone(item, tmp_path):
         with pytest.raises(UserError, match=f"--from-numbers {path}"):
             draw_again(DRAWING[item], path)
         assert not path.with_suffix(".png").exists()
+
+
+def test_the_picture_of_claims_shows_those_that_are_named(tmp_path, monkeypatch):
+    path, drawn = own_numbers("claims", tmp_path), []
+    content = json.loads(path.read_text())
+    content["rows"].append({**content["rows"][0], "claim": "C2"})
+    path.write_text(json.dumps(content))
+    draw_panel = claims.draw_panel
+    monkeypatch.setattr(claims, "draw_panel", lambda axis, rows: (drawn.append([row["claim"] for row in rows]),
+                                                                  draw_panel(axis, rows)))
+    draw_again(claims, path)
+    draw_again(claims, path, "--claims", "C2", "C8")
+    assert drawn == [["C1", "C2"], ["C2"]]
+    with pytest.raises(UserError, match="^--claims C8: .* holds only C1 C2$"):
+        draw_again(claims, path, "--claims", "C8")
